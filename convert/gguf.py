@@ -1,0 +1,265 @@
+"""GGUF files of Llama-architecture models: config, tensors and tokenizer.
+
+llama.cpp's converter reorders the rows of q and k from HuggingFace's half-split RoPE layout to
+interleaved pairs (for the `llama` architecture, not for `qwen2`); reading undoes that.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from imae_jax.config import LlamaConfig, RopeConfig
+from imae_jax.convert.table import base_rows, expand
+from imae_jax.errors import UserError
+
+ARCHITECTURES = ("llama", "qwen2")
+CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
+ROPE_FACTORS = "rope_freqs.weight"
+
+# How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names).
+# None is GPT-2's own pattern, built into `tokenizers`.
+PRE_TOKENIZER_PATTERNS = {
+    "gpt-2": None,
+    "default": None,
+    "smollm": None,
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+SINGLE_DIGIT_PRE_TOKENIZERS = ("smollm",)
+
+
+class GGUFSource:
+    """The tensors of a GGUF file as a `TensorSource`, dequantized to float32 when read.
+
+    Raises:
+        UserError: the file is damaged, or is not of a Llama-architecture model.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, path: Path):
+        self.location = str(path)
+        try:
+            reader = GGUFReader(path)
+            tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.metadata = {
+                name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")
+            }
+            self._architecture = self._get("general.architecture")
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged or not a GGUF file ({error}): download it again"
+            ) from None
+        if self._architecture not in ARCHITECTURES:
+            raise UserError(
+                f"{path} is of architecture {self._architecture!r}: only "
+                f"{' and '.join(ARCHITECTURES)} can be loaded"
+            )
+        self.config = self._read_config(tensors)
+        names = {
+            row.gguf.format(layer=layer): row.hf_name(layer)
+            for row, layer in expand(base_rows(self.config), self.config.num_layers)
+        }
+        self._tensors = {
+            names.get(name, name): tensor
+            for name, tensor in tensors.items()
+            if name != ROPE_FACTORS
+        }
+        self.shapes = {
+            name: tuple(int(n) for n in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{name} in {self.location} is stored as {tensor.tensor_type.name}, which the gguf "
+                f"package cannot dequantize ({error}): use a file of another quantization"
+            ) from None
+        array = array.reshape(self.shapes[name])
+        if self._architecture == "llama" and ".self_attn." in name:
+            if ".q_proj." in name:
+                return _half_split(array, self.config.num_heads)
+            if ".k_proj." in name:
+                return _half_split(array, self.config.num_kv_heads)
+        return array
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        field = self.metadata.get(key)
+        return default if field is None else field.contents()
+
+    def _read_config(self, tensors: dict[str, Any]) -> LlamaConfig:
+        prefix = self._architecture
+
+        def required(key):
+            value = self._get(f"{prefix}.{key}")
+            if not isinstance(value, int | float):
+                raise UserError(f"{self.location} has no number {prefix}.{key}: download it again")
+            return value
+
+        num_heads = int(required("attention.head_count"))
+        hidden_size = int(required("embedding_length"))
+        head_dim = int(self._get(f"{prefix}.attention.key_length") or hidden_size // num_heads)
+        scaling = self._get(f"{prefix}.rope.scaling.type", "none")
+        if scaling not in ("none", "linear"):
+            raise UserError(
+                f"RoPE scaling {scaling!r} of {self.location} is not supported: use the model's "
+                "HuggingFace checkpoint, or one with none or linear scaling"
+            )
+        rope = RopeConfig(
+            type="default" if scaling == "none" else scaling,
+            theta=float(self._get(f"{prefix}.rope.freq_base", 10000.0)),
+            factor=float(self._get(f"{prefix}.rope.scaling.factor", 1.0)),
+        )
+        if ROPE_FACTORS in tensors:
+            factors = np.asarray(tensors[ROPE_FACTORS].data, np.float32).ravel().tolist()
+            rope = RopeConfig("frequency_factors", rope.theta, frequency_factors=tuple(factors))
+        embedding = tensors.get("token_embd.weight")
+        if embedding is None:
+            raise UserError(f"{self.location} has no token_embd.weight: download it again")
+
+        def has(suffix):
+            return any(name.endswith(suffix) for name in tensors)
+
+        return LlamaConfig(
+            vocab_size=int(embedding.shape[-1]),
+            hidden_size=hidden_size,
+            intermediate_size=int(required("feed_forward_length")),
+            num_layers=int(required("block_count")),
+            num_heads=num_heads,
+            num_kv_heads=int(self._get(f"{prefix}.attention.head_count_kv") or num_heads),
+            head_dim=head_dim,
+            max_position_embeddings=int(required("context_length")),
+            rms_norm_eps=float(required("attention.layer_norm_rms_epsilon")),
+            rope=rope,
+            tie_word_embeddings="output.weight" not in tensors,
+            qkv_bias=has("attn_q.bias"),
+            o_bias=has("attn_output.bias"),
+            mlp_bias=has("ffn_gate.bias"),
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that the file's metadata describe.
+
+        Raises:
+            UserError: the tokenizer is of a kind that this reader does not know.
+        """
+        tokens = self._get("tokenizer.ggml.tokens")
+        if not tokens:
+            raise UserError(f"{self.location} has no tokenizer: pass --tokenizer DIRECTORY")
+        kinds = self._get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        model = self._get("tokenizer.ggml.model")
+        if model == "gpt2":
+            tokenizer = self._byte_level_bpe(tokens)
+        elif model == "llama":
+            tokenizer = self._sentencepiece_bpe(tokens)
+        else:
+            raise UserError(
+                f"tokenizer model {model!r} of {self.location} is not supported: pass --tokenizer "
+                "DIRECTORY with the model's HuggingFace tokenizer"
+            )
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)
+                for token, kind in zip(tokens, kinds, strict=True)
+                if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
+            ]
+        )
+        special = {}
+        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+        for key, name in names.items():
+            token_id = self._get(f"tokenizer.ggml.{key}_token_id")
+            if token_id is not None and 0 <= token_id < len(tokens):
+                special[f"{name}_token"] = tokens[token_id]
+        adds_bos = self._get("tokenizer.ggml.add_bos_token", model == "llama")
+        if adds_bos and "bos_token" in special:
+            bos = special["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos} $B",
+                special_tokens=[(bos, self._get("tokenizer.ggml.bos_token_id"))],
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=self._get("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            model_max_length=self.config.max_position_embeddings,
+            **special,
+        )
+
+    def _byte_level_bpe(self, tokens: list[str]) -> tokenizers.Tokenizer:
+        pre = self._get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZER_PATTERNS:
+            raise UserError(
+                f"pre-tokenizer {pre!r} of {self.location} is not supported (known: "
+                f"{', '.join(PRE_TOKENIZER_PATTERNS)}): pass --tokenizer DIRECTORY with the model's "
+                "HuggingFace tokenizer"
+            )
+        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges") or []]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        # Llama 3's vocabulary holds words that its merges cannot reach.
+        bpe = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
+        tokenizer = tokenizers.Tokenizer(bpe)
+        pattern = PRE_TOKENIZER_PATTERNS[pre]
+        steps = []
+        if pre in SINGLE_DIGIT_PRE_TOKENIZERS:
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        if pattern is not None:
+            steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    def _sentencepiece_bpe(self, tokens: list[str]) -> tokenizers.Tokenizer:
+        scores = self._get("tokenizer.ggml.scores")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        merges = []
+        for token, score in zip(tokens, scores or [], strict=True):
+            for cut in range(1, len(token)):
+                left, right = token[:cut], token[cut:]
+                if left in vocabulary and right in vocabulary:
+                    merges.append((-score, vocabulary[left], vocabulary[right], left, right))
+        unknown = tokens[self._get("tokenizer.ggml.unknown_token_id", 0)]
+        bpe = models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in sorted(merges)],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        tokenizer = tokenizers.Tokenizer(bpe)
+        prefix = self._get("tokenizer.ggml.add_space_prefix", True)
+        spaces = normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = (
+            normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+        )
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(
+            [*steps, decoders.Strip(" ", 1, 0)] if prefix else steps
+        )
+        return tokenizer
+
+
+def _half_split(array: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of the rows [N·H, …] of q or k."""
+    head_dim = array.shape[0] // num_heads
+    pairs = array.reshape(num_heads, head_dim // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

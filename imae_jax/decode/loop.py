@@ -1,0 +1,211 @@
+"""The generator: prefill, then compiled chunks of a scan over new tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imae_jax.cache import KVCache
+from imae_jax.config import LlamaConfig
+from imae_jax.decode import streams
+from imae_jax.decode.methods import Method
+from imae_jax.decode.methods.imae import Strength
+from imae_jax.decode.sampling import Sampler
+from imae_jax.errors import UserError
+from imae_jax.llama import Llama, Weights
+
+PROMPT_BUCKET = 32
+"""Prompts are padded to multiples of this, so that few lengths are compiled."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What one step hands to the next.
+
+    Attributes:
+        cache: of all streams, [S · B] rows.
+        token: int32 [B], drawn last and not yet fed.
+        done: bool [B], rows that have drawn an end-of-text token.
+        key: of the whole generation.
+        step: int32 [], number of tokens drawn.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    done: jax.Array
+    key: jax.Array
+    step: jax.Array
+
+
+def generate(
+    model: Llama | Weights,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    method: Method = Strength(0.0),
+    sampler: Sampler = Sampler(),
+    max_new_tokens: int = 128,
+    eos_token_ids: Sequence[int] = (),
+    seed: int = 0,
+    chunk_size: int = 32,
+    padding_side: str = "left",
+) -> list[list[int]]:
+    """Continues token prompts with a decoding method.
+
+    A row's result does not depend on the other rows, nor on padding.
+
+    Args:
+        model: with layers as separate arrays (`stacked=False`) for full speed.
+        config: of the base.
+        prompts: token ids of every prompt.
+        method: what scores the next token.
+        sampler: how it is drawn.
+        max_new_tokens: upper bound per row.
+        eos_token_ids: tokens that end a row; the one drawn is part of the result.
+        seed: of the sampler.
+        chunk_size: steps per compiled call; between calls it is checked whether all rows are done.
+        padding_side: `left` or `right`; the results are the same.
+
+    Returns:
+        The new token ids of every prompt.
+
+    Raises:
+        UserError: an empty prompt, a prompt over the context length, or a method that the model cannot
+            run.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream_tokens(
+        model,
+        config,
+        prompts,
+        method=method,
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        seed=seed,
+        chunk_size=chunk_size,
+        padding_side=padding_side,
+    ):
+        for row, new in zip(rows, tokens, strict=True):
+            row += new
+    return rows
+
+
+def stream_tokens(
+    model: Llama | Weights,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    method: Method,
+    sampler: Sampler,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    seed: int,
+    chunk_size: int,
+    padding_side: str = "left",
+) -> Iterator[list[list[int]]]:
+    """As `generate`, but yields every row's new tokens after the prefill and after every chunk."""
+    weights = model.weights() if isinstance(model, Llama) else model
+    streams.check(weights, method)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
+    if not prompts:
+        return
+    tokens, mask = _pad(prompts, padding_side)
+    _check_lengths(prompts, max_new_tokens, config)
+
+    num_chunks = -(-(max_new_tokens - 1) // chunk_size)
+    eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
+    state = _prefill(
+        weights,
+        jnp.asarray(tokens),
+        jnp.asarray(mask),
+        eos,
+        jax.random.key(seed),
+        config=config,
+        method=method,
+        sampler=sampler,
+        capacity=tokens.shape[1] + num_chunks * chunk_size,
+    )
+    open_rows = np.ones(len(prompts), bool)
+    eos_set, left = set(eos_token_ids), max_new_tokens
+
+    def cut(drawn: np.ndarray) -> list[list[int]]:
+        nonlocal left
+        drawn, left = drawn[:, :left], left - drawn.shape[1]
+        new = []
+        for i, row in enumerate(drawn.tolist()):
+            end = next((j + 1 for j, token in enumerate(row) if token in eos_set), None)
+            new.append(row[:end] if open_rows[i] else [])
+            open_rows[i] &= end is None
+        return new
+
+    yield cut(np.asarray(state.token)[:, None])
+    for _ in range(num_chunks):
+        if not open_rows.any():
+            return
+        state, drawn = _decode_chunk(
+            weights, state, eos, config=config, method=method, sampler=sampler, length=chunk_size
+        )
+        yield cut(np.asarray(drawn).T)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method", "sampler", "capacity"))
+def _prefill(weights, tokens, mask, eos, key, *, config, method, sampler, capacity):
+    B, T = tokens.shape
+    rows = streams.num_rows(method, B)
+    cache = KVCache.empty(config, rows, capacity, weights.dtype)
+    hidden, cache = streams.run(weights, config, method, tokens, attention_mask=mask, cache=cache)
+    last = T - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
+    hidden = jnp.take_along_axis(hidden, last[None, :, None, None], axis=2)[:, :, 0]
+    scores = streams.next_scores(weights, method, hidden)
+    token = sampler.sample(scores, jax.random.fold_in(key, 0))
+    return DecodeState(cache, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "method", "sampler", "length"), donate_argnames="state"
+)
+def _decode_chunk(weights, state, eos, *, config, method, sampler, length):
+    def step(state: DecodeState, _):
+        mask = jnp.ones((state.token.shape[0], 1), bool)
+        hidden, cache = streams.run(
+            weights, config, method, state.token[:, None], attention_mask=mask, cache=state.cache
+        )
+        scores = streams.next_scores(weights, method, hidden[:, :, 0])
+        token = sampler.sample(scores, jax.random.fold_in(state.key, state.step))
+        token = jnp.where(state.done, state.token, token)
+        done = state.done | jnp.isin(token, eos)
+        return DecodeState(cache, token, done, state.key, state.step + 1), token
+
+    return jax.lax.scan(step, state, length=length)
+
+
+def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
+    if side not in ("left", "right"):
+        raise UserError(f"padding_side {side!r}: use left or right")
+    longest = max(map(len, prompts))
+    length = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for i, prompt in enumerate(prompts):
+        place = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
+        tokens[i, place] = prompt
+        mask[i, place] = True
+    return tokens, mask
+
+
+def _check_lengths(prompts, max_new_tokens: int, config: LlamaConfig) -> None:
+    limit = config.context_length
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: give at least one token")
+        if len(prompt) + max_new_tokens > limit:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: "
+                f"together they exceed the model's context of {limit}; shorten one of them"
+            )

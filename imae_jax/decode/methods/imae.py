@@ -1,0 +1,52 @@
+"""IMAE's modes: one stream with the units at a given strength."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imae_jax.anti_expert import MODES
+from imae_jax.decode.methods.protocol import Method, Stream
+from imae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength(Method):
+    """Log-probabilities of the model with its units at strength `o` (IMAE, section 3.1).
+
+    Score: `log p(v)`. Cost: one stream; with `o` = 0 the base model's own.
+
+    Attributes:
+        strength: -1 expert, 0 base, +1 anti-expert; any real number is a dial between and beyond.
+    """
+
+    strength: float = MODES["expert"]
+
+    @property
+    def name(self) -> str:
+        named = {value: name for name, value in MODES.items()}
+        return named.get(self.strength, f"{self.strength:g}")
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (Stream(strength=self.strength),)
+
+    def scores(self, logits: Sequence[jax.Array], *, generating: bool) -> jax.Array:
+        return jax.nn.log_softmax(logits[0])
+
+    def token_scores(self, logits: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(logits[0], tokens[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits[0], axis=-1)
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": "imae", "strength": self.strength}
+
+
+def require_units(has_units: bool, streams: Sequence[Stream], name: str) -> None:
+    """Raises a `UserError` if a method needs units that the model lacks."""
+    if not has_units and any(stream.strength for stream in streams):
+        raise UserError(
+            f"method {name} needs a model with anti-expert units: give an IMAE directory as --model"
+        )

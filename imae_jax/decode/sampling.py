@@ -1,0 +1,57 @@
+"""How the next token is drawn from a method's scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from imae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Greedy decoding, or sampling from `softmax(scores / temperature)`.
+
+    Attributes:
+        temperature: 0 takes the arg-max.
+        top_k: keep the k best tokens; 0 keeps all.
+        top_p: keep the smallest set of best tokens whose probability reaches p; 1 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1 (off)")
+
+    def sample(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+        """Draws one token a row.
+
+        Args:
+            scores: float32 [B, V].
+            key: one key for the step. Row i's draw depends on the key, i and its own scores alone, not
+                on how many rows there are.
+
+        Returns:
+            int32 [B].
+        """
+        if self.temperature == 0:
+            return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        scores = scores / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            kth = jax.lax.top_k(scores, self.top_k)[0][:, -1:]
+            scores = jnp.where(scores < kth, -jnp.inf, scores)
+        if self.top_p < 1:
+            ordered = jnp.sort(scores, axis=-1, descending=True)
+            probs = jax.nn.softmax(ordered)
+            before = jnp.cumsum(probs, axis=-1) - probs
+            last = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+            scores = jnp.where(scores < last, -jnp.inf, scores)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
+        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)

@@ -1,0 +1,65 @@
+"""Writing results so that nothing half-written stays behind."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from imae_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory beside `path` that becomes `path` when the block succeeds.
+
+    On an error nothing is left, and an existing `path` stays as it was.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is off, or it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: choose another output, or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a directory: choose another output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        # mkdtemp makes private directories; results are as readable as the user's other files.
+        temporary.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.rename(path, old / "old")
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

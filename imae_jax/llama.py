@@ -1,0 +1,351 @@
+"""The Llama decoder: declaration of its weights (Flax NNX) and its forward pass (plain JAX).
+
+Letters in einsum strings and shapes:
+B batch, T tokens of this call, S key/value slots, D hidden size, F MLP width, A anti-expert MLP width,
+N query heads, K key/value heads, G query heads per key/value head, H head dim, V vocabulary, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imae_jax.anti_expert import AntiExpertUnits, strengths, unit_forward
+from imae_jax.cache import KVCache
+from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.errors import UserError
+from imae_jax.layers import apply_rope, attention, rms_norm, rope_tables, swiglu
+from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
+from imae_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class DecoderLayers(nnx.Module):
+    """The weights of all layers, stacked along a leading axis, or of one layer (`stack=None`)."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, stack: int | None, dtype: jnp.dtype
+    ):
+        D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+        N, K = config.num_heads, config.num_kv_heads
+        init = normal(config.initializer_range)
+
+        def declare(shape, axes, init=init):
+            return weight(rngs, shape, axes, init, stack=stack, dtype=dtype)
+
+        self.norm_attn = declare((D,), ("norm",), ones)
+        self.wq = declare((D, N, H), ("embed", "heads", "head_dim"))
+        self.wk = declare((D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.wv = declare((D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.wo = declare((N, H, D), ("heads", "head_dim", "embed"))
+        self.norm_mlp = declare((D,), ("norm",), ones)
+        self.w_gate = declare((D, F), ("embed", "mlp"))
+        self.w_up = declare((D, F), ("embed", "mlp"))
+        self.w_down = declare((F, D), ("mlp", "embed"))
+        if config.qkv_bias:
+            self.bq = declare((N, H), ("heads", "head_dim"), zeros)
+            self.bk = declare((K, H), ("kv_heads", "head_dim"), zeros)
+            self.bv = declare((K, H), ("kv_heads", "head_dim"), zeros)
+        if config.o_bias:
+            self.bo = declare((D,), ("norm",), zeros)
+        if config.mlp_bias:
+            self.b_gate = declare((F,), ("mlp",), zeros)
+            self.b_up = declare((F,), ("mlp",), zeros)
+            self.b_down = declare((D,), ("norm",), zeros)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's arrays as plain trees: what `forward` and every compiled function take.
+
+    Attributes:
+        base: `embed` [V, D], `norm_final` [D], `unembed` [D, V] (absent when tied) and `layers`: one
+            dict of stacked [L, …] arrays, or a tuple with one dict a layer.
+        units: the anti-expert units in the same form as `layers`, or None.
+    """
+
+    base: dict[str, Any]
+    units: Any = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base["embed"].dtype
+
+
+class Llama(nnx.Module):
+    """A Llama-architecture language model, optionally with an anti-expert unit in every layer.
+
+    The module declares parameters, their names, types and sharding axes; the computation is `forward`
+    on `model.weights()`. Base weights are `nnx.Param`, units `AntiExpertParam`, so that
+    `nnx.split(model, AntiExpertParam, nnx.Param)` separates what is trained from what is frozen.
+
+    Args:
+        config: sizes of the base.
+        anti_expert: sizes of the units; None for a plain Llama.
+        rngs: for the initializers.
+        stacked: layer weights as [L, …] stacks, for training under `lax.scan`; False keeps an array
+            per layer and weight, for decoding: a loop that slices a stack copies each layer's weights
+            at every token.
+        dtype: of the base; the units are float32.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        anti_expert: AntiExpertConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+        stacked: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.config = config
+        self.anti_expert_config = anti_expert
+        self.stacked = stacked
+        D, V, L = config.hidden_size, config.vocab_size, config.num_layers
+        init = normal(config.initializer_range)
+        self.embed = weight(rngs, (V, D), ("vocab", "embed"), init, dtype=dtype)
+        self.norm_final = weight(rngs, (D,), ("norm",), ones, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.unembed = weight(rngs, (D, V), ("embed", "vocab"), init, dtype=dtype)
+
+        def per_layer(declare):
+            return declare(L) if stacked else nnx.List([declare(None) for _ in range(L)])
+
+        self.layers = per_layer(lambda n: DecoderLayers(config, rngs=rngs, stack=n, dtype=dtype))
+        if anti_expert is not None:
+            self.units = per_layer(
+                lambda n: AntiExpertUnits(config, anti_expert, rngs=rngs, stack=n)
+            )
+
+    def weights(self) -> Weights:
+        """The arrays of this model (not copied)."""
+        base = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        units = nnx.to_pure_dict(nnx.state(self, AntiExpertParam)).get("units")
+        if not self.stacked:
+            layer_range = range(self.config.num_layers)
+            base["layers"] = tuple(base["layers"][i] for i in layer_range)
+            units = None if units is None else tuple(units[i] for i in layer_range)
+        return Weights(base, units)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        attention_mask: jax.Array | None = None,
+        strength: float | jax.Array = 0.0,
+    ) -> jax.Array:
+        """Next-token logits, float32 [B, T, V], of tokens [B, T]; see `forward`."""
+        weights = self.weights()
+        if weights.units is None:
+            strength = None
+        output = forward(
+            weights, self.config, tokens, attention_mask=attention_mask, strength=strength
+        )
+        return project(weights, output.hidden_states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """Which inner values `forward` returns besides its result; off means not computed.
+
+    Attributes:
+        hidden_layers: numbers of layers n, 0 ≤ n ≤ L, after which to return the residual stream,
+            without the final norm; 0 is the embedding output.
+        gates: the gate of every unit.
+    """
+
+    hidden_layers: tuple[int, ...] = ()
+    gates: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForwardOutput:
+    """What `forward` returns.
+
+    Attributes:
+        hidden_states: [B, T, D] after the final norm: what `project` turns into logits.
+        cache: the updated cache, or None where none was given.
+        hidden_layers: one [B, T, D] for each of `Taps.hidden_layers`.
+        gates: float32 [L, B, T] with `Taps.gates`, else None.
+    """
+
+    hidden_states: jax.Array
+    cache: KVCache | None
+    hidden_layers: tuple[jax.Array, ...]
+    gates: jax.Array | None
+
+
+def forward(
+    weights: Weights,
+    config: LlamaConfig,
+    tokens: jax.Array,
+    *,
+    attention_mask: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    attend: jax.Array | None = None,
+    strength: float | jax.Array | None = None,
+    cache: KVCache | None = None,
+    taps: Taps = Taps(),
+    remat: str = "none",
+) -> ForwardOutput:
+    """Runs the decoder.
+
+    Stacked weights without a cache run under `lax.scan`, everything else as a loop over layers; the
+    results are the same.
+
+    Args:
+        weights: of the model.
+        config: of the base.
+        tokens: int32 [B, T].
+        attention_mask: bool [B, T], True at tokens that are not padding (default: all).
+        positions: int32 [B, T] for RoPE (default: the number of real tokens before each).
+        attend: bool [B, T, S], True where a token may look; S is the cache's capacity or T. Default:
+            causal, padding excluded.
+        strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
+            units, runs the base alone and costs nothing extra.
+        cache: the tokens before; this call's are appended to it. The caller sees to it that
+            `cache.length + T` is within its capacity.
+        taps: inner values to return.
+        remat: what the backward pass keeps of a layer: `none` recomputes nothing, `full` everything,
+            `dots` keeps the matmuls' results.
+
+    Returns:
+        A `ForwardOutput`.
+    """
+    B, T = tokens.shape
+    units = weights.units
+    if strength is None:
+        units = None
+    elif units is None:
+        raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
+    else:
+        strength = strengths(strength, B)
+
+    if attention_mask is None:
+        attention_mask = jnp.ones((B, T), bool)
+    attention_mask = attention_mask.astype(bool)
+    if positions is None:
+        positions = jnp.cumsum(attention_mask, axis=-1, dtype=jnp.int32) - 1
+        if cache is not None:
+            positions = positions + jnp.sum(cache.real, axis=-1, keepdims=True, dtype=jnp.int32)
+        positions = jnp.maximum(positions, 0)
+
+    real, start = attention_mask, 0
+    if cache is not None:
+        start = cache.length
+        real = jax.lax.dynamic_update_slice(cache.real, attention_mask, (0, start))
+    if attend is None:
+        slots = jnp.arange(real.shape[1])
+        attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
+
+    x = jnp.take(weights.base["embed"], tokens, axis=0)
+    x = constrain(x, "batch", "length", "act_embed")
+    cos, sin = rope_tables(config, positions, x.dtype)
+
+    def block(x, layer, unit, kv):
+        with jax.named_scope("attention"):
+            h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
+            h, kv = _attention_block(layer, h, cos, sin, attend, kv, start)
+            x = constrain(x + h, "batch", "length", "act_embed")
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, layer["norm_mlp"], config.rms_norm_eps)
+            out, gate = _mlp(layer, h), None
+        if unit is not None:
+            with jax.named_scope("anti_expert"):
+                y, gate = unit_forward(unit, h, strength)
+                out = out + y
+        return constrain(x + out, "batch", "length", "act_embed"), kv, gate
+
+    layers = weights.base["layers"]
+    hidden_layers, gates, keys, values = {0: x}, [], [], []
+    if isinstance(layers, dict) and cache is None:
+        x, (hidden_stack, gates) = _scan_layers(block, x, layers, units, taps, remat)
+        if taps.hidden_layers:
+            hidden_layers |= {i + 1: hidden_stack[i] for i in range(config.num_layers)}
+    else:
+        for i in range(config.num_layers):
+            kv = None if cache is None else (cache.keys[i], cache.values[i])
+            with jax.named_scope(f"layer_{i}"):
+                x, kv, gate = block(x, _layer(layers, i), _layer(units, i), kv)
+            hidden_layers[i + 1] = x
+            gates.append(gate)
+            if kv is not None:
+                keys.append(kv[0])
+                values.append(kv[1])
+        gates = jnp.stack(gates) if taps.gates and units is not None else None
+    if cache is not None:
+        cache = KVCache(tuple(keys), tuple(values), real, start + T)
+    return ForwardOutput(
+        hidden_states=final_norm(weights, config, x),
+        cache=cache,
+        hidden_layers=tuple(hidden_layers[n] for n in taps.hidden_layers),
+        gates=gates,
+    )
+
+
+def final_norm(weights: Weights, config: LlamaConfig, x: jax.Array) -> jax.Array:
+    """The norm in front of the vocabulary projection. x [..., D]."""
+    return rms_norm(x, weights.base["norm_final"], config.rms_norm_eps)
+
+
+def project(weights: Weights, hidden_states: jax.Array) -> jax.Array:
+    """Vocabulary projection: [..., D] to float32 logits [..., V]."""
+    with jax.named_scope("unembed"):
+        if "unembed" in weights.base:
+            matrix, subscripts = weights.base["unembed"], "...D,DV->...V"
+        else:
+            matrix, subscripts = weights.base["embed"], "...D,VD->...V"
+        return jnp.einsum(subscripts, hidden_states, matrix, preferred_element_type=jnp.float32)
+
+
+def _layer(stack: Any, i: int) -> Any:
+    if isinstance(stack, dict):
+        return {name: array[i] for name, array in stack.items()}
+    return None if stack is None else stack[i]
+
+
+def _scan_layers(block, x, layers, units, taps, remat):
+    def body(x, layer_and_unit):
+        x, _, gate = block(x, *layer_and_unit, None)
+        return x, (x if taps.hidden_layers else None, gate if taps.gates else None)
+
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, x, (layers, units))
+
+
+def _attention_block(layer, h, cos, sin, attend, kv, start):
+    q = jnp.einsum("BTD,DNH->BTNH", h, layer["wq"])
+    k = jnp.einsum("BTD,DKH->BTKH", h, layer["wk"])
+    v = jnp.einsum("BTD,DKH->BTKH", h, layer["wv"])
+    if "bq" in layer:
+        q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    q = constrain(q, "batch", "length", "act_heads", None)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if kv is not None:
+        k = jax.lax.dynamic_update_slice(kv[0], k, (0, 0, start, 0))
+        v = jax.lax.dynamic_update_slice(kv[1], v, (0, 0, start, 0))
+        kv = (k, v)
+    out = jnp.einsum("BTNH,NHD->BTD", attention(q, k, v, attend), layer["wo"])
+    return (out + layer["bo"] if "bo" in layer else out), kv
+
+
+def _mlp(layer, h):
+    gate = jnp.einsum("BTD,DF->BTF", h, layer["w_gate"])
+    up = jnp.einsum("BTD,DF->BTF", h, layer["w_up"])
+    if "b_gate" in layer:
+        gate, up = gate + layer["b_gate"], up + layer["b_up"]
+    inner = constrain(swiglu(gate, up), "batch", "length", "act_mlp")
+    out = jnp.einsum("BTF,FD->BTD", inner, layer["w_down"])
+    return out + layer["b_down"] if "b_down" in layer else out
