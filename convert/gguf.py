@@ -61,9 +61,7 @@ class GGUFSource:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
-            raise UserError(
-                f"{path} is damaged or not a GGUF file ({error}): download it again"
-            ) from None
+            raise UserError(f"{path} is damaged or not a GGUF file ({error}): download it again") from None
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is of architecture {self._architecture!r}: only "
@@ -75,13 +73,10 @@ class GGUFSource:
             for row, layer in expand(base_rows(self.config), self.config.num_layers)
         }
         self._tensors = {
-            names.get(name, name): tensor
-            for name, tensor in tensors.items()
-            if name != ROPE_FACTORS
+            names.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS
         }
         self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
+            name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str) -> np.ndarray:
@@ -248,13 +243,9 @@ class GGUFSource:
         tokenizer = tokenizers.Tokenizer(bpe)
         prefix = self._get("tokenizer.ggml.add_space_prefix", True)
         spaces = normalizers.Replace(" ", "▁")
-        tokenizer.normalizer = (
-            normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-        )
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence(
-            [*steps, decoders.Strip(" ", 1, 0)] if prefix else steps
-        )
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
         return tokenizer
 
 

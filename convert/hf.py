@@ -1,6 +1,7 @@
 """HuggingFace checkpoints: safetensors in and out, and the loader that every format goes through."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert.table import Row, base_rows, expand, unit_rows
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
-from imae_jax.sharding import sharding
+from imae_jax.sharding import check_divisible, sharding
 
 # Buffers that old checkpoints store and that are functions of the config.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
@@ -55,9 +56,7 @@ class SafetensorsSource:
                 names = list(handle.keys())
                 shapes = {n: tuple(handle.get_slice(n).get_shape()) for n in names}
             except FileNotFoundError:
-                raise UserError(
-                    f"shard {path} is missing: download the checkpoint again"
-                ) from None
+                raise UserError(f"shard {path} is missing: download the checkpoint again") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} is damaged or not a safetensors file ({error}): download it again"
@@ -116,7 +115,6 @@ def with_biases_of(config: LlamaConfig, names: Mapping[str, Any]) -> LlamaConfig
     The file decides, not the config's `attention_bias`: a Llama with ITI baked in has a bias on
     `o_proj` alone.
     """
-    import dataclasses
 
     def present(suffix):
         return any(name.endswith(suffix) for name in names)
@@ -157,6 +155,8 @@ def load_llama(
     Raises:
         UserError: lists every missing, unexpected and wrongly shaped tensor.
     """
+    if mesh is not None:
+        check_divisible(config, anti_expert, mesh.shape)
     rows = base_rows(config)
     _check(rows, config, source, num_source_layers)
     dtype = jnp.dtype(dtype or source.dtype)
@@ -237,14 +237,10 @@ def _check(rows: list[Row], config, source: TensorSource, num_source_layers: int
                 more = len(names) - MAX_NAMES_IN_ERROR
                 shown = ", ".join(names[:MAX_NAMES_IN_ERROR])
                 parts.append(f"{len(names)} {kind}: {shown}{f', and {more} more' if more > 0 else ''}")
-        raise UserError(
-            f"the tensors in {source.location} do not fit its config: {'; '.join(parts)}"
-        )
+        raise UserError(f"the tensors in {source.location} do not fit its config: {'; '.join(parts)}")
 
 
-def hf_tensors(
-    weights: Weights, config: LlamaConfig, rows: list[Row]
-) -> dict[str, Callable[[], np.ndarray]]:
+def hf_tensors(weights: Weights, config: LlamaConfig, rows: list[Row]) -> dict[str, Callable[[], np.ndarray]]:
     """A reader for every HuggingFace tensor of these rows, so that a writer can go one by one."""
 
     def reader(row: Row, layer: int | None):
@@ -263,9 +259,7 @@ def hf_tensors(
     return {row.hf_name(i): reader(row, i) for row, i in expand(rows, config.num_layers)}
 
 
-def save_hf(
-    model: Llama, tokenizer: Any, directory: Path, *, max_shard_bytes: int = 5_000_000_000
-) -> None:
+def save_hf(model: Llama, tokenizer: Any, directory: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Writes a plain Llama as a HuggingFace directory; one shard at a time is held in memory.
 
     Args:

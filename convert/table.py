@@ -62,7 +62,13 @@ def base_rows(config: LlamaConfig) -> list[Row]:
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
 
     def layer(path, hf, gguf, shape, outputs=0):
-        return Row(f"layers.{path}", f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}", shape, outputs)
+        return Row(
+            f"layers.{path}",
+            f"model.layers.{{layer}}.{hf}",
+            f"blk.{{layer}}.{gguf}",
+            shape,
+            outputs,
+        )
 
     rows = [
         Row("embed", "model.embed_tokens.weight", "token_embd.weight", (V, D)),

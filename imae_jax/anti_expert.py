@@ -29,9 +29,7 @@ def parse_mode(mode: str | float) -> float:
     except (TypeError, ValueError):
         strength = float("nan")
     if not np.isfinite(strength):
-        raise UserError(
-            f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)"
-        )
+        raise UserError(f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)")
     return strength
 
 

@@ -30,9 +30,7 @@ class KVCache:
     length: jax.Array
 
     @classmethod
-    def empty(
-        cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype
-    ) -> "KVCache":
+    def empty(cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
 
         def zeros():

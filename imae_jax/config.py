@@ -233,9 +233,7 @@ class AntiExpertConfig:
 
     def __post_init__(self):
         if self.intermediate_size < 1:
-            raise UserError(
-                f"anti-expert intermediate_size {self.intermediate_size}: it must be at least 1"
-            )
+            raise UserError(f"anti-expert intermediate_size {self.intermediate_size}: it must be at least 1")
 
     @classmethod
     def scaled_to(cls, config: LlamaConfig, ratio: float = PAPER_RATIO) -> "AntiExpertConfig":

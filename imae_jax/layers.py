@@ -46,9 +46,7 @@ def rope_inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.A
     return frequencies
 
 
-def rope_tables(
-    config: LlamaConfig, positions: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(config: LlamaConfig, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, 1, H] for `apply_rope`; computed in float32. positions [B, T]."""
     frequencies = rope_inverse_frequencies(config, positions)[:, None, :]
     angles = positions[..., None].astype(jnp.float32) * frequencies

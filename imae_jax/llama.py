@@ -30,9 +30,7 @@ REMAT_POLICIES = {
 class DecoderLayers(nnx.Module):
     """The weights of all layers, stacked along a leading axis, or of one layer (`stack=None`)."""
 
-    def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, stack: int | None, dtype: jnp.dtype
-    ):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, stack: int | None, dtype: jnp.dtype):
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K = config.num_heads, config.num_kv_heads
         init = normal(config.initializer_range)
@@ -121,9 +119,7 @@ class Llama(nnx.Module):
 
         self.layers = per_layer(lambda n: DecoderLayers(config, rngs=rngs, stack=n, dtype=dtype))
         if anti_expert is not None:
-            self.units = per_layer(
-                lambda n: AntiExpertUnits(config, anti_expert, rngs=rngs, stack=n)
-            )
+            self.units = per_layer(lambda n: AntiExpertUnits(config, anti_expert, rngs=rngs, stack=n))
 
     def weights(self) -> Weights:
         """The arrays of this model (not copied)."""
@@ -146,9 +142,7 @@ class Llama(nnx.Module):
         weights = self.weights()
         if weights.units is None:
             strength = None
-        output = forward(
-            weights, self.config, tokens, attention_mask=attention_mask, strength=strength
-        )
+        output = forward(weights, self.config, tokens, attention_mask=attention_mask, strength=strength)
         return project(weights, output.hidden_states)
 
 

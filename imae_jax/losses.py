@@ -1,0 +1,168 @@
+"""The training losses of IMAE (section 3.2 of the paper), as sums and counts.
+
+A sum and its count are divided once, after all micro-batches and devices: a mean of means would weight
+tokens by the size of the batch that they happen to be in.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imae_jax.errors import UserError
+from imae_jax.llama import Weights, project
+
+VALID_FORMS = ("probability", "logit")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Settings of the losses.
+
+    Attributes:
+        beta: weight of the base's term in p_target.
+        valid_form: which tokens V_valid the contrast may touch. `probability`:
+            `p_base(x) ≥ δ · max p_base`, as the code of ICD, CD and DoLa computes it. `logit`:
+            `logit_base(x) ≥ δ · max logit_base`, as the paper writes it; its δ = 1.0, taken literally,
+            keeps the arg-max alone, and a ratio of logits changes when a constant is added to all of
+            them, hence the default.
+        delta: δ.
+        gate_weight: factor of L_gate; the paper's is 1, 0 trains without it.
+    """
+
+    beta: float = 2.0
+    valid_form: str = "probability"
+    delta: float = 0.1
+    gate_weight: float = 1.0
+
+    def __post_init__(self):
+        if self.valid_form not in VALID_FORMS:
+            raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(VALID_FORMS)}")
+        if not 0 < self.delta <= 1:
+            raise UserError(f"loss.delta {self.delta} must be above 0 and at most 1")
+
+
+def target_log_probs(logits_base: jax.Array, logits_anti: jax.Array, settings: LossConfig) -> jax.Array:
+    """`log p_target`, float32 [..., V]: softmax over V_valid of `β log p_base − log p_anti`.
+
+    Tokens outside of V_valid get -inf; the arg-max of the base is always inside.
+    """
+    log_base = jax.nn.log_softmax(logits_base)
+    log_anti = jax.nn.log_softmax(logits_anti)
+    if settings.valid_form == "probability":
+        valid = log_base >= jnp.max(log_base, axis=-1, keepdims=True) + jnp.log(settings.delta)
+    else:
+        top = jnp.max(logits_base, axis=-1, keepdims=True)
+        valid = (logits_base >= settings.delta * top) | (logits_base >= top)
+    scores = settings.beta * log_base - log_anti
+    return jax.nn.log_softmax(jnp.where(valid, scores, -jnp.inf))
+
+
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """`KL(p ‖ q)` [...] over the last axis, where `log_p` may hold -inf."""
+    supported = log_p > -jnp.inf
+    log_ratio = jnp.where(supported, jnp.where(supported, log_p, 0.0) - log_q, 0.0)
+    return jnp.sum(jnp.exp(log_p) * log_ratio, axis=-1)
+
+
+def fact_loss_sums(
+    weights: Weights,
+    hidden_base: jax.Array,
+    hidden_anti: jax.Array,
+    hidden_expert: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    settings: LossConfig,
+    *,
+    chunk: int = 16,
+) -> dict[str, jax.Array]:
+    """Sums of L_anti and L_expert over T_fact, in float32.
+
+    The vocabulary projection and everything after it run in chunks of positions that the backward
+    pass computes again, so that memory is B · chunk · V whatever the length.
+
+    Args:
+        weights: for the projection; no gradient flows into the base.
+        hidden_base, hidden_anti, hidden_expert: [B, P, D], hidden states of the three modes at the
+            positions that predict T_fact; `hidden_base` carries no gradient.
+        targets: int32 [B, P], the tokens of T_fact.
+        valid: bool [B, P], False at padding.
+        settings: of the losses.
+        chunk: positions per row that are projected at once.
+
+    Returns:
+        Float32 scalars: `anti` and `expert`, the sums of the two losses.
+    """
+    frozen = Weights(jax.lax.stop_gradient(weights.base))
+
+    @jax.checkpoint
+    def chunk_sums(arrays):
+        base, anti, expert, targets, valid = arrays
+        logits_anti = project(frozen, anti)
+        target = target_log_probs(project(frozen, base), jax.lax.stop_gradient(logits_anti), settings)
+        target = jax.lax.stop_gradient(target)
+        kl = kl_divergence(target, jax.nn.log_softmax(project(frozen, expert)))
+        picked = jnp.take_along_axis(logits_anti, targets[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits_anti, axis=-1) - picked
+        return jnp.sum(jnp.where(valid, nll, 0.0)), jnp.sum(jnp.where(valid, kl, 0.0))
+
+    def add(sums, arrays):
+        anti, expert = chunk_sums(arrays)
+        return (sums[0] + anti, sums[1] + expert), None
+
+    P = targets.shape[1]
+    size = min(chunk, P)
+    padding = -P % size
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    arrays = (hidden_base, hidden_anti, hidden_expert, targets, valid)
+    zero = jnp.zeros((), jnp.float32)
+    (anti, expert), _ = jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))
+    return {"anti": anti, "expert": expert}
+
+
+def gate_loss_sums(gates: jax.Array, fact: jax.Array, answer: jax.Array) -> dict[str, jax.Array]:
+    """Sums of L_gate and of the gate itself over layers and answer tokens.
+
+    Args:
+        gates: float32 [L, B, T].
+        fact: bool [B, T], True at positions that predict a token of T_fact.
+        answer: bool [B, T], True at positions that predict an answer token; includes `fact`.
+
+    Returns:
+        Float32 scalars: `gate`, the sum of `1 − a` on T_fact and of `a` on the rest of the answer;
+        `gate_on_fact` and `gate_off_fact`, the sums of `a` on either.
+    """
+    on = jnp.sum(jnp.where(fact, gates, 0.0))
+    off = jnp.sum(jnp.where(answer & ~fact, gates, 0.0))
+    facts = gates.shape[0] * jnp.sum(fact, dtype=jnp.float32)
+    return {"gate": facts - on + off, "gate_on_fact": on, "gate_off_fact": off}
+
+
+def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], settings: LossConfig) -> jax.Array:
+    """`L_anti + L_expert + L_gate`, each mean over its own count.
+
+    Args:
+        sums: of this micro-batch.
+        counts: of the whole batch: `fact` tokens, and `gate` values (layers · answer tokens · modes).
+        settings: of the losses.
+    """
+    loss = (sums["anti"] + sums["expert"]) / counts["fact"]
+    return loss + settings.gate_weight * sums["gate"] / counts["gate"]
+
+
+def metrics_of(sums: dict[str, Any], counts: dict[str, Any], settings: LossConfig) -> dict[str, Any]:
+    """The means to report, from the sums and counts of a whole batch."""
+    return {
+        "loss": total_loss(sums, counts, settings),
+        "anti": sums["anti"] / counts["fact"],
+        "expert": sums["expert"] / counts["fact"],
+        "gate": sums["gate"] / counts["gate"],
+        "gate_on_fact": sums["gate_on_fact"] / counts["gate_on_fact"],
+        "gate_off_fact": sums["gate_off_fact"] / counts["gate_off_fact"],
+    }

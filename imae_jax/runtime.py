@@ -1,0 +1,30 @@
+"""What a command sets up in its process, and what it runs on."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from imae_jax import __version__
+
+
+def set_up() -> None:
+    """Quiets third-party chatter and keeps compiled programs for the next run. Not for library code.
+
+    Programs go to `$JAX_COMPILATION_CACHE_DIR`, else to `~/.cache/imae_jax/xla`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # transformers says on import that it found no torch, which is as intended here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(directory / "imae_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this library and of what its numbers depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
+    return {"imae_jax": __version__} | {name: version(name) for name in names}

@@ -1,0 +1,271 @@
+"""What the tests share: 8 virtual CPU devices, the real model, and random tiny models.
+
+A reference value comes from transformers or from a few lines of NumPy in the test itself.
+"""
+
+import os
+
+# Of a flag given twice the last one counts: the user's own.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+from transformers import PreTrainedTokenizerFast
+
+from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
+from imae_jax.convert import LanguageModel, load_model
+from imae_jax.convert.hf import save_hf
+from imae_jax.convert.references import BUILT_IN
+from imae_jax.errors import UserError
+from imae_jax.llama import Llama, Weights, forward, project
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+# Sizes differ from each other, so that a swapped axis cannot pass; head_dim is not D / N.
+TINY = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=80,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=5e5),
+    initializer_range=0.3,
+)
+UNIT_SIZE = 24
+
+# Every kind of checkpoint that can be loaded, as the fields of its HuggingFace config.
+KINDS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "llama2": {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "all_biases_tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "rope_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "rope_dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    "rope_llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory with the benchmark's data and the reference scores, beside the checkout."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("there is no directory ../shared beside the checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    package = BUILT_IN[SMOLLM2]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+    return load_model(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf_dir(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2 as this project exports it to HuggingFace's format."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    save_hf(smollm2.model, smollm2.tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2_hf_dir):
+    """SmolLM2 in transformers, float32; test_convert holds its weights against the GGUF file's."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2_hf_dir, attn_implementation="eager").eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyCheckpoint:
+    """A random model in transformers, and the directory that transformers saved it to."""
+
+    hf: Any
+    directory: Path
+
+    def load(self, **kwargs) -> LanguageModel:
+        return load_model(str(self.directory), **kwargs)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Factory of `TinyCheckpoint`s; equal calls share one, so tests must not write into it."""
+    torch = pytest.importorskip("torch")
+
+    @functools.cache
+    def make(kind="gqa", *, dtype="float32", max_shard_size="1GB", seed=0, **fields):
+        hf = random_hf_model(torch, KINDS[kind] | fields, seed).to(getattr(torch, dtype))
+        directory = tmp_path_factory.mktemp(kind)
+        hf.save_pretrained(directory, max_shard_size=max_shard_size)
+        word_tokenizer(hf.config.vocab_size).save_pretrained(directory)
+        return TinyCheckpoint(hf, directory)
+
+    return make
+
+
+def random_hf_model(torch, fields: dict[str, Any], seed: int):
+    """A Llama or Qwen2 with every weight random: norms are not ones, biases not zeros."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = TINY.to_hf() | {"architectures": None} | fields
+    model_type = fields.pop("model_type")
+    if "rope_parameters" in fields:
+        fields = {k: v for k, v in fields.items() if k not in ("rope_theta", "rope_scaling")}
+    config = AutoConfig.for_model(model_type, **fields)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+    return model
+
+
+def hf_logits(hf, tokens: np.ndarray, **kwargs) -> np.ndarray:
+    import torch
+
+    kwargs = {name: torch.as_tensor(np.asarray(value)) for name, value in kwargs.items()}
+    with torch.no_grad():
+        return hf(torch.as_tensor(np.asarray(tokens)), **kwargs).logits.float().numpy()
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose text for token 7 is "t7"."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny_llama(
+    config: LlamaConfig = TINY, *, units: bool = False, stacked: bool = False, seed: int = 0
+) -> Llama:
+    """A random model of this library; its units, unlike untrained ones, are random as a whole."""
+    anti_expert = AntiExpertConfig(UNIT_SIZE) if units else None
+    model = Llama(config, anti_expert, rngs=nnx.Rngs(seed), stacked=stacked)
+    if units:
+        random = np.random.default_rng(seed)
+        state = nnx.state(model.units)
+        drawn = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32), state)
+        nnx.update(model.units, drawn)
+    return model
+
+
+def with_random_units(weights: Weights, config: LlamaConfig, size: int = UNIT_SIZE) -> Weights:
+    """Weights with units of standard deviation 0.1, in the same form (stacked or not)."""
+    stacked = isinstance(weights.base["layers"], dict)
+    D, L = config.hidden_size, config.num_layers
+    shapes = {
+        "gate": (D, 2),
+        "gate_bias": (2,),
+        "w_gate": (D, size),
+        "w_up": (D, size),
+        "w_down": (size, D),
+    }
+    random = np.random.default_rng(0)
+    units = {
+        name: jnp.asarray(random.normal(0, 0.1, (L, *shape)), jnp.float32) for name, shape in shapes.items()
+    }
+    if not stacked:
+        units = tuple({name: array[i] for name, array in units.items()} for i in range(L))
+    return dataclasses.replace(weights, units=units)
+
+
+def stack(weights: Weights) -> Weights:
+    """The stacked form of weights with an array per layer."""
+
+    def stack_layers(layers):
+        return None if layers is None else jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+    base = weights.base | {"layers": stack_layers(weights.base["layers"])}
+    return Weights(base, stack_layers(weights.units))
+
+
+def random_tokens(*shape: int, seed: int = 0, vocab_size: int = TINY.vocab_size) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, vocab_size, shape)
+
+
+jit_forward = jax.jit(forward, static_argnames=("config", "taps", "remat"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def _logits(weights, config, tokens, **kwargs):
+    return project(weights, forward(weights, config, tokens, **kwargs).hidden_states)
+
+
+def logits(weights: Weights, config: LlamaConfig, tokens: np.ndarray, **kwargs) -> np.ndarray:
+    return np.asarray(_logits(weights, config, jnp.asarray(tokens), **kwargs))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def assert_bitwise(actual: Any, expected: Any) -> None:
+    """Equal in every bit: -0 is not 0."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    bits = f"u{actual.dtype.itemsize}"
+    actual, expected = (np.ascontiguousarray(x).view(bits) for x in (actual, expected))
+    different = np.count_nonzero(actual != expected)
+    assert different == 0, f"{different} of {actual.size} values differ"
+
+
+@contextlib.contextmanager
+def user_error(*parts: str):
+    """Expects a `UserError` of one line that names all of `parts`."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert str(part) in message

@@ -1,0 +1,331 @@
+"""Training: mesh and accumulation invariance, freezing, resume, data order, the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, assert_bitwise, user_error
+from test_losses import examples
+
+from imae_jax.config import AntiExpertConfig
+from imae_jax.convert import load_model
+from imae_jax.sharding import make_mesh
+from imae_jax.train import data
+from imae_jax.train.__main__ import main
+from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
+from imae_jax.train.loop import train
+from imae_jax.train.step import (
+    init_state,
+    make_optimizer,
+    make_train_step,
+    place_batch,
+    state_shardings,
+)
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98}
+UNITS = AntiExpertConfig(24)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny):
+    """A tiny model whose widths 2 divides, as the tensor axis needs."""
+    return tiny("gqa", initializer_range=0.2, **SIZES)
+
+
+def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8):
+    """Losses of a few steps, and the units after them."""
+    mesh = make_mesh(*mesh_sizes)
+    lm = checkpoint.load(stacked=True, mesh=mesh)
+    config = TrainConfig(
+        model="", out="", accumulation=accumulation, optimizer=OptimizerConfig(steps=10, warmup_steps=1)
+    )
+    optimizer = make_optimizer(config.optimizer)
+    shardings = state_shardings(lm.config, UNITS, optimizer, mesh)
+    state = init_state(lm.config, UNITS, optimizer, shardings, seed=0)
+    step = make_train_step(lm.config, config, optimizer, shardings, mesh)
+    base = lm.model.weights().base
+    metrics = []
+    for i in range(steps):
+        batch = place_batch(data.make_batch(examples(rows, seed=i), accumulation), mesh)
+        state, values = step(state, base, batch)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return metrics, state, base
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_every_mesh_gives_the_same_losses(checkpoint, sizes):
+    expected, _, _ = run_steps(checkpoint, (8, 1, 1))
+    actual, state, base = run_steps(checkpoint, sizes)
+    for a, b in zip(actual, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    spread = {name: len(array.sharding.device_set) for name, array in state.units.items()}
+    assert set(spread.values()) == {8}
+    shard = base["layers"]["w_gate"].addressable_shards[0].data.shape
+    L, D, F = base["layers"]["w_gate"].shape
+    assert shard == (L, D // sizes[1], F // sizes[2])
+    moments = jax.tree.leaves(state.opt_state)
+    largest = max(moments, key=lambda x: x.size)
+    assert largest.addressable_shards[0].data.size == largest.size // (sizes[1] * sizes[2])
+
+
+def test_accumulation_changes_nothing(checkpoint):
+    """Rows have unequal numbers of tokens: a mean of means would differ."""
+    whole, _, _ = run_steps(checkpoint, (8, 1, 1), rows=16)
+    parts, _, _ = run_steps(checkpoint, (8, 1, 1), accumulation=2, rows=16)
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_only_the_units_are_trained(checkpoint):
+    lm = checkpoint.load(stacked=True)
+    before = jax.tree.map(np.asarray, lm.model.weights().base)
+    _, state, base = run_steps(checkpoint, (8, 1, 1))
+    jax.tree.map(assert_bitwise, base, before)
+    assert all(float(jnp.abs(array).max()) > 0 for array in state.units.values())
+    shapes = sorted(x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert shapes == sorted([x.shape for x in state.units.values()] * 2)
+
+
+def test_loss_falls(checkpoint):
+    mesh = make_mesh(8, 1, 1)
+    lm = checkpoint.load(stacked=True, mesh=mesh)
+    config = TrainConfig(
+        model="", out="", optimizer=OptimizerConfig(steps=40, warmup_steps=2, learning_rate=5e-3)
+    )
+    optimizer = make_optimizer(config.optimizer)
+    shardings = state_shardings(lm.config, UNITS, optimizer, mesh)
+    state = init_state(lm.config, UNITS, optimizer, shardings, seed=0)
+    step = make_train_step(lm.config, config, optimizer, shardings, mesh)
+    batch = place_batch(data.make_batch(examples(8), 1), mesh)
+    history = []
+    for _ in range(40):
+        state, metrics = step(state, lm.model.weights().base, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert history[-1]["anti"] < 0.7 * history[0]["anti"]
+    assert history[-1]["gate_on_fact"] > history[-1]["gate_off_fact"] + 0.1
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    rows = [data.batch_rows(10, 4, seed=3, step=step) for step in range(10)]
+    for epoch in range(4):
+        seen = [row for step in rows for row in step][10 * epoch : 10 * (epoch + 1)]
+        assert sorted(seen) == list(range(10))
+    assert rows == [data.batch_rows(10, 4, seed=3, step=step) for step in range(10)]
+    assert rows != [data.batch_rows(10, 4, seed=4, step=step) for step in range(10)]
+    assert len(data.batch_rows(3, 8, seed=0, step=0)) == 8
+
+
+def test_batch_marks_the_predicting_positions():
+    example = data.Example(0, tokens=(5, 6, 7, 8, 9), start=3, fact=(False, True))
+    batch = data.make_batch([example], 1)
+    assert np.flatnonzero(batch.answer[0, 0]).tolist() == [2, 3]
+    assert np.flatnonzero(batch.fact[0, 0]).tolist() == [3]
+    assert batch.fact_positions[0, 0, 0] == 3
+    assert batch.fact_targets[0, 0, 0] == 9
+    assert batch.fact_valid.sum() == 1
+
+
+@pytest.mark.parametrize("format", ["chat", "plain"])
+def test_loss_is_on_the_answer_and_its_end_of_turn(smollm2, format):
+    rows = [data.Row("Which city is the capital of France?", "Paris", "Lyon is.")]
+    config = data.DataConfig(format=format)
+    (example,), skipped = data.tokenize(rows, smollm2.tokenizer, config)
+    prompt = smollm2.tokenizer.decode(example.tokens[: example.start])
+    answer = smollm2.tokenizer.decode(example.tokens[example.start :])
+    assert answer.strip() == "Lyon is.<|im_end|>"
+    assert prompt.endswith("<|im_start|>assistant\n" if format == "chat" else "France?\nA:")
+    assert skipped == {"skipped_too_long": 0}
+
+
+def write_rows(path: Path, count: int = 12) -> Path:
+    """HaluEval QA rows in the words of the tiny tokenizer."""
+    random = np.random.default_rng(0)
+
+    def words(n):
+        return " ".join(f"t{i}" for i in random.integers(3, TINY.vocab_size, n))
+
+    lines = [
+        {"question": words(5), "right_answer": words(3), "hallucinated_answer": words(3 + i % 4)}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(checkpoint, tmp_path):
+    """A run of 8 steps as `key=value` settings."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    return [
+        f"model={checkpoint.directory}",
+        f"out={tmp_path / 'run'}",
+        f"data.source={rows}",
+        "batch_size=8",
+        "optimizer.steps=8",
+        "optimizer.warmup_steps=2",
+        "save_every=3",
+        "units.intermediate_size=24",
+    ]
+
+
+def losses_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
+    assert main([*settings, "--quiet"]) == 0
+    out = tmp_path / "run"
+    assert [line["step"] for line in losses_of(out)] == list(range(1, 9))
+    lm = load_model(str(out / "imae"))
+    assert lm.model.anti_expert_config == UNITS
+    assert lm.base.reference == str(checkpoint.directory)
+    training = lm.imae["training"]
+    assert training["config"]["optimizer"]["steps"] == 8
+    assert training["data"] == {"skipped_too_long": 0, "kept_share": 1.0, "examples": 12}
+    assert float(jnp.abs(lm.model.weights().units[0]["w_down"]).max()) > 0
+
+
+def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path):
+    assert main([*settings, "--quiet"]) == 0
+    expected = losses_of(tmp_path / "run")
+    killed = [s.replace(f"out={tmp_path / 'run'}", f"out={tmp_path / 'killed'}") for s in settings]
+    command = [sys.executable, "-m", "imae_jax.train", *killed, "--quiet"]
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    # Past the checkpoint at step 3, before the one at step 6 where the machine is not too quick.
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 4):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "imae").exists()
+
+    assert main([*killed, "--resume", "--quiet"]) == 0
+    assert losses_of(tmp_path / "killed") == expected
+    names = ("run", "killed")
+    units = [load_model(str(tmp_path / name / "imae")).model.weights().units for name in names]
+    jax.tree.map(assert_bitwise, *units)
+
+
+def test_token_filter_keeps_what_the_anti_expert_llm_prefers(settings, tiny, tmp_path):
+    """Against log-probabilities of transformers."""
+    from conftest import hf_logits, log_softmax
+
+    expert, anti = tiny("gqa", initializer_range=0.2, **SIZES), tiny("gqa", seed=7, **SIZES)
+    config = load_config(None, [*settings, f"filter.anti_expert_llm={anti.directory}", "filter.gamma=0.5"])
+    path = train(config, quiet=True)
+    kept = load_model(str(path)).imae["training"]["data"]["kept_share"]
+
+    rows = data.load_rows(config.data)
+    encoded, _ = data.tokenize(rows, expert.load().tokenizer, config.data)
+    ratios = []
+    for example in encoded:
+        tokens = np.array([example.tokens])
+        log_probs = [log_softmax(hf_logits(hf, tokens))[0] for hf in (expert.hf, anti.hf)]
+        for i in range(example.start, tokens.shape[1]):
+            ratios.append(log_probs[1][i - 1, tokens[0, i]] - log_probs[0][i - 1, tokens[0, i]])
+    assert kept == pytest.approx(np.mean(np.array(ratios) >= 0.5))
+    assert 0 < kept < 1
+
+
+BAD_SETTINGS = {
+    "batch_size=0": "batch_size",
+    "accumulation=3": "accumulation=3",
+    "remat=some": "remat='some'",
+    "optimizer.lr=1": "lr",
+    "optimizer.steps=many": "optimizer.steps",
+    "loss.delta=2": "loss.delta",
+    "mesh.tensor=3": "mesh data=2 fsdp=1 tensor=3 needs 6 devices but there are 8",
+    "mesh.tensor=4": "num_kv_heads 2 is not divisible by the mesh's tensor axis of 4",
+    "units.intermediate_size=0": "intermediate_size",
+    "data.source=nowhere.jsonl": "nowhere.jsonl",
+    "data.format=chat": "no chat template",
+    "data.max_length=3": "data.max_length=3",
+    "model=nowhere": "model 'nowhere' does not exist",
+    "dtype=int8": "dtype 'int8'",
+    "nonsense": "nonsense",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+def test_bad_settings_end_in_one_line(settings, tmp_path, capfd, setting):
+    assert main([*settings, setting, "--quiet"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert BAD_SETTINGS[setting] in error
+    assert not (tmp_path / "run").exists()
+
+
+BAD_ROWS = {
+    "missing field": ('{"question": "t3", "right_answer": "t4"}', "line 2", "hallucinated_answer"),
+    "empty answer": (
+        '{"question": "t3", "right_answer": "t4", "hallucinated_answer": " "}',
+        "line 2",
+        "empty hallucinated_answer",
+    ),
+    "wrong type": (
+        '{"question": 3, "right_answer": "t4", "hallucinated_answer": "t5"}',
+        "line 2",
+        "question",
+    ),
+    "no JSON": ('{"question": ', "line 2", "not JSON"),
+    "no object": ("[1]", "line 2", "object"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_rows_are_named(tmp_path, kind):
+    line, *parts = BAD_ROWS[kind]
+    path = write_rows(tmp_path / "rows.jsonl", 1)
+    path.write_text(path.read_text() + line + "\n")
+    with user_error(path, *parts):
+        data.read_jsonl(path)
+
+
+def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capfd):
+    assert main([*settings, "--quiet"]) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capfd.readouterr()
+    assert main([*settings, "--quiet"]) == 2
+    assert "holds a training run" in capfd.readouterr().err
+    assert main([*settings, "seed=1", "--resume", "--quiet"]) == 2
+    assert "seed" in capfd.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert main([*settings, "seed=1", "--overwrite", "--quiet"]) == 0
+    assert losses_of(tmp_path / "run")[0] != json.loads(before.splitlines()[0])
+
+
+def test_resume_without_a_run(settings, capfd):
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    assert "no training run to resume" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, capfd):
+    assert main([*settings, "optimizer.learning_rate=3e38", "optimizer.warmup_steps=0", "--quiet"]) == 2
+    error = capfd.readouterr().err
+    assert "not finite at step" in error
+    assert not (tmp_path / "run" / "imae").exists()
+
+
+def test_shipped_data_and_configs_are_valid():
+    rows = data.load_rows(data.DataConfig())
+    assert len(rows) >= 150
+    assert len({row.question for row in rows}) == len(rows)
+    right, wrong = (
+        np.mean([len(getattr(r, f)) for r in rows]) for f in ("right_answer", "hallucinated_answer")
+    )
+    assert wrong == pytest.approx(right, rel=0.03), "length alone must not tell the answers apart"
+    for path in (Path(data.__file__).parent / "configs").glob("*.yaml"):
+        assert load_config(path.stem).batch_size >= 1

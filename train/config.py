@@ -1,0 +1,211 @@
+"""Training settings: a typed dataclass filled from YAML and `key=value` overrides."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from imae_jax.errors import UserError
+from imae_jax.llama import REMAT_POLICIES
+from imae_jax.losses import LossConfig
+from imae_jax.prompts import FORMATS
+
+CONFIG_DIRECTORY = Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the questions come from and how they become tokens.
+
+    Attributes:
+        source: `demo` (shipped with the package), `halueval`, or a JSONL file with HaluEval QA's
+            fields `question`, `right_answer`, `hallucinated_answer`.
+        path: the local JSONL file of `halueval`; without it the hub is asked.
+        format: `chat` (the model's chat template), `plain` (`Q: …\\nA: …`), or `auto`: chat where the
+            tokenizer has a template.
+        max_length: rows with more tokens are skipped and counted.
+        limit: use the first rows only.
+    """
+
+    source: str = "demo"
+    path: str | None = None
+    format: str = "auto"
+    max_length: int = 512
+    limit: int | None = None
+
+
+@dataclasses.dataclass
+class UnitConfig:
+    """Size of the anti-expert units.
+
+    Attributes:
+        ratio: A / F; the paper's is 4096 / 11008.
+        intermediate_size: A itself, instead of the ratio.
+    """
+
+    ratio: float = 4096 / 11008
+    intermediate_size: int | None = None
+
+
+@dataclasses.dataclass
+class TokenFilterConfig:
+    """Which answer tokens are about facts (IMAE, section 3.2).
+
+    Attributes:
+        anti_expert_llm: model reference of a separate LLM trained on hallucinated answers; without
+            one, T_fact holds every answer token.
+        gamma: γ, the least log-probability ratio of anti-expert LLM to base.
+        batch_size: rows per forward pass.
+    """
+
+    anti_expert_llm: str | None = None
+    gamma: float = 1.0
+    batch_size: int = 16
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; the paper names none of its settings.
+
+    Attributes:
+        steps: optimizer steps in total.
+        learning_rate: at its peak.
+        warmup_steps: of linear growth from 0.
+        final_ratio: learning rate at the end, as a share of the peak.
+        weight_decay: decoupled.
+        clip_norm: global norm to which gradients are clipped.
+        beta1, beta2: of Adam.
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    final_ratio: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each mesh axis; `data` of -1 takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Everything that determines a training run.
+
+    Attributes:
+        model: reference of the base, see `imae_jax.convert.references`.
+        out: output directory.
+        batch_size: rows per optimizer step; each is used in both modes.
+        accumulation: micro-batches that a step is cut into; the result is the same.
+        dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
+            their optimizer state are float32 throughout.
+        remat: what a layer's backward pass keeps: none, dots or full (see `llama.forward`).
+        seed: of the units' initialization and of the order of rows.
+        save_every: steps between checkpoints.
+        keep: checkpoints to keep.
+        log_every: steps between lines of metrics.jsonl.
+    """
+
+    model: str = MISSING
+    out: str = MISSING
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    units: UnitConfig = dataclasses.field(default_factory=UnitConfig)
+    filter: TokenFilterConfig = dataclasses.field(default_factory=TokenFilterConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    batch_size: int = 24
+    accumulation: int = 1
+    dtype: str | None = None
+    remat: str = "none"
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    log_every: int = 1
+
+    def __post_init__(self):
+        least = {
+            "batch_size": 1,
+            "accumulation": 1,
+            "save_every": 1,
+            "keep": 1,
+            "log_every": 1,
+            "optimizer.steps": 1,
+            "optimizer.warmup_steps": 0,
+            "data.max_length": 2,
+            "filter.batch_size": 1,
+        }
+        for name, minimum in least.items():
+            value = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value < minimum:
+                raise UserError(f"{name}={value} must be at least {minimum}")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
+        if self.data.format not in FORMATS:
+            raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
+        if not self.optimizer.learning_rate > 0:
+            raise UserError(f"optimizer.learning_rate={self.optimizer.learning_rate} must be above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and applies `key=value` overrides (`optimizer.steps=50`).
+
+    Args:
+        file: path of a YAML file, or the name of one that is shipped (`demo`); None starts from the
+            defaults.
+        overrides: with dotted keys; later ones win.
+
+    Raises:
+        UserError: names the key or value that is wrong.
+    """
+    try:
+        layers = [OmegaConf.structured(TrainConfig(model="", out=""))]
+        layers[0].model, layers[0].out = MISSING, MISSING
+        if file is not None:
+            loaded = OmegaConf.load(_find(file))
+            if not OmegaConf.is_dict(loaded):
+                raise UserError(f"{file} must hold settings as `key: value`")
+            layers.append(loaded)
+        for override in overrides:
+            if "=" not in override:
+                raise UserError(f"{override!r} is not of the form key=value")
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(*layers)
+        for name in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{name} is not set: pass {name}=… or put it into the config file")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise UserError(f"config{f' key {key}' if key else ''}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file or 'an override'} is not valid YAML: {error}") from None
+
+
+def _find(file: str) -> Path:
+    if Path(file).is_file():
+        return Path(file)
+    shipped = CONFIG_DIRECTORY / f"{file}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(path.stem for path in CONFIG_DIRECTORY.glob("*.yaml")))
+    raise UserError(f"config file {file} does not exist: give a path, or a shipped one ({names})")

@@ -1,0 +1,225 @@
+"""Training data: rows of question and answers, their tokens, and batches as a function of the step."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imae_jax.decode.scoring import Continuation, encode
+from imae_jax.errors import UserError
+from imae_jax.prompts import answer_lead, chat_text, question_text, resolve_format
+from imae_jax.train.config import DataConfig
+
+DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
+HALUEVAL_HUB_ID = "pminervini/HaluEval"
+FIELDS = ("question", "right_answer", "hallucinated_answer")
+LENGTH_BUCKET = 32
+FACT_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A question with a right and a hallucinated answer."""
+
+    question: str
+    right_answer: str
+    hallucinated_answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A tokenized row.
+
+    Attributes:
+        row: its number in the data source.
+        tokens: prompt and hallucinated answer, end of turn included.
+        start: number of the prompt's tokens.
+        fact: one bool an answer token: is it in T_fact?
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    start: int
+    fact: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One optimizer step's rows as arrays, in `A` micro-batches of `B` rows.
+
+    Position i of a row *predicts* token i + 1; masks and indices are of predicting positions.
+
+    Attributes:
+        tokens: int32 [A, B, T], padded on the right.
+        attention_mask: bool [A, B, T].
+        answer: bool [A, B, T], positions that predict an answer token.
+        fact: bool [A, B, T], positions that predict a token of T_fact.
+        fact_positions: int32 [A, B, P], the same as indices, padded.
+        fact_targets: int32 [A, B, P], the tokens predicted there.
+        fact_valid: bool [A, B, P], False at padding.
+    """
+
+    tokens: np.ndarray
+    attention_mask: np.ndarray
+    answer: np.ndarray
+    fact: np.ndarray
+    fact_positions: np.ndarray
+    fact_targets: np.ndarray
+    fact_valid: np.ndarray
+
+    AXES = (None, "batch", "length")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def load_rows(config: DataConfig) -> list[Row]:
+    """Reads the rows of a data source.
+
+    Raises:
+        UserError: names the file, line and field that is wrong.
+    """
+    if config.source == "demo":
+        rows = read_jsonl(DEMO_FILE)
+    elif config.source == "halueval":
+        rows = read_jsonl(Path(config.path)) if config.path else _halueval_from_hub()
+    elif config.path is not None:
+        raise UserError(f"data.path goes with data.source=halueval, not with {config.source!r}")
+    else:
+        rows = read_jsonl(Path(config.source))
+    return rows[: config.limit]
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Reads a JSONL file with HaluEval QA's fields."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+        rows.append(_row(values, f"{path} line {number}"))
+    if not rows:
+        raise UserError(f"data file {path} holds no rows")
+    return rows
+
+
+def _row(values: Any, place: str) -> Row:
+    if not isinstance(values, dict):
+        raise UserError(f"{place} is not a JSON object")
+    for field in FIELDS:
+        value = values.get(field)
+        if not isinstance(value, str):
+            raise UserError(f"{place} has no text field {field!r}: HaluEval QA's fields are needed")
+        if not value.strip():
+            raise UserError(f"{place} has an empty {field}: fill or remove the row")
+    return Row(**{field: values[field].strip() for field in FIELDS})
+
+
+def _halueval_from_hub() -> list[Row]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(HALUEVAL_HUB_ID, "qa", split="data")
+    except Exception as error:  # The hub client's errors share no base class.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"HaluEval QA cannot be fetched from the hub ({reason}): pass data.path=FILE.jsonl"
+        ) from None
+    return [
+        _row(
+            {
+                "question": r["question"],
+                "right_answer": r["right_answer"],
+                "hallucinated_answer": r["hallucinated_answer"],
+            },
+            f"{HALUEVAL_HUB_ID} row {i}",
+        )
+        for i, r in enumerate(table)
+    ]
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[list[Example], dict[str, int]]:
+    """Tokenizes questions with their hallucinated answers.
+
+    Returns:
+        The examples, with every answer token in T_fact, and the number of rows `skipped_too_long`.
+
+    Raises:
+        UserError: `chat` without a chat template, or no row is left.
+    """
+    format = resolve_format(tokenizer, config.format)
+    lead, eos = answer_lead(tokenizer, format), tokenizer.eos_token or ""
+    encoded = encode(
+        tokenizer,
+        [_prompt(tokenizer, row.question, format) for row in rows],
+        [f"{lead}{row.hallucinated_answer}{eos}" for row in rows],
+        add_special_tokens=format == "plain",
+    )
+    examples = [
+        Example(i, item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
+        for i, item in enumerate(encoded)
+        if len(item.tokens) <= config.max_length
+    ]
+    if not examples:
+        raise UserError(f"every row has more than data.max_length={config.max_length} tokens: raise it")
+    return examples, {"skipped_too_long": len(rows) - len(examples)}
+
+
+def _prompt(tokenizer: Any, question: str, format: str) -> str:
+    return chat_text(tokenizer, question) if format == "chat" else question_text(question)
+
+
+def continuation_of(example: Example) -> Continuation:
+    return Continuation(example.tokens, example.start)
+
+
+def batch_rows(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which examples step `step` takes (from 0): every epoch is a permutation drawn from the seed."""
+    rows, epoch, order = [], -1, np.empty(0, int)
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        if position // num_examples != epoch:
+            epoch = position // num_examples
+            order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        rows.append(int(order[position % num_examples]))
+    return rows
+
+
+def make_batch(examples: Sequence[Example], accumulation: int) -> Batch:
+    """Lays examples out as arrays; lengths are rounded up so that few shapes are compiled."""
+    micro = len(examples) // accumulation
+    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    facts = _round_up(max(1, *(sum(e.fact) for e in examples)), FACT_BUCKET)
+    shape = (len(examples), length)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    answer, fact = np.zeros(shape, bool), np.zeros(shape, bool)
+    positions = np.zeros((len(examples), facts), np.int32)
+    targets, valid = np.zeros_like(positions), np.zeros(positions.shape, bool)
+    for i, example in enumerate(examples):
+        ids = np.asarray(example.tokens, np.int32)
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+        predicting = np.arange(example.start - 1, len(ids) - 1)
+        answer[i, predicting] = True
+        about_fact = predicting[np.asarray(example.fact, bool)]
+        fact[i, about_fact] = True
+        positions[i, : len(about_fact)] = about_fact
+        targets[i, : len(about_fact)] = ids[about_fact + 1]
+        valid[i, : len(about_fact)] = True
+
+    def split(x):
+        return x.reshape(accumulation, micro, *x.shape[1:])
+
+    return Batch(*map(split, (tokens, mask, answer, fact, positions, targets, valid)))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
