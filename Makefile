@@ -27,8 +27,8 @@ demo: .venv/run
 	$(BIN)/python -m imae_jax.evaluate.truthfulqa --model out/demo/train/imae --data demo \
 	  --methods base,expert,anti-expert,in-model-contrast --out out/demo/truthfulqa --overwrite
 	$(BIN)/python -m imae_jax.evaluate.report out/demo/train out/demo/truthfulqa --out out/demo/report --overwrite
-	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --max-new-tokens 40 \
-	  --prompt "Q: What happens to the Great Wall of China when it is seen from the Moon?"$$'\n'"A:"
+	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --format plain \
+	  --prompt "Which planet is closest to the Sun?" --max-new-tokens 32
 
 test: .venv/test
 	$(BIN)/python -m pytest

@@ -183,7 +183,9 @@ class GGUFSource:
             token_id = self._get(f"tokenizer.ggml.{key}_token_id")
             if token_id is not None and 0 <= token_id < len(tokens):
                 special[f"{name}_token"] = tokens[token_id]
-        adds_bos = self._get("tokenizer.ggml.add_bos_token", model == "llama")
+        # Files that do not say: llama.cpp adds BOS to SentencePiece models and to Llama 3.
+        unsaid = model == "llama" or self._get("tokenizer.ggml.pre") == "llama-bpe"
+        adds_bos = self._get("tokenizer.ggml.add_bos_token", unsaid)
         if adds_bos and "bos_token" in special:
             bos = special["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(

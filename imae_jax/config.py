@@ -181,7 +181,9 @@ class LlamaConfig:
                 mlp_bias=bool(hf.get("mlp_bias", False)),
                 initializer_range=float(hf.get("initializer_range", 0.02)),
             )
-        except (TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the model's config holds a value of a wrong type: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
@@ -193,6 +195,11 @@ class LlamaConfig:
             raise UserError(
                 "a bias on o_proj alone has no HuggingFace config: transformers' attention_bias "
                 "means q, k, v and o together"
+            )
+        if qwen2 and self.mlp_bias:
+            raise UserError(
+                "biases on q, k, v and the MLP but not on o_proj have no HuggingFace config: "
+                "transformers' Qwen2 has none on the MLP, its Llama has them on all of q, k, v and o"
             )
         hf = {
             "model_type": "qwen2" if qwen2 else "llama",

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="METHODS",
         help="several methods side by side (default: base,expert)",
     )
-    parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+    parser.add_argument(
+        "--format",
+        default="raw",
+        help="raw continues the prompt as it is, plain wraps it as a question (Q: …, A:), chat in the "
+        "model's chat template (default: raw)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
@@ -47,44 +52,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     runtime.set_up()
     from imae_jax.convert import load_model
-    from imae_jax.decode import Sampler, generate
-    from imae_jax.decode.methods import parse_method, split_methods
-    from imae_jax.prompts import chat_text, resolve_format
+    from imae_jax.decode import Sampler, parse_method, split_methods
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     names = split_methods(args.compare) if args.compare else [args.mode]
-    methods = [None if name is None else parse_method(name) for name in names]
+    methods = [parse_method(name) for name in names if name is not None]
     lm = load_model(args.model, dtype=args.dtype)
-    if methods == [None]:
+    if not methods:
         methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
-    texts = args.prompt
-    if args.chat:
-        resolve_format(lm.tokenizer, "chat")
-        texts = [chat_text(lm.tokenizer, text) for text in texts]
-    prompts = lm.tokenizer(texts, add_special_tokens=not args.chat)["input_ids"]
 
     columns, notes = [], []
     for method in methods:
         start = time.perf_counter()
-        rows = generate(
-            lm.model,
-            lm.config,
-            prompts,
-            method=method,
-            sampler=sampler,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_ids=lm.eos_token_ids,
-            seed=args.seed,
+        columns.append(
+            lm.generate(
+                args.prompt,
+                method,
+                format=args.format,
+                sampler=sampler,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
+            )
         )
-        seconds, count = time.perf_counter() - start, sum(map(len, rows))
-        notes.append(f"{method.name}: {count} tokens in {seconds:.1f} s")
-        columns.append([lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+        notes.append(f"{method.name}: {time.perf_counter() - start:.1f} s")
     if args.compare is not None:
         _print_side_by_side(args.prompt, [method.name for method in methods], columns)
     else:
         for prompt, text in zip(args.prompt, columns[0], strict=True):
-            print(text if args.chat else prompt + text)
-    print("; ".join(notes) + " (compilation included)", file=sys.stderr)
+            print(prompt + text if args.format == "raw" else text.strip())
+    print(", ".join(notes) + ", compilation included", file=sys.stderr)
 
 
 def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list[str]]) -> None:

@@ -23,6 +23,20 @@ def resolve_format(tokenizer: Any, format: str) -> str:
     return format
 
 
+def render(tokenizer: Any, text: str, format: str) -> str:
+    """The prompt for a question or message: `raw` as it is, `plain` as `Q: …\\nA:`, or `chat`."""
+    if format == "raw":
+        return text
+    if resolve_format(tokenizer, format) == "chat":
+        return chat_text(tokenizer, text)
+    return question_text(text)
+
+
+def adds_special_tokens(format: str) -> bool:
+    """Whether the tokenizer may add its own (BOS): a chat template holds them already."""
+    return format != "chat"
+
+
 def question_text(question: str) -> str:
     """`Q: …` and the `A:` that its answer follows after a space."""
     return f"Q: {question}\nA:"

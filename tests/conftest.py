@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,9 @@ def tiny(tmp_path_factory):
 
     @functools.cache
     def make(kind="gqa", *, dtype="float32", max_shard_size="1GB", seed=0, **fields):
-        hf = random_hf_model(torch, KINDS[kind] | fields, seed).to(getattr(torch, dtype))
+        hf = random_hf_model(torch, KINDS[kind] | fields, seed)
+        for parameter in hf.parameters():  # not `hf.to`, which casts RoPE's frequencies as well
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         directory = tmp_path_factory.mktemp(kind)
         hf.save_pretrained(directory, max_shard_size=max_shard_size)
         word_tokenizer(hf.config.vocab_size).save_pretrained(directory)
@@ -186,15 +190,17 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def tiny_llama(
     config: LlamaConfig = TINY, *, units: bool = False, stacked: bool = False, seed: int = 0
 ) -> Llama:
-    """A random model of this library; its units, unlike untrained ones, are random as a whole."""
+    """A model of this library with every weight random, its units' too."""
     anti_expert = AntiExpertConfig(UNIT_SIZE) if units else None
-    model = Llama(config, anti_expert, rngs=nnx.Rngs(seed), stacked=stacked)
-    if units:
-        random = np.random.default_rng(seed)
-        state = nnx.state(model.units)
-        drawn = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32), state)
-        nnx.update(model.units, drawn)
-    return model
+    shapes = nnx.eval_shape(lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=stacked))
+    graphdef, state = nnx.split(shapes)
+    random = np.random.default_rng(seed)
+
+    def draw(path, x):
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(random.normal(mean, 0.3, x.shape), x.dtype)
+
+    return nnx.merge(graphdef, jax.tree.map_with_path(draw, state))
 
 
 def with_random_units(weights: Weights, config: LlamaConfig, size: int = UNIT_SIZE) -> Weights:
@@ -269,3 +275,10 @@ def user_error(*parts: str):
     assert len(message.splitlines()) == 1
     for part in parts:
         assert str(part) in message
+
+
+def run_python(arguments, directory: Path) -> subprocess.CompletedProcess:
+    """Runs Python as a user would: on the machine's own devices."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from imae_jax.decode.scoring import Continuation, encode
 from imae_jax.errors import UserError
-from imae_jax.prompts import answer_lead, chat_text, question_text, resolve_format
+from imae_jax.prompts import adds_special_tokens, answer_lead, render, resolve_format
 from imae_jax.train.config import DataConfig
 
 DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
@@ -161,9 +161,9 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[l
     lead, eos = answer_lead(tokenizer, format), tokenizer.eos_token or ""
     encoded = encode(
         tokenizer,
-        [_prompt(tokenizer, row.question, format) for row in rows],
+        [render(tokenizer, row.question, format) for row in rows],
         [f"{lead}{row.hallucinated_answer}{eos}" for row in rows],
-        add_special_tokens=format == "plain",
+        add_special_tokens=adds_special_tokens(format),
     )
     examples = [
         Example(i, item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
@@ -173,10 +173,6 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[l
     if not examples:
         raise UserError(f"every row has more than data.max_length={config.max_length} tokens: raise it")
     return examples, {"skipped_too_long": len(rows) - len(examples)}
-
-
-def _prompt(tokenizer: Any, question: str, format: str) -> str:
-    return chat_text(tokenizer, question) if format == "chat" else question_text(question)
 
 
 def continuation_of(example: Example) -> Continuation:

@@ -22,16 +22,20 @@ REGISTRY: dict[str, type[Method]] = {
 __all__ = ["REGISTRY", "Method", "Stream", "parse_method", "split_methods"]
 
 
-def parse_method(settings: str | Mapping[str, Any]) -> Method:
+def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
     """A method from its name or its settings.
 
     Args:
         settings: `base`, `expert`, `anti-expert`, a number (the strength), a name of `REGISTRY`,
-            `name:key=value,key=value`, or a mapping with the key `name`.
+            `name:key=value,key=value`, a mapping with the key `name`, or a method, returned as it is.
 
     Raises:
         UserError: names the method or setting that does not exist.
     """
+    if isinstance(settings, Method):
+        return settings
+    if isinstance(settings, int | float):
+        return Strength(parse_mode(settings))
     if isinstance(settings, str):
         name, _, rest = settings.strip().partition(":")
         fields = {}

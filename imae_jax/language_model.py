@@ -1,0 +1,127 @@
+"""A loaded model with its tokenizer: text in, text or scores out."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from imae_jax.config import LlamaConfig
+from imae_jax.decode.loop import generate
+from imae_jax.decode.methods import Method, parse_method
+from imae_jax.decode.sampling import Sampler
+from imae_jax.decode.scoring import encode, score
+from imae_jax.llama import Llama
+from imae_jax.prompts import adds_special_tokens, answer_lead, render, resolve_format
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseReference:
+    """Where a base model came from, as an IMAE directory remembers it.
+
+    Attributes:
+        reference: as the user gave it; local paths are absolute.
+        revision: commit of a hub model, else None.
+        fingerprint: SHA-256 over the name, size, first and last MiB of every weight file.
+        dtype: that the base was loaded in.
+    """
+
+    reference: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """What `imae_jax.convert.load_model` returns.
+
+    Attributes:
+        model: the Flax model, with units where the reference has them.
+        tokenizer: a transformers fast tokenizer.
+        eos_token_ids: tokens that end a text.
+        base: where the base came from.
+        imae: `imae_config.json` of an IMAE directory, else None.
+    """
+
+    model: Llama
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    base: BaseReference
+    imae: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        method: str | Method = "base",
+        *,
+        format: str = "raw",
+        sampler: Sampler = Sampler(),
+        max_new_tokens: int = 128,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues texts.
+
+        Args:
+            prompts: texts, questions or messages.
+            method: `expert`, `base`, `anti-expert`, a strength, or any decoding method.
+            format: `raw` continues the text as it is, `plain` wraps it as `Q: …\\nA:`, `chat` in the
+                model's chat template.
+            sampler: greedy by default.
+            max_new_tokens: upper bound per prompt.
+            seed: of the sampler.
+
+        Returns:
+            The new text of every prompt, without special tokens.
+
+        Raises:
+            UserError: a prompt that is empty or too long, or a method that the model cannot run.
+        """
+        texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
+        rows = generate(
+            self.model,
+            self.config,
+            self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"],
+            method=parse_method(method),
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.eos_token_ids,
+            seed=seed,
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def score(
+        self,
+        prompt: str,
+        answers: Sequence[str],
+        method: str | Method = "base",
+        *,
+        format: str = "plain",
+    ) -> list[float]:
+        """Summed scores of answers to a prompt: log-probabilities for the modes of a model.
+
+        Args:
+            prompt: a question (`plain`, `chat`), or a text (`raw`) that each answer continues as it is.
+            answers: what to score.
+            method: as in `generate`.
+            format: as in `generate`.
+
+        Raises:
+            UserError: an answer without tokens, or a method that the model cannot run.
+        """
+        lead = ""
+        if format != "raw":
+            lead = answer_lead(self.tokenizer, resolve_format(self.tokenizer, format))
+        text = render(self.tokenizer, prompt, format)
+        group = encode(
+            self.tokenizer,
+            [text] * len(answers),
+            [lead + answer for answer in answers],
+            add_special_tokens=adds_special_tokens(format),
+        )
+        ((_, scores),) = score(self.model, self.config, [group], parse_method(method))
+        return [float(np.sum(s, dtype=np.float64)) for s in scores]

@@ -1,0 +1,171 @@
+"""The commands as a user runs them, and the package as a user installs it."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMOLLM2, hf_logits, random_tokens, run_python
+
+from imae_jax.convert.__main__ import main as convert
+from imae_jax.generate import main as generate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tiny):
+    return str(tiny("gqa").directory)
+
+
+def output_of(capfd, command, *arguments) -> str:
+    assert command([*map(str, arguments)]) == 0
+    return capfd.readouterr().out
+
+
+def error_of(capfd, command, *arguments) -> str:
+    try:
+        code = command([*map(str, arguments)])
+    except SystemExit as error:  # argparse's own errors
+        code = error.code
+    assert code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_generate_continues_like_transformers(tiny_dir, tiny, capfd):
+    text = output_of(capfd, generate, "--model", tiny_dir, "--prompt", "t5 t6 t7", "--max-new-tokens", 6)
+    tokens = [5, 6, 7]
+    for _ in range(6):
+        tokens.append(int(hf_logits(tiny("gqa").hf, [tokens])[0, -1].argmax()))
+        if tokens[-1] == 2:
+            break
+    words = [f"t{i}" for i in tokens[3:] if i > 2]
+    assert text.replace("t5 t6 t7", "", 1).split() == words
+
+
+def test_generate_is_seeded(tiny_dir, capfd):
+    command = ["--model", tiny_dir, "--prompt", "t5", "--max-new-tokens", 12, "--temperature", 1.5]
+    first = output_of(capfd, generate, *command, "--seed", 1)
+    assert output_of(capfd, generate, *command, "--seed", 1) == first
+    assert output_of(capfd, generate, *command, "--seed", 2) != first
+
+
+def test_compare_shows_every_method(tiny_dir, capfd):
+    text = output_of(
+        capfd, generate, "--model", tiny_dir, "--prompt", "t5", "--compare", "base,0", "--max-new-tokens", 4
+    )
+    assert "prompt" in text
+    assert text.count("base") == 2
+
+
+BAD_GENERATE = {
+    "mode": (["--mode", "truth"], "'truth' does not exist"),
+    "nan": (["--mode", "nan"], "'nan' does not exist"),
+    "no units": (["--mode", "expert"], "needs a model with anti-expert units"),
+    "two ways": (["--mode", "base", "--compare"], "exclude each other"),
+    "context": (["--prompt", " ".join(["t5"] * 80)], "exceed the model's context of 64"),
+    "no tokens": (["--prompt", ""], "is empty"),
+    "too many new": (["--max-new-tokens", "99"], "context of 64"),
+    "none new": (["--max-new-tokens", "0"], "max_new_tokens 0"),
+    "temperature": (["--temperature", "-1"], "temperature -1"),
+    "top_p": (["--top-p", "0"], "top_p 0"),
+    "top_k": (["--top-k", "-3"], "top_k -3"),
+    "format": (["--format", "xml"], "format 'xml'"),
+    "chat": (["--format", "chat"], "no chat template"),
+    "dtype": (["--dtype", "int4"], "dtype 'int4'"),
+    "flag": (["--modes", "base"], "--modes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_generate_errors(tiny_dir, capfd, case):
+    arguments, message = BAD_GENERATE[case]
+    command = ["--model", tiny_dir, "--prompt", "t5", "--max-new-tokens", 8]
+    assert message in error_of(capfd, generate, *command, *arguments)
+
+
+def test_errors_of_a_process_are_one_line_and_code_2(tmp_path):
+    run = run_python(["-m", "imae_jax.generate", "--model", "nowhere", "--prompt", "x"], tmp_path)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == (
+        "error: model 'nowhere' does not exist: give a HuggingFace directory, a GGUF file, a hub id "
+        f"(org/name), an IMAE directory or {SMOLLM2}\n"
+    )
+
+
+def test_export_is_the_same_model_in_transformers(tiny_dir, tiny, tmp_path, capfd):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    out = tmp_path / "hf"
+    output_of(capfd, convert, "export", "--model", tiny_dir, "--out", out, "--max-shard-gb", 1e-5)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    hf = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    tokens = random_tokens(2, 9)
+    np.testing.assert_array_equal(hf_logits(hf, tokens), hf_logits(tiny("gqa").hf, tokens))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("t7 t8")["input_ids"] == [7, 8]
+
+
+def test_export_leaves_nothing_behind_on_errors(tiny_dir, tmp_path, capfd):
+    out = tmp_path / "hf"
+    assert "'nowhere' does not exist" in error_of(
+        capfd, convert, "export", "--model", "nowhere", "--out", out
+    )
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("mine")
+    assert "exists already" in error_of(capfd, convert, "export", "--model", tiny_dir, "--out", out)
+    error_of(capfd, convert, "export", "--model", tiny_dir, "--out", out, "--overwrite")
+    assert out.read_text() == "mine"
+
+
+def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"imae_jax"}
+    for file in ("train/configs/demo.yaml", "train/data/demo.jsonl", "evaluate/data/demo_primer.txt"):
+        assert (site / "imae_jax" / file).is_file()
+    assert {p.relative_to(ROOT).name for p in (ROOT / "convert").glob("*.py")} == {
+        p.name for p in (site / "imae_jax" / "convert").glob("*.py")
+    }
+
+
+@pytest.mark.parametrize("module", ["imae_jax.train", "imae_jax.evaluate.truthfulqa", "imae_jax.convert"])
+def test_commands_run_from_a_checkout_that_is_not_installed(tmp_path, module):
+    """Only the dependencies are importable: what is installed of this project is hidden."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("imae_jax", "convert", "train", "evaluate", "pyproject.toml"):
+        os.symlink(ROOT / name, checkout / name)
+    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
+    script = (
+        f"{hide}; import runpy; sys.argv = ['x', '--help']; runpy.run_module({module!r}, run_name='__main__')"
+    )
+    run = run_python(["-c", script], checkout)
+    assert run.returncode == 0, run.stderr
+    assert module in run.stdout

@@ -1,0 +1,502 @@
+"""The generator, the sampler and the decoding methods."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
+
+from imae_jax.cache import KVCache
+from imae_jax.config import RopeConfig
+from imae_jax.decode import Sampler, generate, parse_method, split_methods, streams
+from imae_jax.decode.loop import stream_tokens
+from imae_jax.decode.methods.contrast import InModelContrast
+from imae_jax.decode.methods.imae import Strength
+
+QUESTIONS = [
+    "Q: What is the capital of France?\nA:",
+    "Q: Why is the sky blue?\nA:",
+    "The three primary colors are",
+    "Once upon a time, in a village by the sea, there lived",
+    "Q: How many legs does a spider have, and how many does an ant have?\nA:",
+]
+CHAT = "Name two planets that are larger than the Earth."
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    chat = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": CHAT}], add_generation_prompt=True, return_dict=True
+    )
+    return [*smollm2.tokenizer(QUESTIONS)["input_ids"], chat["input_ids"]]
+
+
+@pytest.fixture(scope="module")
+def greedy(smollm2, prompts):
+    return generate(
+        smollm2.model,
+        smollm2.config,
+        prompts,
+        max_new_tokens=64,
+        eos_token_ids=smollm2.eos_token_ids,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_units():
+    return tiny_llama(units=True).weights()
+
+
+def tiny_prompts(*lengths):
+    return [random_tokens(n, seed=n).tolist() for n in lengths]
+
+
+# Greedy decoding
+
+
+def hf_generate(hf, prompt, max_new_tokens, eos):
+    import torch
+
+    tokens = torch.tensor([prompt])
+    result = hf.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    return result[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_greedy_decoding_equals_transformers(smollm2, hf_smollm2, prompts, greedy, i):
+    (eos,) = smollm2.eos_token_ids
+    assert greedy[i] == hf_generate(hf_smollm2, prompts[i], 64, eos)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "rope_linear", "rope_llama3", "rope_dynamic"])
+def test_greedy_decoding_of_tiny_models_equals_transformers(tiny, kind):
+    # `dynamic` RoPE changes with every token beyond the context, here from the seventh on.
+    checkpoint = tiny(kind, max_position_embeddings=16) if kind == "rope_dynamic" else tiny(kind)
+    loaded, (prompt,) = checkpoint.load(), tiny_prompts(10)
+    actual = generate(loaded.model, loaded.config, [prompt], max_new_tokens=20, eos_token_ids=(2,))
+    assert actual == [hf_generate(checkpoint.hf, prompt, 20, 2)]
+
+
+def test_a_row_does_not_depend_on_the_batch(smollm2, prompts, greedy):
+    for prompt, expected in zip(prompts, greedy, strict=True):
+        (alone,) = generate(
+            smollm2.model,
+            smollm2.config,
+            [prompt],
+            max_new_tokens=33,
+            eos_token_ids=smollm2.eos_token_ids,
+        )
+        assert alone == expected[:33]
+
+
+def test_padding_on_either_side_gives_the_same_tokens(smollm2, prompts, greedy):
+    right = generate(
+        smollm2.model,
+        smollm2.config,
+        prompts,
+        max_new_tokens=33,
+        eos_token_ids=smollm2.eos_token_ids,
+        padding_side="right",
+    )
+    assert right == [row[:33] for row in greedy]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_do_not_depend_on_padding(tiny_units, side):
+    """Prefill of a padded batch and one step of decoding against whole texts without cache."""
+    prompts = tiny_prompts(3, 17, 9, 24, 1, 12)
+    tokens, mask = np.zeros((6, 32), int), np.zeros((6, 32), bool)
+    for i, prompt in enumerate(prompts):
+        place = slice(32 - len(prompt), None) if side == "left" else slice(len(prompt))
+        tokens[i, place], mask[i, place] = prompt, True
+
+    method = Strength(-1.0)
+    cache = KVCache.empty(TINY, 6, 40, jnp.float32)
+    hidden, cache = streams.run(
+        tiny_units, TINY, method, jnp.asarray(tokens), attention_mask=jnp.asarray(mask), cache=cache
+    )
+    scores = streams.next_scores(tiny_units, method, hidden)
+    step = np.full((6, 1), 7)
+    hidden, _ = streams.run(
+        tiny_units, TINY, method, step, attention_mask=jnp.ones((6, 1), bool), cache=cache
+    )
+    step_scores = streams.next_scores(tiny_units, method, hidden[:, :, 0])
+    for i, prompt in enumerate(prompts):
+        padded = np.asarray([prompt + [7] + [0] * (25 - len(prompt))])
+        real = np.arange(26)[None] <= len(prompt)
+        whole = logits(tiny_units, TINY, padded, attention_mask=real, strength=-1.0)
+        expected = log_softmax(whole[0])
+        last = np.flatnonzero(mask[i])[-1]
+        np.testing.assert_allclose(scores[i, last], expected[len(prompt) - 1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(step_scores[i], expected[len(prompt)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 32])
+@pytest.mark.parametrize("max_new_tokens", [1, 11])
+def test_chunks_do_not_show(tiny_units, chunk_size, max_new_tokens):
+    prompts = tiny_prompts(4, 20)
+    expected = generate(tiny_units, TINY, prompts, max_new_tokens=12, chunk_size=11)
+    actual = generate(tiny_units, TINY, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size)
+    assert [len(row) for row in expected] == [12, 12]
+    assert actual == [row[:max_new_tokens] for row in expected]
+
+
+# End of text
+
+
+def cut(row, eos):
+    ends = [i for i, token in enumerate(row) if token in eos]
+    return row[: ends[0] + 1] if ends else row
+
+
+def test_end_of_text_stops_its_row_alone(tiny_units):
+    def run(eos):
+        return generate(tiny_units, TINY, prompts, max_new_tokens=25, eos_token_ids=eos, chunk_size=8)
+
+    prompts = tiny_prompts(5, 8, 13, 21)
+    free = run(())
+    assert [len(row) for row in free] == [25] * 4
+    # The second call must not run with the first call's ids.
+    for i, j in ((0, 4), (2, 9)):
+        eos = (free[i][j],)
+        stopped = [eos[0] in row for row in free]
+        assert any(stopped)
+        assert not all(stopped)
+        assert run(eos) == [cut(row, eos) for row in free]
+    both = (free[0][4], free[2][9])
+    assert run(both) == [cut(row, both) for row in free]
+
+
+def test_generation_ends_when_all_rows_have(tiny_units):
+    def chunks(eos):
+        return list(
+            stream_tokens(
+                tiny_units,
+                TINY,
+                prompts,
+                method=Strength(0.0),
+                sampler=Sampler(),
+                max_new_tokens=25,
+                eos_token_ids=eos,
+                seed=0,
+                chunk_size=8,
+            )
+        )
+
+    prompts = tiny_prompts(5, 8)
+    free = chunks(())
+    assert [[len(row) for row in new] for new in free] == [[1, 1]] + [[8, 8]] * 3
+    eos = (free[1][0][2], free[1][1][5])
+    early = chunks(eos)
+    assert len(early) == 2
+    assert early[1] == [cut(row, eos) for row in free[1]]
+
+
+# Sampling
+
+
+SCORES = np.random.default_rng(3).normal(0, 2, 40).astype(np.float32)
+
+
+def draws(sampler, n, scores=SCORES, seed=0):
+    scores = jnp.broadcast_to(jnp.asarray(scores), (n, len(scores)))
+    return np.asarray(jax.jit(sampler.sample)(scores, jax.random.key(seed)))
+
+
+def kept(scores, temperature, top_k, top_p):
+    """The distribution that is sampled: top_k first, then top_p of what it leaves."""
+    order = np.argsort(-scores)
+    if top_k:
+        order = order[:top_k]
+    probs = np.exp(log_softmax(scores[order] / temperature))
+    number = np.searchsorted(np.cumsum(probs), top_p) + 1 if top_p < 1 else len(order)
+    result = np.zeros(len(scores))
+    result[order[:number]] = probs[:number] / probs[:number].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (2.0, 0, 1.0),
+        (1.0, 5, 1.0),
+        (1.0, 100, 1.0),
+        (1.0, 0, 0.6),
+        (1.7, 12, 0.9),
+        (1.0, 0, 1e-6),
+    ],
+)
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    n = 20_000
+    expected = n * kept(SCORES, temperature, top_k, top_p)
+    counts = np.bincount(draws(Sampler(temperature, top_k, top_p), n), minlength=len(SCORES))
+    assert np.all(counts[expected == 0] == 0)
+    frequent = expected >= 5
+    assert np.all(counts[expected >= 50] > 0)
+    chi_square = np.sum((counts - expected)[frequent] ** 2 / expected[frequent])
+    freedom = max(frequent.sum() - 1, 0)
+    # Mean and variance of a chi-square variable are its degrees of freedom, once and twice.
+    assert chi_square <= freedom + 5 * np.sqrt(2 * freedom) + 1e-6
+
+
+def test_equal_scores_at_the_edge_of_top_k_are_all_kept():
+    scores = np.asarray([0.0, 3.0, 3.0, 1.0, 3.0], np.float32)
+    assert set(draws(Sampler(1.0, top_k=2), 2000, scores)) == {1, 2, 4}
+
+
+def test_draws_depend_on_seed_and_row_alone():
+    sampler = Sampler(1.0)
+    many = draws(sampler, 64)
+    np.testing.assert_array_equal(draws(sampler, 64), many)
+    np.testing.assert_array_equal(draws(sampler, 1), many[:1])
+    np.testing.assert_array_equal(draws(sampler, 7), many[:7])
+    assert np.mean(draws(sampler, 64, seed=1) == many) < 0.5
+    assert len(set(many)) > 5
+
+
+def test_forbidden_tokens_are_never_drawn():
+    scores = np.where(np.arange(40) % 2, SCORES, -np.inf)
+    for sampler in (Sampler(), Sampler(5.0), Sampler(5.0, 30), Sampler(5.0, 0, 0.99)):
+        assert np.all(draws(sampler, 500, scores) % 2 == 1)
+
+
+def test_generation_with_a_sampler(tiny_units):
+    def run(prompts, sampler=Sampler(1.0), seed=0, **kwargs):
+        return generate(tiny_units, TINY, prompts, sampler=sampler, seed=seed, max_new_tokens=16, **kwargs)
+
+    prompts = tiny_prompts(6, 3, 11, 17)
+    sampled = run(prompts)
+    assert run(prompts) == sampled
+    assert run(prompts[:1]) == sampled[:1]
+    assert run(prompts, chunk_size=4) == sampled
+    assert all(a != b for a, b in zip(run(prompts, seed=1), sampled, strict=True))
+    greedy = run(prompts, Sampler())
+    assert greedy != sampled
+    assert run(prompts, Sampler(1.0, top_k=1), seed=5) == greedy
+    # The same prompt in two rows is continued in two ways.
+    first, second = run([prompts[0]] * 2)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+    ],
+)
+def test_wrong_samplers_are_refused(fields, part):
+    with user_error(part):
+        Sampler(**fields)
+
+
+# Methods
+
+
+def contrast(rows, beta=1.0, alpha=0.0, renormalize=False):
+    base, anti = map(log_softmax, rows)
+    scores = beta * base - anti
+    if renormalize:
+        scores = log_softmax(scores)
+    if alpha:
+        scores[np.exp(base) < alpha * np.exp(base).max()] = -np.inf
+    return scores
+
+
+METHODS = {
+    "base": (Strength(0.0), [0.0, 0.0], lambda rows: rows[0]),
+    "expert": (Strength(-1.0), [-1.0, 0.0], lambda rows: rows[0]),
+    "anti-expert": (Strength(1.0), [1.0, 0.0], lambda rows: rows[0]),
+    "0.4": (Strength(0.4), [0.4, 0.0], lambda rows: rows[0]),
+    "contrast": (InModelContrast(), [0.0, 1.0], contrast),
+    "masked": (
+        InModelContrast(alpha=0.1),
+        [0.0, 1.0],
+        lambda rows: contrast(rows, alpha=0.1),
+    ),
+    "strong": (
+        InModelContrast(beta=2.0, alpha=0.02, renormalize=True, anti_strength=1.5),
+        [0.0, 1.5],
+        lambda rows: contrast(rows, beta=2.0, alpha=0.02, renormalize=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_equal_recomputation_without_cache(tiny_units, name):
+    method, strengths, score = METHODS[name]
+    prompts, length = tiny_prompts(4, 9), 24
+    expected = []
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(10):
+            tokens = np.asarray([row + [0] * (length - len(row))] * 2)
+            real = np.broadcast_to(np.arange(length) < len(row), tokens.shape)
+            strength = np.asarray(strengths, np.float32)
+            rows = logits(tiny_units, TINY, tokens, attention_mask=real, strength=strength)
+            row.append(int(np.argmax(score(rows[:, len(row) - 1]))))
+        expected.append(row[len(prompt) :])
+    assert generate(tiny_units, TINY, prompts, method=method, max_new_tokens=10) == expected
+
+
+def test_methods_decode_differently(tiny_units):
+    results = {
+        name: generate(tiny_units, TINY, tiny_prompts(4, 9), method=method, max_new_tokens=10)
+        for name, (method, *_) in METHODS.items()
+    }
+    assert len({str(result) for result in results.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize("generating", [True, False])
+def test_contrast_scores(generating):
+    random = np.random.default_rng(0)
+    rows = random.normal(0, 3, (2, 5, 40)).astype(np.float32)
+    for fields in (
+        {},
+        {"beta": 2.0},
+        {"alpha": 0.1},
+        {"beta": 0.5, "alpha": 0.3, "renormalize": True},
+    ):
+        expected = np.stack([contrast(rows[:, i], **fields) for i in range(5)])
+        masked = np.isneginf(expected)
+        assert masked.any() == ("alpha" in fields)
+        if not generating:
+            expected[masked] = -1000
+        method = InModelContrast(**fields)
+        actual = method.scores(tuple(jnp.asarray(rows)), generating=generating)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        if not generating:
+            tokens = random.integers(0, 40, 5)
+            chosen = method.token_scores(tuple(jnp.asarray(rows)), jnp.asarray(tokens))
+            np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("base", Strength(0.0)),
+        ("expert", Strength(-1.0)),
+        ("anti-expert", Strength(1.0)),
+        ("-0.5", Strength(-0.5)),
+        ("imae:strength=2", Strength(2.0)),
+        ("in-model-contrast", InModelContrast()),
+        ("in-model-contrast:beta=2, renormalize=true", InModelContrast(2.0, renormalize=True)),
+    ],
+)
+def test_methods_are_read_from_text_and_settings(text, method):
+    assert parse_method(text) == method
+    assert parse_method(method.settings()) == method
+    assert parse_method(method) is method
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("contrast", ["'contrast'", "in-model-contrast"]),
+        ("expert:beta=1", ["'expert'"]),
+        ("in-model-contrast:gamma=1", ["gamma", "beta"]),
+        ("in-model-contrast:beta", ["'beta'", "key=value"]),
+        ("in-model-contrast:beta=two", ["beta", "'two'"]),
+        ("in-model-contrast:renormalize=2", ["renormalize", "'2'"]),
+        ("in-model-contrast:alpha=1.5", ["alpha=1.5"]),
+        ("nan", ["nan"]),
+        ("", ["''"]),
+    ],
+)
+def test_wrong_methods_are_refused(text, parts):
+    with user_error(*parts):
+        parse_method(text)
+
+
+def test_lists_of_methods_are_cut_between_methods():
+    text = "base, in-model-contrast:beta=2,alpha=0.1,-0.5,imae:strength=1"
+    assert split_methods(text) == [
+        "base",
+        "in-model-contrast:beta=2,alpha=0.1",
+        "-0.5",
+        "imae:strength=1",
+    ]
+    with user_error("no method"):
+        split_methods(" , ")
+
+
+# Compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Strength):
+    """The base method, counting how often it is traced."""
+
+    traces: ClassVar[list] = []
+
+    def scores(self, logits, *, generating):
+        self.traces.append(logits[0].shape)
+        return super().scores(logits, generating=generating)
+
+
+def test_one_program_a_shape(tiny_units):
+    def run(*lengths, **kwargs):
+        Counted.traces.clear()
+        kwargs = {"max_new_tokens": 9, "eos_token_ids": (3,), "chunk_size": 8} | kwargs
+        generate(tiny_units, TINY, tiny_prompts(*lengths), method=Counted(0.0), **kwargs)
+        return len(Counted.traces)
+
+    assert run(3, 10) == 2  # one for the prefill, one for all chunks
+    assert run(31, 1) == 0
+    assert run(5, 6, seed=3, eos_token_ids=(9,), max_new_tokens=7) == 0
+    assert run(5, 6, padding_side="right") == 0
+    assert run(33, 6) == 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "parts"),
+    [
+        ({"prompts": [[5, 6], []]}, ["prompt 1", "empty"]),
+        ({"prompts": [[5]], "max_new_tokens": 64}, ["prompt 0", "64"]),
+        ({"prompts": [[5], [5] * 60]}, ["prompt 1", "60", "64"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens 0"]),
+        ({"padding_side": "middle"}, ["'middle'", "left", "right"]),
+        ({"method": Strength(-1.0)}, ["expert", "units"]),
+        ({"method": InModelContrast()}, ["in-model-contrast", "units"]),
+    ],
+)
+def test_wrong_requests_are_refused(kwargs, parts):
+    kwargs = {"prompts": [[5, 6]], "max_new_tokens": 8} | kwargs
+    with user_error(*parts):
+        generate(tiny_llama(), TINY, **kwargs)
+
+
+def test_contexts_are_used_to_the_end():
+    config = dataclasses.replace(TINY, max_position_embeddings=40)
+    (row,) = generate(tiny_llama(config), config, [[5] * 30], max_new_tokens=10)
+    assert len(row) == 10
+    with user_error("40"):
+        generate(tiny_llama(config), config, [[5] * 30], max_new_tokens=11)
+    stretched = dataclasses.replace(config, rope=RopeConfig("dynamic", factor=2.0))
+    (row,) = generate(tiny_llama(stretched), stretched, [[5] * 30], max_new_tokens=50)
+    assert len(row) == 50
+    with user_error("80"):
+        generate(tiny_llama(stretched), stretched, [[5] * 30], max_new_tokens=51)
+
+
+def test_no_prompts_no_rows():
+    assert generate(tiny_llama(), TINY, []) == []

@@ -1,0 +1,52 @@
+"""What the documentation shows works as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_commands_and_snippets_of_the_readme_run(smollm2, tmp_path):
+    """In their order and in one folder, since later ones use what earlier ones wrote."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (commands,) = blocks(text, "bash")
+    for line in commands.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "python"
+        run = run_python(arguments, tmp_path)
+        assert run.returncode == 0, f"{line}\n{run.stderr}"
+    for name in ("first/imae", "first-tqa/results.json", "first-report/report.md", "smollm2-hf/config.json"):
+        assert (tmp_path / "out" / name).exists()
+    snippets = tmp_path / "snippets.py"
+    snippets.write_text("".join(blocks(text, "python")))
+    run = run_python([snippets], tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_documents_point_to_exists(document):
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^":]+)"', text)
+    for link in links:
+        assert (document.parent / link).exists(), link
+    paths = re.findall(r"`((?:imae_jax|convert|train|evaluate|tests|benchmarks)/[\w./]*)`", text)
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_only_sharding_writes_partition_specs_and_only_tests_use_torch():
+    for room in ("imae_jax", "convert", "train", "evaluate"):
+        for path in (ROOT / room).rglob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(import|from) torch", source, re.MULTILINE), path
+            if path.name != "sharding.py":
+                assert not re.search(r"\bPartitionSpec\b", source), path
