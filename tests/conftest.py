@@ -114,7 +114,7 @@ def smollm2_hf_dir(smollm2, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def hf_smollm2(smollm2_hf_dir):
     """SmolLM2 in transformers, float32; test_convert holds its weights against the GGUF file's."""
-    pytest.importorskip("torch")
+    import_torch()
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(smollm2_hf_dir, attn_implementation="eager").eval()
@@ -134,7 +134,7 @@ class TinyCheckpoint:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Factory of `TinyCheckpoint`s; equal calls share one, so tests must not write into it."""
-    torch = pytest.importorskip("torch")
+    torch = import_torch()
 
     @functools.cache
     def make(kind="gqa", *, dtype="float32", max_shard_size="1GB", seed=0, **fields):
@@ -147,6 +147,13 @@ def tiny(tmp_path_factory):
         return TinyCheckpoint(hf, directory)
 
     return make
+
+
+def import_torch():
+    torch = pytest.importorskip("torch")
+    # Its threads spin while they wait for each other, which on a busy machine takes many times longer.
+    torch.set_num_threads(1)
+    return torch
 
 
 def random_hf_model(torch, fields: dict[str, Any], seed: int):

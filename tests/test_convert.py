@@ -18,6 +18,7 @@ from conftest import (
     UNIT_SIZE,
     assert_bitwise,
     hf_logits,
+    import_torch,
     logits,
     random_tokens,
     tiny_llama,
@@ -338,7 +339,7 @@ def smollm2_gguf(smollm2):
 
 
 def test_gguf_weights_equal_transformers(smollm2, smollm2_gguf):
-    pytest.importorskip("torch")
+    import_torch()
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
@@ -357,7 +358,7 @@ def test_gguf_weights_equal_transformers(smollm2, smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def hf_gguf_tokenizer(smollm2_gguf):
-    pytest.importorskip("torch")
+    import_torch()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)

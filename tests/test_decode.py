@@ -78,7 +78,7 @@ def test_greedy_decoding_equals_transformers(smollm2, hf_smollm2, prompts, greed
     assert greedy[i] == hf_generate(hf_smollm2, prompts[i], 64, eos)
 
 
-@pytest.mark.parametrize("kind", ["gqa", "qwen2", "rope_linear", "rope_llama3", "rope_dynamic"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "rope_dynamic"])
 def test_greedy_decoding_of_tiny_models_equals_transformers(tiny, kind):
     # `dynamic` RoPE changes with every token beyond the context, here from the seventh on.
     checkpoint = tiny(kind, max_position_embeddings=16) if kind == "rope_dynamic" else tiny(kind)
@@ -88,15 +88,17 @@ def test_greedy_decoding_of_tiny_models_equals_transformers(tiny, kind):
 
 
 def test_a_row_does_not_depend_on_the_batch(smollm2, prompts, greedy):
-    for prompt, expected in zip(prompts, greedy, strict=True):
+    # All but the chat prompt, which is longer than one bucket.
+    for prompt, expected in zip(prompts[:5], greedy[:5], strict=True):
         (alone,) = generate(
             smollm2.model,
             smollm2.config,
             [prompt],
-            max_new_tokens=33,
+            max_new_tokens=17,
+            chunk_size=16,
             eos_token_ids=smollm2.eos_token_ids,
         )
-        assert alone == expected[:33]
+        assert alone == expected[:17]
 
 
 def test_padding_on_either_side_gives_the_same_tokens(smollm2, prompts, greedy):
@@ -104,11 +106,11 @@ def test_padding_on_either_side_gives_the_same_tokens(smollm2, prompts, greedy):
         smollm2.model,
         smollm2.config,
         prompts,
-        max_new_tokens=33,
+        max_new_tokens=64,
         eos_token_ids=smollm2.eos_token_ids,
         padding_side="right",
     )
-    assert right == [row[:33] for row in greedy]
+    assert right == greedy
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -120,17 +122,14 @@ def test_scores_do_not_depend_on_padding(tiny_units, side):
         place = slice(32 - len(prompt), None) if side == "left" else slice(len(prompt))
         tokens[i, place], mask[i, place] = prompt, True
 
-    method = Strength(-1.0)
-    cache = KVCache.empty(TINY, 6, 40, jnp.float32)
-    hidden, cache = streams.run(
-        tiny_units, TINY, method, jnp.asarray(tokens), attention_mask=jnp.asarray(mask), cache=cache
-    )
-    scores = streams.next_scores(tiny_units, method, hidden)
-    step = np.full((6, 1), 7)
-    hidden, _ = streams.run(
-        tiny_units, TINY, method, step, attention_mask=jnp.ones((6, 1), bool), cache=cache
-    )
-    step_scores = streams.next_scores(tiny_units, method, hidden[:, :, 0])
+    @jax.jit
+    def next_scores(weights, tokens, mask, cache):
+        hidden, cache = streams.run(weights, TINY, method, tokens, attention_mask=mask, cache=cache)
+        return streams.next_scores(weights, method, hidden), cache
+
+    method, empty = Strength(-1.0), KVCache.empty(TINY, 6, 40, jnp.float32)
+    scores, cache = next_scores(tiny_units, tokens, mask, empty)
+    step_scores, _ = next_scores(tiny_units, np.full((6, 1), 7), np.ones((6, 1), bool), cache)
     for i, prompt in enumerate(prompts):
         padded = np.asarray([prompt + [7] + [0] * (25 - len(prompt))])
         real = np.arange(26)[None] <= len(prompt)
@@ -138,16 +137,17 @@ def test_scores_do_not_depend_on_padding(tiny_units, side):
         expected = log_softmax(whole[0])
         last = np.flatnonzero(mask[i])[-1]
         np.testing.assert_allclose(scores[i, last], expected[len(prompt) - 1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(step_scores[i], expected[len(prompt)], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(step_scores[i, 0], expected[len(prompt)], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 32])
-@pytest.mark.parametrize("max_new_tokens", [1, 11])
+@pytest.mark.parametrize(("chunk_size", "max_new_tokens"), [(1, 13), (4, 11), (4, 1)])
 def test_chunks_do_not_show(tiny_units, chunk_size, max_new_tokens):
-    prompts = tiny_prompts(4, 20)
-    expected = generate(tiny_units, TINY, prompts, max_new_tokens=12, chunk_size=11)
-    actual = generate(tiny_units, TINY, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size)
-    assert [len(row) for row in expected] == [12, 12]
+    def run(**kwargs):
+        return generate(tiny_units, TINY, tiny_prompts(4, 20), **kwargs)
+
+    expected = run(max_new_tokens=13, chunk_size=6)
+    assert [len(row) for row in expected] == [13, 13]
+    actual = run(max_new_tokens=max_new_tokens, chunk_size=chunk_size)
     assert actual == [row[:max_new_tokens] for row in expected]
 
 
@@ -183,7 +183,7 @@ def test_generation_ends_when_all_rows_have(tiny_units):
             stream_tokens(
                 tiny_units,
                 TINY,
-                prompts,
+                tiny_prompts(5, 8, 5, 8),
                 method=Strength(0.0),
                 sampler=Sampler(),
                 max_new_tokens=25,
@@ -193,9 +193,8 @@ def test_generation_ends_when_all_rows_have(tiny_units):
             )
         )
 
-    prompts = tiny_prompts(5, 8)
     free = chunks(())
-    assert [[len(row) for row in new] for new in free] == [[1, 1]] + [[8, 8]] * 3
+    assert [[len(row) for row in new] for new in free] == [[1] * 4] + [[8] * 4] * 3
     eos = (free[1][0][2], free[1][1][5])
     early = chunks(eos)
     assert len(early) == 2
@@ -257,13 +256,22 @@ def test_equal_scores_at_the_edge_of_top_k_are_all_kept():
 
 
 def test_draws_depend_on_seed_and_row_alone():
-    sampler = Sampler(1.0)
+    sampler = Sampler(3.0)
     many = draws(sampler, 64)
     np.testing.assert_array_equal(draws(sampler, 64), many)
     np.testing.assert_array_equal(draws(sampler, 1), many[:1])
     np.testing.assert_array_equal(draws(sampler, 7), many[:7])
-    assert np.mean(draws(sampler, 64, seed=1) == many) < 0.5
-    assert len(set(many)) > 5
+    assert len(set(many)) > 10
+    # Two independent draws agree with the probability sum p² = 0.06.
+    assert np.mean(draws(sampler, 64, seed=1) == many) < 0.3
+
+
+def test_the_best_token_alone_is_greedy_decoding():
+    scores = np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32)
+    for sampler in (Sampler(), Sampler(5.0, top_k=1), Sampler(1.0, top_p=1e-6)):
+        drawn = sampler.sample(jnp.asarray(scores), jax.random.key(0))
+        assert drawn.dtype == jnp.int32
+        np.testing.assert_array_equal(drawn, scores.argmax(-1))
 
 
 def test_forbidden_tokens_are_never_drawn():
@@ -273,21 +281,25 @@ def test_forbidden_tokens_are_never_drawn():
 
 
 def test_generation_with_a_sampler(tiny_units):
-    def run(prompts, sampler=Sampler(1.0), seed=0, **kwargs):
-        return generate(tiny_units, TINY, prompts, sampler=sampler, seed=seed, max_new_tokens=16, **kwargs)
+    def run(prompts, seed=0, chunk_size=15):
+        return generate(
+            tiny_units,
+            TINY,
+            prompts,
+            sampler=Sampler(1.0),
+            seed=seed,
+            max_new_tokens=16,
+            chunk_size=chunk_size,
+        )
 
-    prompts = tiny_prompts(6, 3, 11, 17)
+    prompts = tiny_prompts(6, 3, 11, 6)
     sampled = run(prompts)
     assert run(prompts) == sampled
     assert run(prompts[:1]) == sampled[:1]
-    assert run(prompts, chunk_size=4) == sampled
+    assert run(prompts, chunk_size=5) == sampled
     assert all(a != b for a, b in zip(run(prompts, seed=1), sampled, strict=True))
-    greedy = run(prompts, Sampler())
-    assert greedy != sampled
-    assert run(prompts, Sampler(1.0, top_k=1), seed=5) == greedy
-    # The same prompt in two rows is continued in two ways.
-    first, second = run([prompts[0]] * 2)
-    assert first != second
+    # The first and the last row have the same prompt.
+    assert sampled[0] != sampled[3]
 
 
 @pytest.mark.parametrize(
@@ -320,20 +332,13 @@ def contrast(rows, beta=1.0, alpha=0.0, renormalize=False):
 
 
 METHODS = {
-    "base": (Strength(0.0), [0.0, 0.0], lambda rows: rows[0]),
     "expert": (Strength(-1.0), [-1.0, 0.0], lambda rows: rows[0]),
-    "anti-expert": (Strength(1.0), [1.0, 0.0], lambda rows: rows[0]),
     "0.4": (Strength(0.4), [0.4, 0.0], lambda rows: rows[0]),
     "contrast": (InModelContrast(), [0.0, 1.0], contrast),
-    "masked": (
-        InModelContrast(alpha=0.1),
-        [0.0, 1.0],
-        lambda rows: contrast(rows, alpha=0.1),
-    ),
     "strong": (
-        InModelContrast(beta=2.0, alpha=0.02, renormalize=True, anti_strength=1.5),
+        InModelContrast(beta=2.0, alpha=0.1, renormalize=True, anti_strength=1.5),
         [0.0, 1.5],
-        lambda rows: contrast(rows, beta=2.0, alpha=0.02, renormalize=True),
+        lambda rows: contrast(rows, beta=2.0, alpha=0.1, renormalize=True),
     ),
 }
 

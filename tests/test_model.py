@@ -13,6 +13,7 @@ from conftest import (
     UNIT_SIZE,
     assert_bitwise,
     hf_logits,
+    import_torch,
     jit_forward,
     log_softmax,
     logits,
@@ -32,12 +33,16 @@ from imae_jax.llama import Taps, final_norm, forward, project
 from imae_jax.params import AntiExpertParam
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
-TEXT = (
+TEXTS = [
     "Q: Why does the moon look larger when it is close to the horizon?\n"
-    "A: The moon is the same size wherever it stands in the sky. When it is low, trees and houses are"
-    " beside it, and the mind judges it to be larger than it is. A coin held at arm's length covers"
-    " it as well at midnight as at dusk, which anyone can try."
-)
+    "A: The moon is the same size wherever it stands in the sky. When it is low, trees and houses"
+    " are beside it, and the mind judges it to be larger than it is. A coin held at arm's length"
+    " covers it as well at midnight as at dusk, which anyone can try.",
+    "def area(width, height):\n    return width * height\n\n"
+    "Bread is made of flour, water, salt and yeast. In 1862, Louis Pasteur showed that living yeast"
+    " makes dough rise; bakers had used it for 5,000 years without knowing why it worked, and"
+    " nobody had asked. It's a slow business, but a warm one.",
+]
 PARITY = 2e-4
 # One shape for most tests, so that they share compiled programs.
 TOKENS = random_tokens(4, 16)
@@ -46,7 +51,7 @@ MIXED = np.asarray([1.0, 0.0, -1.0, 0.3], np.float32)
 
 @pytest.fixture(scope="module")
 def text_tokens(smollm2):
-    return np.asarray(smollm2.tokenizer(TEXT)["input_ids"])[None, :64]
+    return np.stack([ids[:64] for ids in smollm2.tokenizer(TEXTS)["input_ids"]])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_a_model_is_callable(tiny):
 
 
 def test_logits_of_smollm2_equal_transformers(smollm2, hf_smollm2, text_tokens):
-    assert text_tokens.shape == (1, 64)
+    assert text_tokens.shape == (2, 64)
     actual = logits(smollm2.model.weights(), smollm2.config, text_tokens)
     np.testing.assert_allclose(actual, hf_logits(hf_smollm2, text_tokens), rtol=0, atol=PARITY)
 
@@ -108,13 +113,13 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
-    exact = hf_logits(hf_smollm2, text_tokens)[0]
+    exact = hf_logits(hf_smollm2, text_tokens)
     hf = AutoModelForCausalLM.from_pretrained(
         smollm2_hf_dir, dtype=torch.bfloat16, attn_implementation="eager"
     )
-    reference = hf_logits(hf, text_tokens)[0]
+    reference = hf_logits(hf, text_tokens)
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), stacked_smollm2)
-    actual = logits(weights, smollm2.config, text_tokens)[0]
+    actual = logits(weights, smollm2.config, text_tokens)
     assert actual.dtype == np.float32
 
     def kl_from_exact(x):
@@ -123,8 +128,8 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(
 
     assert kl_from_exact(actual).mean() <= 1.5 * kl_from_exact(reference).mean()
     # Where float32 leaves no doubt: a logit of 16 to 32 is rounded to 1/8 by transformers at the end.
-    best_two = np.sort(exact, axis=-1)[:, -2:]
-    clear = best_two[:, 1] - best_two[:, 0] > 0.5
+    second, best = np.moveaxis(np.sort(exact, axis=-1)[..., -2:], -1, 0)
+    clear = best - second > 0.5
     assert clear.mean() > 0.5
     np.testing.assert_array_equal(actual.argmax(-1)[clear], exact.argmax(-1)[clear])
 
@@ -133,7 +138,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(
 @pytest.mark.parametrize("head_dim", [12, 64])
 @pytest.mark.parametrize("kind", ["gqa", "rope_linear", "rope_dynamic", "rope_llama3"])
 def test_rope_frequencies_equal_transformers(kind, head_dim, length):
-    torch = pytest.importorskip("torch")
+    torch = import_torch()
     from transformers import LlamaConfig as HFLlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -254,9 +259,12 @@ def test_base_mode_is_the_base_bit_for_bit(loop, units):
     }.get(loop, {})
     base = logits(plain, TINY, TOKENS, **kwargs)
     mixed = logits(weights, TINY, TOKENS, strength=MIXED, **kwargs)
-    assert_bitwise(logits(weights, TINY, TOKENS, strength=None, **kwargs), base)
-    assert_bitwise(logits(weights, TINY, TOKENS, strength=0.0, **kwargs), base)
+    zeros = logits(weights, TINY, TOKENS, strength=np.zeros(4, np.float32), **kwargs)
     assert_bitwise(mixed[1], base[1])
+    assert_bitwise(zeros, base)
+    if loop in ("scan", "unrolled"):
+        assert_bitwise(logits(weights, TINY, TOKENS, strength=None), base)
+        assert_bitwise(logits(weights, TINY, TOKENS, strength=0.0), base)
     for i in (0, 2, 3):
         assert not np.isclose(mixed[i], base[i], atol=1e-3).all()
         assert np.isfinite(mixed[i]).all() == (units != OVERFLOWING)
@@ -266,10 +274,10 @@ def test_base_mode_is_the_base_bit_for_bit(loop, units):
 def test_base_mode_of_smollm2_is_the_base_bit_for_bit(smollm2, stacked_smollm2, text_tokens, stacked, units):
     plain = stacked_smollm2 if stacked else smollm2.model.weights()
     weights = units_of(units, plain, smollm2.config)
-    tokens = np.repeat(text_tokens[:, :24], 2, axis=0)
-    base = logits(plain, smollm2.config, tokens)
-    mixed = logits(weights, smollm2.config, tokens, strength=np.asarray([-1.0, 0.0]))
-    assert_bitwise(logits(weights, smollm2.config, tokens, strength=np.zeros(2)), base)
+    base = logits(plain, smollm2.config, text_tokens)
+    mixed = logits(weights, smollm2.config, text_tokens, strength=np.asarray([-1.0, 0.0]))
+    zeros = logits(weights, smollm2.config, text_tokens, strength=np.zeros(2))
+    assert_bitwise(zeros, base)
     assert_bitwise(mixed[1], base[1])
     assert not np.isclose(mixed[0], base[0], atol=1e-3).all()
 

@@ -46,6 +46,13 @@ class Continuation:
     start: int
     boundary_merged: bool = False
 
+    def __post_init__(self):
+        if not 1 <= self.start < len(self.tokens):
+            raise UserError(
+                f"a continuation with start {self.start} of {len(self.tokens)} tokens: at least one token "
+                "before it and one to score are needed"
+            )
+
 
 def encode(
     tokenizer: Any,
@@ -114,12 +121,14 @@ def score(
     streams.check(weights, method)
     if not groups:
         return
+    # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
+    limit = config.max_position_embeddings
     for i, group in enumerate(groups):
-        longest = max(len(c.tokens) for c in group)
-        if longest > config.context_length:
+        longest = max((len(c.tokens) for c in group), default=0)
+        if longest > limit:
             raise UserError(
-                f"group {i} has a sequence of {longest} tokens, over the model's context of "
-                f"{config.context_length}: shorten the prompt or the answer"
+                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
+                "shorten the prompt or the answer"
             )
     prefix = _common_prefix(c for group in groups for c in group)
     prefix_cache = _prefix_cache(weights, config, method, prefix)

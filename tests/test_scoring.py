@@ -1,0 +1,272 @@
+"""Scores of given continuations: packed token trees against one sequence at a time."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
+
+from imae_jax.config import RopeConfig
+from imae_jax.decode import Continuation, encode, score
+from imae_jax.decode.methods.contrast import InModelContrast
+from imae_jax.decode.methods.imae import Strength
+from imae_jax.decode.scoring import GROUPS_PER_WINDOW
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return tiny_llama(units=True).weights()
+
+
+# The published scores
+
+
+def test_sums_equal_the_published_scripts(smollm2, shared):
+    goldens = json.loads((shared / "goldens" / "peer_scores.json").read_text())
+    primer = (shared / "goldens" / "prompt_qa_primer.txt").read_text().rstrip("\n") + "\n\n"
+    questions = goldens["questions"]
+    assert questions
+    groups = []
+    for question in questions:
+        answers = question["true"] + question["false"]
+        prompt = f"{primer}Q: {question['question']}\nA:"
+        groups.append(encode(smollm2.tokenizer, [prompt] * len(answers), [f" {a}" for a in answers]))
+    results = dict(score(smollm2.model, smollm2.config, groups, Strength(0.0)))
+    assert results.keys() == set(range(len(questions)))
+    for i, question in enumerate(questions):
+        baseline = question["scores"]["baseline"]
+        sums = [scores.sum() for scores in results[i]]
+        np.testing.assert_allclose(sums, baseline["true"] + baseline["false"], rtol=1e-3)
+
+
+# Packing
+
+
+def reference(weights, method, item):
+    """The sequence alone, padded to one length, without cache: log p of every scored token."""
+    tokens = np.zeros((2, LENGTH), int)
+    tokens[:, : len(item.tokens)] = item.tokens
+    real = np.broadcast_to(np.arange(LENGTH) < len(item.tokens), tokens.shape)
+    contrast = isinstance(method, InModelContrast)
+    strength = [0.0, method.anti_strength] if contrast else [method.strength] * 2
+    rows = logits(weights, TINY, tokens, attention_mask=real, strength=np.asarray(strength, np.float32))
+    first, second = (log_softmax(row) for row in rows)
+    scores = method.beta * first - second if contrast else first
+    places = np.arange(item.start, len(item.tokens))
+    return scores[places - 1, np.asarray(item.tokens)[places]]
+
+
+def assert_scores_equal_reference(weights, groups, method=Strength(0.0), atol=1e-5, **kwargs):
+    results = dict(score(weights, TINY, groups, method, **kwargs))
+    assert results.keys() == set(range(len(groups)))
+    for i, group in enumerate(groups):
+        assert len(results[i]) == len(group)
+        for actual, item in zip(results[i], group, strict=True):
+            assert actual.dtype == np.float32
+            expected = reference(weights, method, item)
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
+
+
+def continuations(prompt, *answers):
+    return [Continuation((*prompt, *answer), len(prompt)) for answer in answers]
+
+
+def numbers(n, seed):
+    return tuple(random_tokens(n, seed=seed).tolist())
+
+
+def questions(primer, n=5, answers=4):
+    """`n` groups of answers, some of which begin alike, after a primer and a question each."""
+    groups = []
+    for i in range(n):
+        prompt = primer + numbers(2 + i % 3, seed=10 + i)
+        texts = [numbers(1 + (i + j) % 5, seed=100 * i + j) for j in range(answers)]
+        texts[1] = texts[0] + texts[1]
+        groups.append(continuations(prompt, *texts))
+    return groups
+
+
+PRIMER = numbers(20, seed=1)
+TREES = {
+    "a benchmark": questions(PRIMER),
+    "one group": questions(PRIMER, n=1),
+    "more groups than a window": questions(PRIMER, n=2 * GROUPS_PER_WINDOW + 3, answers=2),
+    "no common prefix": questions(numbers(6, 2), n=2) + questions(numbers(6, 3), n=2),
+    "a prompt of one token": [continuations((7,), numbers(3, 1), numbers(2, 2))],
+    "a group longer than a row": [
+        continuations(PRIMER, *(numbers(7, seed) for seed in range(12))),
+        *questions(PRIMER, n=2),
+    ],
+    "a sequence longer than a row": [
+        continuations(PRIMER, numbers(25, 1), numbers(3, 2)),
+        continuations(numbers(3, 4), numbers(40, 5), numbers(2, 6)),
+    ],
+    "identical sequences": [
+        continuations(PRIMER, *[numbers(4, 1)] * 3),
+        continuations(PRIMER, numbers(4, 1)),
+    ],
+    "one the beginning of another": [
+        continuations(PRIMER, numbers(6, 1), numbers(6, 1)[:3], numbers(6, 1)[:1]),
+    ],
+    "alike up to the last token": [
+        continuations(PRIMER, (5, 6, 7), (5, 6, 8), (5, 9, 7)),
+    ],
+    "several starts in one group": [
+        [Continuation(PRIMER, 1), Continuation(PRIMER, 12), Continuation(PRIMER, 19)],
+    ],
+    "a prompt that goes on where another ends": [
+        continuations(PRIMER, (5, 6)),
+        continuations((*PRIMER, 5, 6), (7, 8), (9,)),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_packed_trees_equal_single_sequences(weights, case):
+    assert_scores_equal_reference(weights, TREES[case], row_length=24, rows_per_batch=1)
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 3])
+@pytest.mark.parametrize("row_length", [15, 160])
+def test_row_sizes_do_not_show(weights, row_length, rows_per_batch):
+    # 3 rows of 160 are projected in chunks of less than the whole, 15 is no power of two.
+    groups = TREES["a benchmark"] + TREES["a group longer than a row"]
+    assert_scores_equal_reference(weights, groups, row_length=row_length, rows_per_batch=rows_per_batch)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Strength(-0.5), InModelContrast(beta=2.0, anti_strength=0.7)],
+    ids=lambda method: method.name,
+)
+def test_methods_with_units(weights, method):
+    # Differences of log-probabilities hold the errors of two.
+    groups = TREES["a benchmark"] + TREES["no common prefix"]
+    assert_scores_equal_reference(weights, groups, method, row_length=24, rows_per_batch=3, atol=3e-5)
+
+
+def test_bfloat16_models_are_scored_in_float32(weights):
+    """Scores are taken from float32 logits: sums over the vocabulary stay one."""
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
+    every_token = [continuations(PRIMER, *((v,) for v in range(TINY.vocab_size)))]
+    ((_, scores),) = score(rounded, TINY, every_token, Strength(-1.0), row_length=128)
+    scores = np.concatenate(scores)
+    assert scores.dtype == np.float32
+    # All come from one hidden state, so that only float32 rounding is left.
+    np.testing.assert_allclose(np.exp(scores.astype(np.float64)).sum(), 1, rtol=1e-5)
+    # bfloat16 keeps 8 bits: logits of about 5 are off by up to a few hundredths.
+    exact = [reference(weights, Strength(-1.0), item) for item in every_token[0]]
+    assert np.abs(scores - np.concatenate(exact)).mean() < 0.1
+
+
+def test_one_shape_for_a_benchmark(weights):
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Strength):
+        def token_scores(self, logits, tokens):
+            traces.append(tokens.shape)
+            return super().token_scores(logits, tokens)
+
+    traces = []
+    list(score(weights, TINY, questions(PRIMER, n=70, answers=5), Counted(0.0), row_length=24))
+    assert len(traces) == 1
+
+
+# Tokenizing
+
+
+def test_prompts_and_continuations_are_tokenized_together(smollm2):
+    prompt = "Q: What is the capital of France?\nA:"
+    (item,) = encode(smollm2.tokenizer, [prompt], [" Paris, of course."])
+    assert not item.boundary_merged
+    assert smollm2.tokenizer.decode(item.tokens[: item.start]) == prompt
+    assert smollm2.tokenizer.decode(item.tokens[item.start :]) == " Paris, of course."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "merged"),
+    [
+        ("A:", " Paris is large.", False),
+        ("A: ", "Paris is large.", True),
+        ("A:\n\n", "Paris is large.", True),
+        ("A:\n", "Paris is large.", False),
+        ("The cap", "ital is Paris.", True),
+    ],
+)
+def test_merged_boundaries_are_reported(smollm2, prompt, continuation, merged):
+    prompts, texts = [prompt, "A:"], [continuation, " Rome."]
+    first, second = encode(smollm2.tokenizer, prompts, texts)
+    assert first.boundary_merged == merged
+    assert not second.boundary_merged
+    assert list(first.tokens) == smollm2.tokenizer(prompt + continuation)["input_ids"]
+    alone = smollm2.tokenizer(prompt)["input_ids"]
+    assert first.start == len(alone)
+    assert (list(first.tokens[: first.start]) != alone) == merged
+
+
+def test_special_tokens_are_added_once(smollm2):
+    """With a tokenizer that adds BOS, a prompt's tokens include it; chat templates bring their own."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = type(smollm2.tokenizer.backend_tokenizer).from_str(smollm2.tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    (plain,) = encode(smollm2.tokenizer, ["A:"], [" Rome."])
+    (with_bos,) = encode(tokenizer, ["A:"], [" Rome."])
+    assert with_bos == Continuation((1, *plain.tokens), plain.start + 1)
+    assert encode(tokenizer, ["A:"], [" Rome."], add_special_tokens=False) == [plain]
+    (unconditional,) = encode(tokenizer, [""], ["Rome."])
+    assert unconditional.start == 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "part"),
+    [("A:", "", "''"), ("", " Rome.", "prompt"), ("A: ", "Paris", "'Paris'")],
+)
+def test_pairs_that_cannot_be_scored_are_refused(smollm2, prompt, continuation, part):
+    with user_error(part):
+        encode(smollm2.tokenizer, [prompt], [continuation])
+
+
+@pytest.mark.parametrize("start", [-1, 0, 4])
+def test_a_continuation_starts_inside_its_tokens(start):
+    with user_error(f"start {start}"):
+        Continuation((5, 6, 7), start)
+
+
+@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("dynamic", factor=2.0)])
+def test_sequences_over_the_context_are_refused(weights, rope):
+    """`dynamic` RoPE generates beyond, but with other frequencies for every length."""
+    config = dataclasses.replace(TINY, rope=rope)
+    fits = continuations(PRIMER, numbers(44, 1))
+    ((_, (scores,)),) = score(weights, config, [fits], Strength(0.0), row_length=24)
+    assert len(scores) == 44
+    too_long = continuations(PRIMER, (5,), numbers(45, 1))
+    with user_error("group 1", "65", "64"):
+        list(score(weights, config, [fits, too_long], Strength(0.0)))
+
+
+def test_methods_without_their_units_are_refused():
+    groups = questions(PRIMER, n=1)
+    for method in (Strength(-1.0), InModelContrast()):
+        with user_error(method.name, "units"):
+            list(score(tiny_llama(), TINY, groups, method))
+
+
+def test_no_groups_and_empty_groups(weights):
+    assert list(score(weights, TINY, [], Strength(0.0))) == []
+    groups = [[], *questions(PRIMER, n=1), []]
+    results = dict(score(weights, TINY, groups, Strength(0.0), row_length=24))
+    assert results.keys() == {0, 1, 2}
+    assert results[0] == results[2] == []
+    assert len(results[1]) == 4
