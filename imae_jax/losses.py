@@ -5,6 +5,7 @@ tokens by the size of the batch that they happen to be in.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,11 +108,51 @@ def fact_loss_sums(
         nll = jax.nn.logsumexp(logits_anti, axis=-1) - picked
         return jnp.sum(jnp.where(valid, nll, 0.0)), jnp.sum(jnp.where(valid, kl, 0.0))
 
-    def add(sums, arrays):
-        anti, expert = chunk_sums(arrays)
-        return (sums[0] + anti, sums[1] + expert), None
+    arrays = (hidden_base, hidden_anti, hidden_expert, targets, valid)
+    anti, expert = _sum_chunks(chunk_sums, arrays, chunk)
+    return {"anti": anti, "expert": expert}
 
-    P = targets.shape[1]
+
+def answer_loss_sums(
+    weights: Weights,
+    hidden_states: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    *,
+    chunk: int = 16,
+) -> dict[str, jax.Array]:
+    """Sum of the cross-entropy over answer tokens, in float32 and in chunks as `fact_loss_sums`.
+
+    Args:
+        weights: for the projection; no gradient flows into the base.
+        hidden_states: [B, P, D] at the positions that predict the tokens.
+        targets: int32 [B, P].
+        valid: bool [B, P], False at padding.
+        chunk: positions per row that are projected at once.
+
+    Returns:
+        Float32 scalars: `nll`, and `correct`, the number of tokens that are the arg-max.
+    """
+    frozen = Weights(jax.lax.stop_gradient(weights.base))
+
+    @jax.checkpoint
+    def chunk_sums(arrays):
+        hidden, targets, valid = arrays
+        logits = project(frozen, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - picked
+        correct = valid & (jnp.argmax(logits, axis=-1) == targets)
+        return jnp.sum(jnp.where(valid, nll, 0.0)), jnp.sum(correct, dtype=jnp.float32)
+
+    nll, correct = _sum_chunks(chunk_sums, (hidden_states, targets, valid), chunk)
+    return {"nll": nll, "correct": correct}
+
+
+def _sum_chunks(
+    chunk_sums: Callable[[tuple], tuple[jax.Array, jax.Array]], arrays: tuple, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up `chunk_sums` over chunks of the position axis of [B, P, …] arrays."""
+    P = arrays[0].shape[1]
     size = min(chunk, P)
     padding = -P % size
 
@@ -120,10 +161,11 @@ def fact_loss_sums(
         x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    arrays = (hidden_base, hidden_anti, hidden_expert, targets, valid)
+    def add(sums, arrays):
+        return jax.tree.map(jnp.add, sums, chunk_sums(arrays)), None
+
     zero = jnp.zeros((), jnp.float32)
-    (anti, expert), _ = jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))
-    return {"anti": anti, "expert": expert}
+    return jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))[0]
 
 
 def gate_loss_sums(gates: jax.Array, fact: jax.Array, answer: jax.Array) -> dict[str, jax.Array]:
