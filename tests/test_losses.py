@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from conftest import TINY, UNIT_SIZE, log_softmax, random_tokens, user_error, with_random_units
 
+from imae_jax.config import AntiExpertConfig
 from imae_jax.llama import Weights, project
-from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs, total_loss
+from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs
 from imae_jax.train.data import Example, make_batch
-from imae_jax.train.step import loss_counts, micro_batch_sums
+from imae_jax.train.objectives import ImaeObjective
 
+UNITS = AntiExpertConfig(UNIT_SIZE)
 LOSSES = [
     LossConfig(),
     LossConfig(beta=1.25, delta=0.4, gate_weight=0.5),
@@ -85,6 +87,17 @@ def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
     return anti / num_fact + expert / num_fact + settings.gate_weight * gate / num_gate
 
 
+def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: ImaeObjective):
+    batch = {name: jnp.asarray(array[0]) for name, array in make_batch(rows, 1).arrays().items()}
+    counts = objective.counts(lm.config, batch)
+
+    def loss_of(units):
+        sums = objective.sums(objective.attach(weights.base, units), lm.config, batch)
+        return objective.loss(sums, counts)
+
+    return jax.jit(jax.value_and_grad(loss_of))(weights.units)
+
+
 @pytest.mark.parametrize("settings", LOSSES, ids=lambda s: f"{s.valid_form}-{s.delta}")
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 def test_loss_and_gradient_equal_torch(tiny, kind, settings):
@@ -100,15 +113,7 @@ def test_loss_and_gradient_equal_torch(tiny, kind, settings):
     expected = torch_loss(checkpoint.hf, units, rows, settings)
     expected.backward()
 
-    batch = {name: jnp.asarray(array) for name, array in make_batch(rows, 1).arrays().items()}
-    counts = loss_counts(batch, lm.config.num_layers)
-
-    def loss_of(units):
-        micro = {name: array[0] for name, array in batch.items()}
-        sums = micro_batch_sums(Weights(weights.base, units), lm.config, micro, settings, "none")
-        return total_loss(sums, counts, settings)
-
-    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(weights.units)
+    loss, gradient = value_and_gradient(lm, weights, rows, ImaeObjective(UNITS, settings))
     np.testing.assert_allclose(loss, expected.item(), rtol=2e-5)
     for name, array in gradient.items():
         reference = units[name].grad.numpy()
@@ -119,19 +124,12 @@ def test_loss_and_gradient_equal_torch(tiny, kind, settings):
 def test_remat_changes_no_gradient(tiny, remat):
     lm = tiny("gqa", initializer_range=0.2).load(stacked=True)
     weights = with_random_units(lm.model.weights(), lm.config)
-    batch = {name: jnp.asarray(array) for name, array in make_batch(examples(4), 1).arrays().items()}
-    counts = loss_counts(batch, lm.config.num_layers)
-
-    def gradient(remat):
-        def loss_of(units):
-            micro = {name: array[0] for name, array in batch.items()}
-            sums = micro_batch_sums(Weights(weights.base, units), lm.config, micro, LossConfig(), remat)
-            return total_loss(sums, counts, LossConfig())
-
-        return jax.jit(jax.grad(loss_of))(weights.units)
-
-    for kept, again in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(kept, again, atol=1e-5 * float(jnp.abs(kept).max()))
+    kept, again = (
+        value_and_gradient(lm, weights, examples(4), ImaeObjective(UNITS, LossConfig(), policy))[1]
+        for policy in ("none", remat)
+    )
+    for name, array in kept.items():
+        np.testing.assert_allclose(array, again[name], atol=1e-5 * float(jnp.abs(array).max()))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64])
