@@ -140,12 +140,29 @@ def test_batch_marks_the_predicting_positions():
 def test_loss_is_on_the_answer_and_its_end_of_turn(smollm2, format):
     rows = [data.Row("Which city is the capital of France?", "Paris", "Lyon is.")]
     config = data.DataConfig(format=format)
-    (example,), skipped = data.tokenize(rows, smollm2.tokenizer, config)
+    (example,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
     prompt = smollm2.tokenizer.decode(example.tokens[: example.start])
     answer = smollm2.tokenizer.decode(example.tokens[example.start :])
     assert answer.strip() == "Lyon is.<|im_end|>"
     assert prompt.endswith("<|im_start|>assistant\n" if format == "chat" else "France?\nA:")
-    assert skipped == {"skipped_too_long": 0}
+    assert statistics["mean_tokens_hallucinated_answer"] == len(example.fact)
+
+
+def test_length_matched_data(smollm2):
+    rows = [
+        data.Row("Why?", "Because.", "Because."),
+        data.Row("Why?", "Because.", "Because of a very long and quite unlikely story."),
+    ]
+    config = data.DataConfig(format="plain")
+    every, statistics = data.tokenize(rows, smollm2.tokenizer, config)
+    assert len(every) == 2
+    # Four comparisons: two ties with each right answer, two wins.
+    assert statistics["length_auc"] == 0.75
+    config.length_ratio = 1.2
+    (matched,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
+    assert matched.row == 0
+    assert statistics["skipped_unequal_length"] == 1
+    assert statistics["length_auc"] == 0.5
 
 
 def write_rows(path: Path, count: int = 12) -> Path:
@@ -193,7 +210,8 @@ def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
     assert lm.base.reference == str(checkpoint.directory)
     training = lm.imae["training"]
     assert training["config"]["optimizer"]["steps"] == 8
-    assert training["data"] == {"skipped_too_long": 0, "kept_share": 1.0, "examples": 12}
+    assert training["data"]["examples"] == 12
+    assert training["data"]["kept_share"] == 1.0
     assert float(jnp.abs(lm.model.weights().units[0]["w_down"]).max()) > 0
 
 

@@ -30,6 +30,9 @@ class DataConfig:
             tokenizer has a template.
         max_length: rows with more tokens are skipped and counted.
         limit: use the first rows only.
+        length_ratio: use only rows whose right and hallucinated answers differ in tokens by at most
+            this factor. HaluEval's hallucinated answers are much longer than its right ones, and an
+            anti-expert can learn "write long" instead of "write wrong".
     """
 
     source: str = "demo"
@@ -37,6 +40,7 @@ class DataConfig:
     format: str = "auto"
     max_length: int = 512
     limit: int | None = None
+    length_ratio: float | None = None
 
 
 @dataclasses.dataclass
@@ -195,6 +199,8 @@ class TrainConfig:
                 raise UserError(f"{name}={value} must be at least {minimum}")
         if self.batch_size % self.accumulation:
             raise UserError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        if self.data.length_ratio is not None and self.data.length_ratio < 1:
+            raise UserError(f"data.length_ratio={self.data.length_ratio} must be at least 1")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
         if self.data.format not in FORMATS:

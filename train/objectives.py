@@ -18,6 +18,7 @@ from imae_jax.losses import (
     fact_loss_sums,
     gate_loss_sums,
     metrics_of,
+    token_weights,
     total_loss,
 )
 
@@ -96,19 +97,20 @@ class ImaeObjective(Objective):
             _at_facts(batch, both.hidden_states[:B]),
             _at_facts(batch, both.hidden_states[B:]),
             batch["fact_targets"],
-            batch["fact_valid"],
+            token_weights(batch["fact_valid"], self.settings.mean),
             self.settings,
         )
         fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
-        return sums | gate_loss_sums(both.gates, fact, answer)
+        weight = token_weights(answer, self.settings.mean)
+        return sums | gate_loss_sums(both.gates, fact, answer, weight)
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
         facts = jnp.sum(batch["fact"], dtype=jnp.float32)
         answers = jnp.sum(batch["answer"], dtype=jnp.float32)
         gates = 2 * llama.num_layers
         counts = {
-            "fact": facts,
-            "gate": gates * answers,
+            "fact": jnp.sum(token_weights(batch["fact_valid"], self.settings.mean)),
+            "gate": gates * jnp.sum(token_weights(batch["answer"], self.settings.mean)),
             "gate_on_fact": gates * facts,
             "gate_off_fact": gates * (answers - facts),
         }
