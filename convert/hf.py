@@ -158,25 +158,37 @@ def load_llama(
     if mesh is not None:
         check_divisible(config, anti_expert, mesh.shape)
     rows = base_rows(config)
-    _check(rows, config, source, num_source_layers)
+    check_tensors(rows, config, source, num_source_layers)
     dtype = jnp.dtype(dtype or source.dtype)
     sources = {"": source}
     if anti_expert is not None:
         units = unit_rows(config, anti_expert)
-        _check(units, config, unit_source, None)
+        check_tensors(units, config, unit_source, None)
         rows, sources = rows + units, {"": source, "units": unit_source}
 
     abstract = nnx.eval_shape(
         lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=stacked, dtype=dtype)
     )
+    by_path = {row.path: (row, sources.get(row.path.partition(".")[0], source)) for row in rows}
+    return fill(abstract, by_path, mesh)
+
+
+def fill(
+    abstract: nnx.Module, rows: Mapping[str, tuple[Row, TensorSource]], mesh: jax.sharding.Mesh | None
+) -> Any:
+    """The module with every parameter read from its source, straight onto its devices.
+
+    Args:
+        abstract: from `nnx.eval_shape`.
+        rows: row and source of every parameter, by its path without layer numbers.
+        mesh: to shard over.
+    """
     graphdef, state = nnx.split(abstract)
-    by_path = {row.path: row for row in rows}
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         layer = next((part for part in path if isinstance(part, int)), None)
-        row = by_path[".".join(part for part in path if isinstance(part, str))]
-        leaf_source = sources.get(path[0], source)
-        leaves.append((path, variable.replace(_place(row, layer, variable, leaf_source, mesh))))
+        row, source = rows[".".join(part for part in path if isinstance(part, str))]
+        leaves.append((path, variable.replace(_place(row, layer, variable, source, mesh))))
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
@@ -212,7 +224,7 @@ def _place(row: Row, layer: int | None, variable: Any, source: TensorSource, mes
     return jax.make_array_from_callback(shape, placement, read_once)
 
 
-def _check(rows: list[Row], config, source: TensorSource, num_source_layers: int | None) -> None:
+def check_tensors(rows: list[Row], config, source: TensorSource, num_source_layers: int | None) -> None:
     expected = {row.hf_name(i): row.hf_shape for row, i in expand(rows, config.num_layers)}
     allowed = set(expected)
     if num_source_layers is not None:
@@ -245,8 +257,9 @@ def hf_tensors(weights: Weights, config: LlamaConfig, rows: list[Row]) -> dict[s
 
     def reader(row: Row, layer: int | None):
         def read() -> np.ndarray:
-            node = weights.units if row.path.startswith("units.") else weights.base
-            for part in row.path.removeprefix("units.").split("."):
+            root, _, path = row.path.partition(".")
+            node = {"units": weights.units, "lora": weights.lora}.get(root, weights.base)
+            for part in (row.path if node is weights.base else path).split("."):
                 if isinstance(node, tuple):
                     node = node[layer]
                 node = node[part]

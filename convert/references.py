@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
-from imae_jax.convert import imae_dir
+from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import (
     SafetensorsSource,
@@ -72,6 +72,15 @@ def load_model(
     """
     directory = Path(reference)
     imae = None
+    if peft.is_adapter(directory):
+        base_reference = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
+        if not isinstance(base_reference, str) or base_reference == reference:
+            raise UserError(f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path")
+        lm = load_model(base_reference, dtype=dtype, stacked=stacked, mesh=mesh, tokenizer=tokenizer)
+        deltas, lora = peft.read_adapter(directory, lm.config, stacked=stacked, mesh=mesh)
+        peft.merge_into(lm.model, deltas, lora.scale)
+        fingerprint = _fingerprint([directory / peft.WEIGHTS_FILE])
+        return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
     if imae_dir.is_imae_dir(directory):
         imae = imae_dir.read_config(directory)
         recorded = BaseReference(**imae["base"])

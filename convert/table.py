@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
+from imae_jax.lora import projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,21 @@ def unit_rows(config: LlamaConfig, anti_expert: AntiExpertConfig) -> list[Row]:
         unit("w_up", "up_proj.weight", (D, A), 1),
         unit("w_down", "down_proj.weight", (A, D), 1),
     ]
+
+
+def lora_rows(config: LlamaConfig, lora: LoraConfig) -> list[Row]:
+    """The rows of low-rank deltas, as PEFT stores them in `adapter_model.safetensors`."""
+    names = {row.path.removeprefix("layers."): row.hf for row in base_rows(config)}
+    rows = []
+    for target in lora.targets:
+        shape, _, num_inputs = projections(config)[target]
+        inputs, outputs = shape[:num_inputs], shape[num_inputs:]
+        prefix = "base_model.model." + names[target].removesuffix(".weight")
+        rows += [
+            Row(f"lora.{target}.a", f"{prefix}.lora_A.weight", None, (*inputs, lora.rank), 1),
+            Row(f"lora.{target}.b", f"{prefix}.lora_B.weight", None, (lora.rank, *outputs), len(outputs)),
+        ]
+    return rows
 
 
 def expand(rows: list[Row], num_layers: int) -> Iterator[tuple[Row, int | None]]:

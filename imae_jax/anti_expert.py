@@ -4,7 +4,7 @@ Source: Kadotani, Nishida, Nishida, "Learning from Hallucinations: Mitigating Ha
 via Internal Representation Intervention", Findings of IJCNLP-AACL 2025, section 3.1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,3 @@ def unit_forward(
     y = jnp.einsum("BTA,AD->BTD", inner, unit["w_down"])
     o = strength[:, None, None]
     return jnp.where(o == 0, 0, o.astype(h.dtype) * y), a
-
-
-def strengths(strength: float | Sequence[float] | jax.Array, batch_size: int) -> jax.Array:
-    """`o` for every row, float32 [B], from one number or one per row."""
-    return jnp.broadcast_to(jnp.asarray(strength, jnp.float32), (batch_size,))

@@ -246,3 +246,32 @@ class AntiExpertConfig:
     def scaled_to(cls, config: LlamaConfig, ratio: float = PAPER_RATIO) -> "AntiExpertConfig":
         """A = `ratio` · F, rounded to a multiple of 64 so that it tiles and shards well."""
         return cls(max(64, round(ratio * config.intermediate_size / 64) * 64))
+
+
+LORA_TARGETS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank deltas on the projections of every layer.
+
+    Attributes:
+        rank: inner width.
+        alpha: the deltas are scaled by alpha / rank.
+        targets: which projections; names of `imae_jax.llama.DecoderLayers`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"lora.rank {self.rank}: it must be at least 1")
+        unknown = [name for name in self.targets if name not in LORA_TARGETS]
+        if unknown or not self.targets:
+            raise UserError(f"lora targets {unknown} match nothing: use some of {', '.join(LORA_TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imae_jax.anti_expert import AntiExpertUnits, strengths, unit_forward
+from imae_jax.anti_expert import AntiExpertUnits, unit_forward
 from imae_jax.cache import KVCache
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
 from imae_jax.layers import apply_rope, attention, rms_norm, rope_tables, swiglu
+from imae_jax.lora import delta
 from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
 from imae_jax.sharding import constrain
 
@@ -68,10 +69,14 @@ class Weights:
         base: `embed` [V, D], `norm_final` [D], `unembed` [D, V] (absent when tied) and `layers`: one
             dict of stacked [L, …] arrays, or a tuple with one dict a layer.
         units: the anti-expert units in the same form as `layers`, or None.
+        lora: low-rank deltas in the same form as `layers`, `{projection: {a, b}}`, or None.
+        lora_scale: alpha / rank of the deltas; static.
     """
 
     base: dict[str, Any]
     units: Any = None
+    lora: Any = None
+    lora_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -187,6 +192,7 @@ def forward(
     positions: jax.Array | None = None,
     attend: jax.Array | None = None,
     strength: float | jax.Array | None = None,
+    adapter: float | jax.Array | None = None,
     cache: KVCache | None = None,
     taps: Taps = Taps(),
     remat: str = "none",
@@ -206,6 +212,8 @@ def forward(
             causal, padding excluded.
         strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
             units, runs the base alone and costs nothing extra.
+        adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base.
+            None, or no deltas, leaves them out.
         cache: the tokens before; this call's are appended to it. The caller sees to it that
             `cache.length + T` is within its capacity.
         taps: inner values to return.
@@ -222,7 +230,10 @@ def forward(
     elif units is None:
         raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
     else:
-        strength = strengths(strength, B)
+        strength = per_row(strength, B)
+    lora = None if adapter is None else weights.lora
+    if lora is not None:
+        lora_scale = weights.lora_scale * per_row(adapter, B)
 
     if attention_mask is None:
         attention_mask = jnp.ones((B, T), bool)
@@ -245,14 +256,20 @@ def forward(
     x = constrain(x, "batch", "length", "act_embed")
     cos, sin = rope_tables(config, positions, x.dtype)
 
-    def block(x, layer, unit, kv):
+    def block(x, layer, unit, deltas, kv):
+        def linear(subscripts, x, name):
+            y = jnp.einsum(subscripts, x, layer[name])
+            if deltas is not None and name in deltas:
+                y = y + delta(deltas[name], x, lora_scale)
+            return y
+
         with jax.named_scope("attention"):
             h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
-            h, kv = _attention_block(layer, h, cos, sin, attend, kv, start)
+            h, kv = _attention_block(linear, layer, h, cos, sin, attend, kv, start)
             x = constrain(x + h, "batch", "length", "act_embed")
         with jax.named_scope("mlp"):
             h = rms_norm(x, layer["norm_mlp"], config.rms_norm_eps)
-            out, gate = _mlp(layer, h), None
+            out, gate = _mlp(linear, layer, h), None
         if unit is not None:
             with jax.named_scope("anti_expert"):
                 y, gate = unit_forward(unit, h, strength)
@@ -262,14 +279,14 @@ def forward(
     layers = weights.base["layers"]
     hidden_layers, gates, keys, values = {0: x}, [], [], []
     if isinstance(layers, dict) and cache is None:
-        x, (hidden_stack, gates) = _scan_layers(block, x, layers, units, taps, remat)
+        x, (hidden_stack, gates) = _scan_layers(block, x, (layers, units, lora), taps, remat)
         if taps.hidden_layers:
             hidden_layers |= {i + 1: hidden_stack[i] for i in range(config.num_layers)}
     else:
         for i in range(config.num_layers):
             kv = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer_{i}"):
-                x, kv, gate = block(x, _layer(layers, i), _layer(units, i), kv)
+                x, kv, gate = block(x, _layer(layers, i), _layer(units, i), _layer(lora, i), kv)
             hidden_layers[i + 1] = x
             gates.append(gate)
             if kv is not None:
@@ -301,27 +318,32 @@ def project(weights: Weights, hidden_states: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, hidden_states, matrix, preferred_element_type=jnp.float32)
 
 
+def per_row(value: float | jax.Array, batch_size: int) -> jax.Array:
+    """One number, or one per row, as float32 [B]."""
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (batch_size,))
+
+
 def _layer(stack: Any, i: int) -> Any:
     if isinstance(stack, dict):
-        return {name: array[i] for name, array in stack.items()}
+        return jax.tree.map(lambda array: array[i], stack)
     return None if stack is None else stack[i]
 
 
-def _scan_layers(block, x, layers, units, taps, remat):
-    def body(x, layer_and_unit):
-        x, _, gate = block(x, *layer_and_unit, None)
+def _scan_layers(block, x, stacks, taps, remat):
+    def body(x, of_layer):
+        x, _, gate = block(x, *of_layer, None)
         return x, (x if taps.hidden_layers else None, gate if taps.gates else None)
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, x, (layers, units))
+    return jax.lax.scan(body, x, stacks)
 
 
-def _attention_block(layer, h, cos, sin, attend, kv, start):
-    q = jnp.einsum("BTD,DNH->BTNH", h, layer["wq"])
-    k = jnp.einsum("BTD,DKH->BTKH", h, layer["wk"])
-    v = jnp.einsum("BTD,DKH->BTKH", h, layer["wv"])
+def _attention_block(linear, layer, h, cos, sin, attend, kv, start):
+    q = linear("BTD,DNH->BTNH", h, "wq")
+    k = linear("BTD,DKH->BTKH", h, "wk")
+    v = linear("BTD,DKH->BTKH", h, "wv")
     if "bq" in layer:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -331,15 +353,15 @@ def _attention_block(layer, h, cos, sin, attend, kv, start):
         k = jax.lax.dynamic_update_slice(kv[0], k, (0, 0, start, 0))
         v = jax.lax.dynamic_update_slice(kv[1], v, (0, 0, start, 0))
         kv = (k, v)
-    out = jnp.einsum("BTNH,NHD->BTD", attention(q, k, v, attend), layer["wo"])
+    out = linear("BTNH,NHD->BTD", attention(q, k, v, attend), "wo")
     return (out + layer["bo"] if "bo" in layer else out), kv
 
 
-def _mlp(layer, h):
-    gate = jnp.einsum("BTD,DF->BTF", h, layer["w_gate"])
-    up = jnp.einsum("BTD,DF->BTF", h, layer["w_up"])
+def _mlp(linear, layer, h):
+    gate = linear("BTD,DF->BTF", h, "w_gate")
+    up = linear("BTD,DF->BTF", h, "w_up")
     if "b_gate" in layer:
         gate, up = gate + layer["b_gate"], up + layer["b_up"]
     inner = constrain(swiglu(gate, up), "batch", "length", "act_mlp")
-    out = jnp.einsum("BTF,FD->BTD", inner, layer["w_down"])
+    out = linear("BTF,FD->BTD", inner, "w_down")
     return out + layer["b_down"] if "b_down" in layer else out

@@ -5,6 +5,7 @@ tokens by the size of the batch that they happen to be in.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from imae_jax.errors import UserError
 from imae_jax.llama import Weights, project
 
 VALID_FORMS = ("probability", "logit")
+MEANS = ("token", "example")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +31,21 @@ class LossConfig:
             them, hence the default.
         delta: δ.
         gate_weight: factor of L_gate; the paper's is 1, 0 trains without it.
+        mean: `token`, the mean over all tokens of the batch, or `example`, the mean over rows of each
+            row's mean, in which long answers weigh no more than short ones.
     """
 
     beta: float = 2.0
     valid_form: str = "probability"
     delta: float = 0.1
     gate_weight: float = 1.0
+    mean: str = "token"
 
     def __post_init__(self):
         if self.valid_form not in VALID_FORMS:
             raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(VALID_FORMS)}")
+        if self.mean not in MEANS:
+            raise UserError(f"loss.mean {self.mean!r}: use {' or '.join(MEANS)}")
         if not 0 < self.delta <= 1:
             raise UserError(f"loss.delta {self.delta} must be above 0 and at most 1")
 
@@ -59,6 +66,14 @@ def target_log_probs(logits_base: jax.Array, logits_anti: jax.Array, settings: L
     return jax.nn.log_softmax(jnp.where(valid, scores, -jnp.inf))
 
 
+def token_weights(valid: jax.Array, mean: str) -> jax.Array:
+    """What each token counts in a mean: float32 [B, P] from bool [B, P]."""
+    weights = valid.astype(jnp.float32)
+    if mean == "example":
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1.0)
+    return weights
+
+
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`KL(p ‖ q)` [...] over the last axis, where `log_p` may hold -inf."""
     supported = log_p > -jnp.inf
@@ -72,7 +87,7 @@ def fact_loss_sums(
     hidden_anti: jax.Array,
     hidden_expert: jax.Array,
     targets: jax.Array,
-    valid: jax.Array,
+    token_weight: jax.Array,
     settings: LossConfig,
     *,
     chunk: int = 16,
@@ -87,7 +102,7 @@ def fact_loss_sums(
         hidden_base, hidden_anti, hidden_expert: [B, P, D], hidden states of the three modes at the
             positions that predict T_fact; `hidden_base` carries no gradient.
         targets: int32 [B, P], the tokens of T_fact.
-        valid: bool [B, P], False at padding.
+        token_weight: float32 [B, P], from `token_weights`; 0 at padding.
         settings: of the losses.
         chunk: positions per row that are projected at once.
 
@@ -98,20 +113,60 @@ def fact_loss_sums(
 
     @jax.checkpoint
     def chunk_sums(arrays):
-        base, anti, expert, targets, valid = arrays
+        base, anti, expert, targets, token_weight = arrays
         logits_anti = project(frozen, anti)
         target = target_log_probs(project(frozen, base), jax.lax.stop_gradient(logits_anti), settings)
         target = jax.lax.stop_gradient(target)
         kl = kl_divergence(target, jax.nn.log_softmax(project(frozen, expert)))
         picked = jnp.take_along_axis(logits_anti, targets[..., None], axis=-1)[..., 0]
         nll = jax.nn.logsumexp(logits_anti, axis=-1) - picked
-        return jnp.sum(jnp.where(valid, nll, 0.0)), jnp.sum(jnp.where(valid, kl, 0.0))
+        return jnp.sum(token_weight * nll), jnp.sum(token_weight * kl)
 
-    def add(sums, arrays):
-        anti, expert = chunk_sums(arrays)
-        return (sums[0] + anti, sums[1] + expert), None
+    arrays = (hidden_base, hidden_anti, hidden_expert, targets, token_weight)
+    anti, expert = _sum_chunks(chunk_sums, arrays, chunk)
+    return {"anti": anti, "expert": expert}
 
-    P = targets.shape[1]
+
+def answer_loss_sums(
+    weights: Weights,
+    hidden_states: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    *,
+    chunk: int = 16,
+) -> dict[str, jax.Array]:
+    """Sum of the cross-entropy over answer tokens, in float32 and in chunks as `fact_loss_sums`.
+
+    Args:
+        weights: for the projection; no gradient flows into the base.
+        hidden_states: [B, P, D] at the positions that predict the tokens.
+        targets: int32 [B, P].
+        valid: bool [B, P], False at padding.
+        chunk: positions per row that are projected at once.
+
+    Returns:
+        Float32 scalars: `nll`, and `correct`, the number of tokens that are the arg-max.
+    """
+    frozen = Weights(jax.lax.stop_gradient(weights.base))
+
+    @jax.checkpoint
+    def chunk_sums(arrays):
+        hidden, targets, valid = arrays
+        logits = project(frozen, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - picked
+        correct = valid & (jnp.argmax(logits, axis=-1) == targets)
+        return jnp.sum(jnp.where(valid, nll, 0.0)), jnp.sum(correct, dtype=jnp.float32)
+
+    nll, correct = _sum_chunks(chunk_sums, (hidden_states, targets, valid), chunk)
+    return {"nll": nll, "correct": correct}
+
+
+def _sum_chunks(
+    chunk_sums: Callable[[tuple], tuple[jax.Array, jax.Array]], arrays: tuple, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up `chunk_sums` over chunks of the position axis of [B, P, …] arrays."""
+    P = arrays[0].shape[1]
     size = min(chunk, P)
     padding = -P % size
 
@@ -120,28 +175,33 @@ def fact_loss_sums(
         x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
-    arrays = (hidden_base, hidden_anti, hidden_expert, targets, valid)
+    def add(sums, arrays):
+        return jax.tree.map(jnp.add, sums, chunk_sums(arrays)), None
+
     zero = jnp.zeros((), jnp.float32)
-    (anti, expert), _ = jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))
-    return {"anti": anti, "expert": expert}
+    return jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))[0]
 
 
-def gate_loss_sums(gates: jax.Array, fact: jax.Array, answer: jax.Array) -> dict[str, jax.Array]:
+def gate_loss_sums(
+    gates: jax.Array, fact: jax.Array, answer: jax.Array, token_weight: jax.Array
+) -> dict[str, jax.Array]:
     """Sums of L_gate and of the gate itself over layers and answer tokens.
 
     Args:
         gates: float32 [L, B, T].
         fact: bool [B, T], True at positions that predict a token of T_fact.
         answer: bool [B, T], True at positions that predict an answer token; includes `fact`.
+        token_weight: float32 [B, T], from `token_weights` of `answer`.
 
     Returns:
         Float32 scalars: `gate`, the sum of `1 − a` on T_fact and of `a` on the rest of the answer;
-        `gate_on_fact` and `gate_off_fact`, the sums of `a` on either.
+        `gate_on_fact` and `gate_off_fact`, the sums of `a` on either, unweighted.
     """
-    on = jnp.sum(jnp.where(fact, gates, 0.0))
-    off = jnp.sum(jnp.where(answer & ~fact, gates, 0.0))
-    facts = gates.shape[0] * jnp.sum(fact, dtype=jnp.float32)
-    return {"gate": facts - on + off, "gate_on_fact": on, "gate_off_fact": off}
+    return {
+        "gate": jnp.sum(token_weight * jnp.where(fact, 1 - gates, gates)),
+        "gate_on_fact": jnp.sum(jnp.where(fact, gates, 0.0)),
+        "gate_off_fact": jnp.sum(jnp.where(answer & ~fact, gates, 0.0)),
+    }
 
 
 def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], settings: LossConfig) -> jax.Array:
@@ -149,7 +209,8 @@ def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], setting
 
     Args:
         sums: of this micro-batch.
-        counts: of the whole batch: `fact` tokens, and `gate` values (layers · answer tokens · modes).
+        counts: of the whole batch: sums of the weights of `fact` tokens, and of `gate` values over
+            layers and modes.
         settings: of the losses.
     """
     loss = (sums["anti"] + sums["expert"]) / counts["fact"]

@@ -1,5 +1,6 @@
 """How a parameter is declared: the one place that gives it shape, axes, initializer and kind."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,6 +15,10 @@ class AntiExpertParam(nnx.Variable):
     """
 
 
+class LoraParam(nnx.Variable):
+    """A trainable parameter of a low-rank delta; no subclass of `nnx.Param` for the same reason."""
+
+
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
 zeros: Initializer = jax.nn.initializers.zeros
@@ -22,6 +27,20 @@ ones: Initializer = jax.nn.initializers.ones
 
 def normal(stddev: float) -> Initializer:
     return jax.nn.initializers.normal(stddev)
+
+
+def uniform_fan_in(num_inputs: int) -> Initializer:
+    """Uniform in ±1/sqrt(fan-in), as PEFT initializes LoRA's A (Kaiming with a = sqrt 5).
+
+    Args:
+        num_inputs: how many axes, counted from before the last one, are inputs.
+    """
+
+    def init(key, shape, dtype):
+        bound = math.prod(shape[-1 - num_inputs : -1]) ** -0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 def weight(
@@ -42,7 +61,7 @@ def weight(
         axes: logical name of every dimension, see `sharding.RULES`.
         init: initializer, called with (key, shape, dtype).
         stack: number of layers to stack along a leading `layers` axis; None for no such axis.
-        kind: `nnx.Param` for the base, `AntiExpertParam` for the units.
+        kind: `nnx.Param` for the base, `AntiExpertParam` for the units, `LoraParam` for deltas.
         dtype: of the stored parameter.
     """
     if len(shape) != len(axes):

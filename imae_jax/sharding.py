@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "anti_mlp": "tensor",
     "gate": None,
+    "rank": None,
     "norm": None,
     # activations
     "batch": ("data", "fsdp"),

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 from conftest import TINY, UNIT_SIZE, log_softmax, random_tokens, user_error, with_random_units
 
+from imae_jax.config import AntiExpertConfig
 from imae_jax.llama import Weights, project
-from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs, total_loss
+from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs
 from imae_jax.train.data import Example, make_batch
-from imae_jax.train.step import loss_counts, micro_batch_sums
+from imae_jax.train.objectives import ImaeObjective
 
+UNITS = AntiExpertConfig(UNIT_SIZE)
 LOSSES = [
     LossConfig(),
     LossConfig(beta=1.25, delta=0.4, gate_weight=0.5),
     LossConfig(valid_form="logit", delta=1.0),
     LossConfig(valid_form="logit", delta=0.3),
+    LossConfig(mean="example"),
 ]
 
 
@@ -57,21 +60,24 @@ def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
             del block.mlp.forward
         return logits, list(gates)
 
-    anti, expert, gate, num_fact, num_gate = 0.0, 0.0, 0.0, 0, 0
+    anti, expert, gate, num_fact, num_gate = 0.0, 0.0, 0.0, 0.0, 0.0
     for row in rows:
         base_logits = hf(torch.tensor([row.tokens])).logits[0].detach()
         anti_logits, anti_gates = run(row.tokens, 1.0)
         expert_logits, expert_gates = run(row.tokens, -1.0)
+        of_token = of_fact = 1.0
+        if settings.mean == "example":
+            of_token, of_fact = 1 / len(row.fact), 1 / sum(row.fact)
         for number, is_fact in enumerate(row.fact):
             token = row.start + number
             at = token - 1
             for layer_gates in anti_gates + expert_gates:
-                gate = gate + ((1 - layer_gates[at]) if is_fact else layer_gates[at])
-                num_gate += 1
+                gate = gate + of_token * ((1 - layer_gates[at]) if is_fact else layer_gates[at])
+                num_gate += of_token
             if not is_fact:
                 continue
-            num_fact += 1
-            anti = anti - torch.log_softmax(anti_logits[at], -1)[row.tokens[token]]
+            num_fact += of_fact
+            anti = anti - of_fact * torch.log_softmax(anti_logits[at], -1)[row.tokens[token]]
             log_base = torch.log_softmax(base_logits[at], -1)
             log_anti = torch.log_softmax(anti_logits[at].detach(), -1)
             if settings.valid_form == "probability":
@@ -81,11 +87,22 @@ def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
             scores = (settings.beta * log_base - log_anti)[valid]
             target = torch.softmax(scores, -1)
             log_expert = torch.log_softmax(expert_logits[at], -1)[valid]
-            expert = expert + (target * (target.log() - log_expert)).sum()
+            expert = expert + of_fact * (target * (target.log() - log_expert)).sum()
     return anti / num_fact + expert / num_fact + settings.gate_weight * gate / num_gate
 
 
-@pytest.mark.parametrize("settings", LOSSES, ids=lambda s: f"{s.valid_form}-{s.delta}")
+def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: ImaeObjective):
+    batch = {name: jnp.asarray(array[0]) for name, array in make_batch(rows, 1).arrays().items()}
+    counts = objective.counts(lm.config, batch)
+
+    def loss_of(units):
+        sums = objective.sums(objective.attach(weights.base, units), lm.config, batch)
+        return objective.loss(sums, counts)
+
+    return jax.jit(jax.value_and_grad(loss_of))(weights.units)
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda s: f"{s.valid_form}-{s.delta}-{s.mean}")
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 def test_loss_and_gradient_equal_torch(tiny, kind, settings):
     torch = pytest.importorskip("torch")
@@ -100,15 +117,7 @@ def test_loss_and_gradient_equal_torch(tiny, kind, settings):
     expected = torch_loss(checkpoint.hf, units, rows, settings)
     expected.backward()
 
-    batch = {name: jnp.asarray(array) for name, array in make_batch(rows, 1).arrays().items()}
-    counts = loss_counts(batch, lm.config.num_layers)
-
-    def loss_of(units):
-        micro = {name: array[0] for name, array in batch.items()}
-        sums = micro_batch_sums(Weights(weights.base, units), lm.config, micro, settings, "none")
-        return total_loss(sums, counts, settings)
-
-    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(weights.units)
+    loss, gradient = value_and_gradient(lm, weights, rows, ImaeObjective(UNITS, settings))
     np.testing.assert_allclose(loss, expected.item(), rtol=2e-5)
     for name, array in gradient.items():
         reference = units[name].grad.numpy()
@@ -119,19 +128,12 @@ def test_loss_and_gradient_equal_torch(tiny, kind, settings):
 def test_remat_changes_no_gradient(tiny, remat):
     lm = tiny("gqa", initializer_range=0.2).load(stacked=True)
     weights = with_random_units(lm.model.weights(), lm.config)
-    batch = {name: jnp.asarray(array) for name, array in make_batch(examples(4), 1).arrays().items()}
-    counts = loss_counts(batch, lm.config.num_layers)
-
-    def gradient(remat):
-        def loss_of(units):
-            micro = {name: array[0] for name, array in batch.items()}
-            sums = micro_batch_sums(Weights(weights.base, units), lm.config, micro, LossConfig(), remat)
-            return total_loss(sums, counts, LossConfig())
-
-        return jax.jit(jax.grad(loss_of))(weights.units)
-
-    for kept, again in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(kept, again, atol=1e-5 * float(jnp.abs(kept).max()))
+    kept, again = (
+        value_and_gradient(lm, weights, examples(4), ImaeObjective(UNITS, LossConfig(), policy))[1]
+        for policy in ("none", remat)
+    )
+    for name, array in kept.items():
+        np.testing.assert_allclose(array, again[name], atol=1e-5 * float(jnp.abs(array).max()))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64])
@@ -142,7 +144,7 @@ def test_chunks_of_the_projection_change_nothing(chunk):
     hidden = [jnp.asarray(random.normal(size=(B, P, D)), jnp.float32) for _ in range(3)]
     targets, valid = random.integers(0, V, (B, P)), random.random((B, P)) < 0.6
     sums = fact_loss_sums(
-        weights, *hidden, jnp.asarray(targets), jnp.asarray(valid), LossConfig(), chunk=chunk
+        weights, *hidden, jnp.asarray(targets), jnp.asarray(valid, jnp.float32), LossConfig(), chunk=chunk
     )
 
     base, anti, expert = (log_softmax(project(weights, h)) for h in hidden)
@@ -183,6 +185,8 @@ def test_kl_is_zero_for_equal_and_finite_where_the_target_is_zero():
 def test_bad_settings():
     with user_error("loss.valid_form", "'ratio'"):
         LossConfig(valid_form="ratio")
+    with user_error("loss.mean", "'batch'"):
+        LossConfig(mean="batch")
     with user_error("loss.delta", "0"):
         LossConfig(delta=0.0)
 

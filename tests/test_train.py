@@ -22,6 +22,7 @@ from imae_jax.train import data
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
 from imae_jax.train.loop import train
+from imae_jax.train.objectives import ImaeObjective
 from imae_jax.train.step import (
     init_state,
     make_optimizer,
@@ -48,9 +49,10 @@ def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8):
         model="", out="", accumulation=accumulation, optimizer=OptimizerConfig(steps=10, warmup_steps=1)
     )
     optimizer = make_optimizer(config.optimizer)
-    shardings = state_shardings(lm.config, UNITS, optimizer, mesh)
-    state = init_state(lm.config, UNITS, optimizer, shardings, seed=0)
-    step = make_train_step(lm.config, config, optimizer, shardings, mesh)
+    objective = ImaeObjective(UNITS, config.loss)
+    shardings = state_shardings(lm.config, objective, optimizer, mesh)
+    state = init_state(lm.config, objective, optimizer, shardings, seed=0)
+    step = make_train_step(lm.config, objective, optimizer, shardings, mesh)
     base = lm.model.weights().base
     metrics = []
     for i in range(steps):
@@ -66,7 +68,7 @@ def test_every_mesh_gives_the_same_losses(checkpoint, sizes):
     actual, state, base = run_steps(checkpoint, sizes)
     for a, b in zip(actual, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    spread = {name: len(array.sharding.device_set) for name, array in state.units.items()}
+    spread = {name: len(array.sharding.device_set) for name, array in state.trainable.items()}
     assert set(spread.values()) == {8}
     shard = base["layers"]["w_gate"].addressable_shards[0].data.shape
     L, D, F = base["layers"]["w_gate"].shape
@@ -89,9 +91,9 @@ def test_only_the_units_are_trained(checkpoint):
     before = jax.tree.map(np.asarray, lm.model.weights().base)
     _, state, base = run_steps(checkpoint, (8, 1, 1))
     jax.tree.map(assert_bitwise, base, before)
-    assert all(float(jnp.abs(array).max()) > 0 for array in state.units.values())
+    assert all(float(jnp.abs(array).max()) > 0 for array in state.trainable.values())
     shapes = sorted(x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim)
-    assert shapes == sorted([x.shape for x in state.units.values()] * 2)
+    assert shapes == sorted([x.shape for x in state.trainable.values()] * 2)
 
 
 def test_loss_falls(checkpoint):
@@ -101,9 +103,10 @@ def test_loss_falls(checkpoint):
         model="", out="", optimizer=OptimizerConfig(steps=40, warmup_steps=2, learning_rate=5e-3)
     )
     optimizer = make_optimizer(config.optimizer)
-    shardings = state_shardings(lm.config, UNITS, optimizer, mesh)
-    state = init_state(lm.config, UNITS, optimizer, shardings, seed=0)
-    step = make_train_step(lm.config, config, optimizer, shardings, mesh)
+    objective = ImaeObjective(UNITS, config.loss)
+    shardings = state_shardings(lm.config, objective, optimizer, mesh)
+    state = init_state(lm.config, objective, optimizer, shardings, seed=0)
+    step = make_train_step(lm.config, objective, optimizer, shardings, mesh)
     batch = place_batch(data.make_batch(examples(8), 1), mesh)
     history = []
     for _ in range(40):
@@ -137,12 +140,29 @@ def test_batch_marks_the_predicting_positions():
 def test_loss_is_on_the_answer_and_its_end_of_turn(smollm2, format):
     rows = [data.Row("Which city is the capital of France?", "Paris", "Lyon is.")]
     config = data.DataConfig(format=format)
-    (example,), skipped = data.tokenize(rows, smollm2.tokenizer, config)
+    (example,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
     prompt = smollm2.tokenizer.decode(example.tokens[: example.start])
     answer = smollm2.tokenizer.decode(example.tokens[example.start :])
     assert answer.strip() == "Lyon is.<|im_end|>"
     assert prompt.endswith("<|im_start|>assistant\n" if format == "chat" else "France?\nA:")
-    assert skipped == {"skipped_too_long": 0}
+    assert statistics["mean_tokens_hallucinated_answer"] == len(example.fact)
+
+
+def test_length_matched_data(smollm2):
+    rows = [
+        data.Row("Why?", "Because.", "Because."),
+        data.Row("Why?", "Because.", "Because of a very long and quite unlikely story."),
+    ]
+    config = data.DataConfig(format="plain")
+    every, statistics = data.tokenize(rows, smollm2.tokenizer, config)
+    assert len(every) == 2
+    # Four comparisons: two ties with each right answer, two wins.
+    assert statistics["length_auc"] == 0.75
+    config.length_ratio = 1.2
+    (matched,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
+    assert matched.row == 0
+    assert statistics["skipped_unequal_length"] == 1
+    assert statistics["length_auc"] == 0.5
 
 
 def write_rows(path: Path, count: int = 12) -> Path:
@@ -190,7 +210,8 @@ def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
     assert lm.base.reference == str(checkpoint.directory)
     training = lm.imae["training"]
     assert training["config"]["optimizer"]["steps"] == 8
-    assert training["data"] == {"skipped_too_long": 0, "kept_share": 1.0, "examples": 12}
+    assert training["data"]["examples"] == 12
+    assert training["data"]["kept_share"] == 1.0
     assert float(jnp.abs(lm.model.weights().units[0]["w_down"]).max()) > 0
 
 

@@ -36,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from imae_jax.train.loop import train
 
     settings = list(args.settings)
+    only_icd = "icd" in settings[:1]
+    if only_icd:
+        settings.pop(0)
     if args.anti_expert_llm is not None:
         settings.append(f"filter.anti_expert_llm={args.anti_expert_llm}")
     config = load_config(args.config, settings)
-    path = train(config, resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
+    path = train(config, only_icd=only_icd, resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
     print(f"wrote {path}")
 
 

@@ -54,4 +54,4 @@ class Checkpoints:
 
 
 def _as_dict(state: TrainState) -> dict:
-    return {"units": state.units, "opt_state": state.opt_state}
+    return {"trainable": state.trainable, "opt_state": state.opt_state}

@@ -9,6 +9,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from imae_jax.config import LORA_TARGETS
 from imae_jax.errors import UserError
 from imae_jax.llama import REMAT_POLICIES
 from imae_jax.losses import LossConfig
@@ -29,6 +30,9 @@ class DataConfig:
             tokenizer has a template.
         max_length: rows with more tokens are skipped and counted.
         limit: use the first rows only.
+        length_ratio: use only rows whose right and hallucinated answers differ in tokens by at most
+            this factor. HaluEval's hallucinated answers are much longer than its right ones, and an
+            anti-expert can learn "write long" instead of "write wrong".
     """
 
     source: str = "demo"
@@ -36,6 +40,7 @@ class DataConfig:
     format: str = "auto"
     max_length: int = 512
     limit: int | None = None
+    length_ratio: float | None = None
 
 
 @dataclasses.dataclass
@@ -56,15 +61,14 @@ class TokenFilterConfig:
     """Which answer tokens are about facts (IMAE, section 3.2).
 
     Attributes:
-        anti_expert_llm: model reference of a separate LLM trained on hallucinated answers; without
-            one, T_fact holds every answer token.
+        anti_expert_llm: model reference of a separate LLM trained on hallucinated answers; a LoRA
+            adapter in PEFT's format is one. Without it, the one that the `icd` stage makes; without
+            that stage, T_fact holds every answer token.
         gamma: γ, the least log-probability ratio of anti-expert LLM to base.
-        batch_size: rows per forward pass.
     """
 
     anti_expert_llm: str | None = None
     gamma: float = 1.0
-    batch_size: int = 16
 
 
 @dataclasses.dataclass
@@ -89,6 +93,43 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
+
+
+@dataclasses.dataclass
+class LoraSettings:
+    """See `imae_jax.config.LoraConfig`; targets are its names of projections."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(LORA_TARGETS))
+
+
+@dataclasses.dataclass
+class IcdConfig:
+    """The anti-expert LLM: LoRA on the hallucinated answers (ICD, Zhang et al., arXiv 2312.15710).
+
+    The defaults are that paper's: Adam, learning rate 5e-4, batch 256, 5 epochs; rank and alpha are ours.
+
+    Attributes:
+        enabled: train it before the units, for the token filter.
+        model: reference of another base to start from, with the same vocabulary; ICD takes the base LM
+            where the model itself is a chat model.
+        lora: the deltas.
+        batch_size: rows per optimizer step.
+        accumulation: micro-batches that a step is cut into.
+        epochs: passes over the data; None takes `optimizer.steps`.
+        optimizer: its settings.
+    """
+
+    enabled: bool = False
+    model: str | None = None
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    batch_size: int = 256
+    accumulation: int = 1
+    epochs: float | None = 5.0
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-4)
+    )
 
 
 @dataclasses.dataclass
@@ -122,6 +163,7 @@ class TrainConfig:
     out: str = MISSING
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     units: UnitConfig = dataclasses.field(default_factory=UnitConfig)
+    icd: IcdConfig = dataclasses.field(default_factory=IcdConfig)
     filter: TokenFilterConfig = dataclasses.field(default_factory=TokenFilterConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -145,7 +187,9 @@ class TrainConfig:
             "optimizer.steps": 1,
             "optimizer.warmup_steps": 0,
             "data.max_length": 2,
-            "filter.batch_size": 1,
+            "icd.batch_size": 1,
+            "icd.accumulation": 1,
+            "icd.optimizer.steps": 1,
         }
         for name, minimum in least.items():
             value = self
@@ -155,12 +199,12 @@ class TrainConfig:
                 raise UserError(f"{name}={value} must be at least {minimum}")
         if self.batch_size % self.accumulation:
             raise UserError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        if self.data.length_ratio is not None and self.data.length_ratio < 1:
+            raise UserError(f"data.length_ratio={self.data.length_ratio} must be at least 1")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
         if self.data.format not in FORMATS:
             raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
-        if not self.optimizer.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate={self.optimizer.learning_rate} must be above 0")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -148,31 +148,60 @@ def _halueval_from_hub() -> list[Row]:
     ]
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[list[Example], dict[str, int]]:
+def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[list[Example], dict[str, Any]]:
     """Tokenizes questions with their hallucinated answers.
 
     Returns:
-        The examples, with every answer token in T_fact, and the number of rows `skipped_too_long`.
+        The examples, with every answer token in T_fact, and statistics: how many rows were skipped
+        and why, and how long right and hallucinated answers are.
 
     Raises:
         UserError: `chat` without a chat template, or no row is left.
     """
     format = resolve_format(tokenizer, config.format)
     lead, eos = answer_lead(tokenizer, format), tokenizer.eos_token or ""
-    encoded = encode(
-        tokenizer,
-        [render(tokenizer, row.question, format) for row in rows],
-        [f"{lead}{row.hallucinated_answer}{eos}" for row in rows],
-        add_special_tokens=adds_special_tokens(format),
-    )
+    prompts = [render(tokenizer, row.question, format) for row in rows]
+
+    def with_answers(answers):
+        texts = [f"{lead}{answer}{eos}" for answer in answers]
+        return encode(tokenizer, prompts, texts, add_special_tokens=adds_special_tokens(format))
+
+    wrong = with_answers([row.hallucinated_answer for row in rows])
+    right = with_answers([row.right_answer for row in rows])
+    right_lengths = np.array([len(item.tokens) - item.start for item in right])
+    wrong_lengths = np.array([len(item.tokens) - item.start for item in wrong])
+    fits = np.array([len(item.tokens) <= config.max_length for item in wrong])
+    matched = np.ones(len(rows), bool)
+    if config.length_ratio is not None:
+        longer, shorter = np.maximum(right_lengths, wrong_lengths), np.minimum(right_lengths, wrong_lengths)
+        matched = longer <= config.length_ratio * shorter
     examples = [
         Example(i, item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
-        for i, item in enumerate(encoded)
-        if len(item.tokens) <= config.max_length
+        for i, item in enumerate(wrong)
+        if fits[i] and matched[i]
     ]
     if not examples:
-        raise UserError(f"every row has more than data.max_length={config.max_length} tokens: raise it")
-    return examples, {"skipped_too_long": len(rows) - len(examples)}
+        raise UserError(
+            f"every row has more than data.max_length={config.max_length} tokens, or answers that "
+            f"data.length_ratio={config.length_ratio} leaves out: raise them"
+        )
+    used = fits & matched
+    statistics = {
+        "skipped_too_long": int((~fits).sum()),
+        "skipped_unequal_length": int((fits & ~matched).sum()),
+        "mean_tokens_right_answer": float(right_lengths[used].mean()),
+        "mean_tokens_hallucinated_answer": float(wrong_lengths[used].mean()),
+        "length_auc": _auc(wrong_lengths[used], right_lengths[used]),
+    }
+    return examples, statistics
+
+
+def _auc(first: np.ndarray, second: np.ndarray) -> float:
+    """Chance that a draw of `first` exceeds one of `second`, ties half: 0.5 if lengths tell nothing."""
+    ordered = np.sort(second)
+    below = np.searchsorted(ordered, first, side="left")
+    not_above = np.searchsorted(ordered, first, side="right")
+    return float((below + not_above).mean() / (2 * len(second)))
 
 
 def continuation_of(example: Example) -> Continuation:

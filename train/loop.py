@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
+from imae_jax.convert.peft import is_adapter, write_adapter
 from imae_jax.errors import UserError
 from imae_jax.files import write_text
 from imae_jax.llama import Weights
@@ -22,7 +23,8 @@ from imae_jax.runtime import versions
 from imae_jax.sharding import check_divisible, make_mesh
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
-from imae_jax.train.config import MeshConfig, TrainConfig, UnitConfig
+from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig, UnitConfig
+from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
 from imae_jax.train.step import (
     init_state,
     make_optimizer,
@@ -30,79 +32,156 @@ from imae_jax.train.step import (
     place_batch,
     state_shardings,
 )
-from imae_jax.train.token_filter import filter_tokens
+from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, show_filtered
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_DIR, IMAE_DIR)
+ICD_DIR, ADAPTER_DIR, FILTER_DIR = "icd", "adapter", "token_filter"
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_DIR, IMAE_DIR, ICD_DIR, FILTER_DIR)
 # Settings that may change between a run and its continuation: they do not alter what a step computes.
 FREE_ON_RESUME = {"out", "save_every", "keep", "log_every", "mesh"}
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Path:
-    """Trains anti-expert units and writes `OUT/imae`.
+def train(
+    config: TrainConfig,
+    *,
+    only_icd: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Trains anti-expert units and writes `OUT/imae`; with `icd.enabled` the anti-expert LLM before.
 
-    Beside it: `config.yaml`, `metrics.jsonl` (one object a step) and `checkpoints/`.
+    Beside it: `config.yaml`, `metrics.jsonl` (one object a step), `checkpoints/`, and `icd/` with the
+    same and `adapter/`.
 
     Args:
         config: of the run.
+        only_icd: stop after the anti-expert LLM.
         resume: go on from the newest checkpoint in `config.out`.
         overwrite: begin anew in a directory that holds a run.
         quiet: no progress bar.
 
     Returns:
-        The IMAE directory.
+        The IMAE directory, or the adapter's.
 
     Raises:
         UserError: a setting, file or model that does not work, or a loss that is not finite.
     """
     out = Path(config.out)
     rows = data.load_rows(config.data)
-    mesh = _make_mesh(config.mesh, config)
+    mesh = _make_mesh(config)
     _check_output(out, config, resume, overwrite)
+    with_icd = only_icd or config.icd.enabled
+    lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
+
     model = load_model(config.model, dtype=config.dtype, stacked=True, mesh=mesh)
-    if model.imae is not None:
-        raise UserError(f"model {config.model} is an IMAE directory: train on its base instead")
+    if model.imae is not None or is_adapter(Path(config.model)):
+        raise UserError(f"model {config.model} is no plain base model: train on its base instead")
     anti_expert = _unit_sizes(config.units, model.config)
     check_divisible(model.config, anti_expert, mesh.shape)
     examples, statistics = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(examples, model.config)
-    examples, kept = filter_tokens(
-        examples, model, config.filter, lambda items, label: _progress(items, label, quiet)
-    )
-    statistics |= kept | {"examples": len(examples)}
-
-    optimizer = make_optimizer(config.optimizer)
-    shardings = state_shardings(model.config, anti_expert, optimizer, mesh)
-    train_step = make_train_step(model.config, config, optimizer, shardings, mesh)
-    base = model.model.weights().base
     if not resume:
         _create_output(out)
-    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep)
-    state = init_state(model.config, anti_expert, optimizer, shardings, config.seed)
-    start = 0
-    if resume:
-        start = checkpoints.latest
-        if start is None:
-            raise UserError(f"{out} holds no checkpoint: start without --resume")
-        state = checkpoints.load(start, jax.eval_shape(lambda: state), shardings)
     write_text(out / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    anti_expert_llm = config.filter.anti_expert_llm
+    if with_icd:
+        adapter = out / ICD_DIR / ADAPTER_DIR
+        if not is_adapter(adapter):
+            _train_icd(config, model, lora, examples, mesh, out / ICD_DIR, resume=resume, quiet=quiet)
+        anti_expert_llm = anti_expert_llm or str(adapter)
+        if only_icd:
+            return adapter
+
+    examples, kept = filter_tokens(
+        examples,
+        model,
+        anti_expert_llm,
+        config.filter.gamma,
+        out / FILTER_DIR,
+        lambda items, label: _progress(items, label, quiet),
+    )
+    statistics |= kept | {"examples": len(examples)}
+    if anti_expert_llm is not None and not quiet:
+        show_filtered(examples, model.tokenizer, kept)
+    objective = ImaeObjective(anti_expert, config.loss, config.remat)
+    schedule = Schedule.of(config, config, config.optimizer)
+    units = run_stage("train", out, objective, model, examples, schedule, mesh, resume=resume, quiet=quiet)
+    return _write_result(out, config, model, anti_expert, units, statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long and in which portions a stage trains."""
+
+    batch_size: int
+    accumulation: int
+    optimizer: OptimizerConfig
+    seed: int
+    save_every: int
+    keep: int
+    log_every: int
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, stage: TrainConfig | IcdConfig, optimizer: OptimizerConfig
+    ) -> "Schedule":
+        return cls(
+            stage.batch_size,
+            stage.accumulation,
+            optimizer,
+            config.seed,
+            config.save_every,
+            config.keep,
+            config.log_every,
+        )
+
+
+def run_stage(
+    name: str,
+    out: Path,
+    objective: Objective,
+    model: LanguageModel,
+    examples: list[data.Example],
+    schedule: Schedule,
+    mesh: jax.sharding.Mesh,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> Any:
+    """Trains one objective; writes `metrics.jsonl` and `checkpoints/` into `out`.
+
+    Returns:
+        The trained part.
+    """
+    optimizer = make_optimizer(schedule.optimizer)
+    shardings = state_shardings(model.config, objective, optimizer, mesh)
+    train_step = make_train_step(model.config, objective, optimizer, shardings, mesh)
+    base = model.model.weights().base
+    state = init_state(model.config, objective, optimizer, shardings, schedule.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(out / CHECKPOINT_DIR, schedule.keep)
+    start = checkpoints.latest or 0 if resume else 0
+    if start:
+        state = checkpoints.load(start, jax.eval_shape(lambda: state), shardings)
     _cut_metrics(out / METRICS_FILE, start)
 
-    steps = config.optimizer.steps
-    bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=quiet)
+    steps = schedule.optimizer.steps
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet)
     with bar, (out / METRICS_FILE).open("a", encoding="utf-8") as log:
         clock, tokens = time.perf_counter(), 0
         for step in range(start, steps):
-            chosen = data.batch_rows(len(examples), config.batch_size, config.seed, step)
-            batch = data.make_batch([examples[i] for i in chosen], config.accumulation)
+            chosen = data.batch_rows(len(examples), schedule.batch_size, schedule.seed, step)
+            batch = data.make_batch([examples[i] for i in chosen], schedule.accumulation)
             tokens += int(batch.attention_mask.sum())
             state, metrics = train_step(state, base, place_batch(batch, mesh))
             done = step + 1
-            log_now = done % config.log_every == 0 or done == steps
-            save_now = done % config.save_every == 0 or done == steps
+            log_now = done % schedule.log_every == 0 or done == steps
+            save_now = done % schedule.save_every == 0 or done == steps
             if log_now or save_now:
-                metrics = {name: float(value) for name, value in metrics.items()}
+                metrics = {key: float(value) for key, value in metrics.items()}
                 _check_finite(metrics, done, [examples[i].row for i in chosen], out)
             if log_now:
                 now = time.perf_counter()
@@ -110,15 +189,46 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
                 line = {"step": done, **metrics, "tokens_per_second": rate}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.set_postfix(
-                    {k: f"{metrics[k]:.3f}" for k in ("loss", "anti", "expert", "gate")}
-                    | {"tok/s": f"{rate:.0f}"}
-                )
+                shown = {k: f"{metrics[k]:.3f}" for k in objective.shown}
+                bar.set_postfix(shown | {"tok/s": f"{rate:.0f}"})
             bar.update()
             if save_now:
                 checkpoints.save(done, state)
     checkpoints.close()
-    return _write_result(out, config, model, anti_expert, state.units, statistics)
+    return state.trainable
+
+
+def _train_icd(config, model, lora, examples, mesh, out, *, resume, quiet) -> None:
+    """Stage 1: writes `out/adapter`."""
+    icd = config.icd
+    if icd.model is not None:
+        start = load_model(icd.model, dtype=config.dtype, stacked=True, mesh=mesh)
+        check_same_vocabulary(model, start, icd.model, examples)
+        model = start
+    optimizer = icd.optimizer
+    if icd.epochs is not None:
+        steps = max(1, round(icd.epochs * len(examples) / icd.batch_size))
+        optimizer = dataclasses.replace(optimizer, steps=steps)
+    deltas = run_stage(
+        "icd",
+        out,
+        AnswerObjective(lora, config.remat),
+        model,
+        examples,
+        Schedule.of(config, icd, optimizer),
+        mesh,
+        resume=resume,
+        quiet=quiet,
+    )
+    write_adapter(
+        out / ADAPTER_DIR,
+        deltas,
+        model.config,
+        lora,
+        base_reference=model.base.reference,
+        revision=model.base.revision,
+        overwrite=True,
+    )
 
 
 def _write_result(out, config, model: LanguageModel, anti_expert, units, statistics) -> Path:
@@ -136,17 +246,21 @@ def _write_result(out, config, model: LanguageModel, anti_expert, units, statist
     return path
 
 
-def _make_mesh(sizes: MeshConfig, config: TrainConfig) -> jax.sharding.Mesh:
+def _make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+    sizes = config.mesh
     data_size = sizes.data
     if data_size == -1:
         data_size = max(1, jax.device_count() // max(1, sizes.fsdp * sizes.tensor))
     mesh = make_mesh(data_size, sizes.fsdp, sizes.tensor)
-    micro, shards = config.batch_size // config.accumulation, data_size * sizes.fsdp
-    if micro % shards:
-        raise UserError(
-            f"batch_size / accumulation = {micro} rows cannot be spread over data · fsdp = {shards} "
-            f"devices: choose a multiple of {shards}"
-        )
+    shards = data_size * sizes.fsdp
+    stages = [("", config)] + ([("icd.", config.icd)] if config.icd.enabled else [])
+    for prefix, stage in stages:
+        micro = stage.batch_size // stage.accumulation
+        if micro % shards:
+            raise UserError(
+                f"{prefix}batch_size / {prefix}accumulation = {micro} rows cannot be spread over "
+                f"data · fsdp = {shards} devices: choose a multiple of {shards}"
+            )
     return mesh
 
 

@@ -9,21 +9,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from imae_jax.anti_expert import AntiExpertUnits
-from imae_jax.config import AntiExpertConfig, LlamaConfig
-from imae_jax.llama import Taps, Weights, forward
-from imae_jax.losses import LossConfig, fact_loss_sums, gate_loss_sums, metrics_of, total_loss
+from imae_jax.config import LlamaConfig
 from imae_jax.sharding import sharding, shardings_of
-from imae_jax.train.config import OptimizerConfig, TrainConfig
+from imae_jax.train.config import OptimizerConfig
 from imae_jax.train.data import Batch
+from imae_jax.train.objectives import Objective
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: the units, float32, and the optimizer's state for them alone."""
+    """What a step changes: the trainable part, float32, and the optimizer's state for it alone."""
 
-    units: dict[str, jax.Array]
+    trainable: dict[str, Any]
     opt_state: Any
 
 
@@ -44,19 +42,18 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def state_shardings(
     llama: LlamaConfig,
-    anti_expert: AntiExpertConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """Where every array of a `TrainState` lies: moments beside the weights that they belong to."""
-    module = nnx.eval_shape(lambda: _draw_units(llama, anti_expert, 0))
-    state = nnx.state(module)
-    units = nnx.to_pure_dict(nnx.map_state(lambda _, v: v.get_value(), state))
+    state = nnx.state(nnx.eval_shape(lambda: objective.module(llama, 0)))
+    shapes = nnx.to_pure_dict(nnx.map_state(lambda _, v: v.get_value(), state))
     placed = nnx.to_pure_dict(shardings_of(state, mesh))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, placement: placement,
-        jax.eval_shape(optimizer.init, units),
+        jax.eval_shape(optimizer.init, shapes),
         placed,
         transform_non_params=lambda _: sharding(mesh),
     )
@@ -65,23 +62,23 @@ def state_shardings(
 
 def init_state(
     llama: LlamaConfig,
-    anti_expert: AntiExpertConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
     seed: int,
 ) -> TrainState:
-    """Draws new units and their optimizer state, straight into their shards."""
+    """Draws a new trainable part and its optimizer state, straight into their shards."""
 
     def init() -> TrainState:
-        units = nnx.to_pure_dict(nnx.state(_draw_units(llama, anti_expert, seed)))
-        return TrainState(units, optimizer.init(units))
+        trainable = nnx.to_pure_dict(nnx.state(objective.module(llama, seed)))
+        return TrainState(trainable, optimizer.init(trainable))
 
     return jax.jit(init, out_shardings=shardings)()
 
 
 def make_train_step(
     llama: LlamaConfig,
-    config: TrainConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
     mesh: jax.sharding.Mesh,
@@ -93,7 +90,7 @@ def make_train_step(
 
     Args:
         llama: config of the base.
-        config: losses, remat.
+        objective: what to minimize.
         optimizer: from `make_optimizer`.
         shardings: of the state.
         mesh: on which everything lies.
@@ -102,25 +99,25 @@ def make_train_step(
         The step; `batch` holds the arrays of `data.Batch`, metrics are float32 scalars.
     """
 
-    def loss_of(units, base, micro, counts):
-        sums = micro_batch_sums(Weights(base, units), llama, micro, config.loss, config.remat)
-        return total_loss(sums, counts, config.loss), sums
+    def loss_of(trainable, base, micro, counts):
+        sums = objective.sums(objective.attach(base, trainable), llama, micro)
+        return objective.loss(sums, counts), sums
 
     def step(state: TrainState, base, batch):
-        counts = loss_counts(batch, llama.num_layers)
+        counts = objective.counts(llama, batch)
         gradient = jax.grad(loss_of, has_aux=True)
 
         def accumulate(carry, micro):
-            return jax.tree.map(jnp.add, carry, gradient(state.units, base, micro, counts)), None
+            return jax.tree.map(jnp.add, carry, gradient(state.trainable, base, micro, counts)), None
 
-        shape = jax.eval_shape(gradient, state.units, base, jax.tree.map(lambda x: x[0], batch), counts)
+        first = jax.tree.map(lambda x: x[0], batch)
+        shape = jax.eval_shape(gradient, state.trainable, base, first, counts)
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         (grads, sums), _ = jax.lax.scan(accumulate, start, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.units)
-        units = optax.apply_updates(state.units, updates)
-        metrics = metrics_of(sums, counts, config.loss)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(units, opt_state), metrics
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = objective.metrics(sums, counts) | {"grad_norm": optax.tree.norm(grads)}
+        return TrainState(trainable, opt_state), metrics
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding(mesh)))
@@ -132,71 +129,7 @@ def make_train_step(
     return run
 
 
-def micro_batch_sums(
-    weights: Weights, llama: LlamaConfig, batch: dict[str, jax.Array], loss: LossConfig, remat: str
-) -> dict[str, jax.Array]:
-    """Sums of all losses over one micro-batch (IMAE, section 3.2).
-
-    The base rows give p_target and carry no gradient: they run without units and nothing of theirs is
-    saved. The anti-expert and expert rows run as one doubled batch.
-
-    Args:
-        weights: base and units.
-        llama: config of the base.
-        batch: arrays of `data.Batch` without the leading `A`.
-        loss: settings.
-        remat: see `llama.forward`.
-    """
-    tokens, mask = batch["tokens"], batch["attention_mask"]
-    B = tokens.shape[0]
-    base = forward(
-        Weights(jax.lax.stop_gradient(weights.base)), llama, tokens, attention_mask=mask
-    ).hidden_states
-    both = forward(
-        weights,
-        llama,
-        jnp.concatenate([tokens, tokens]),
-        attention_mask=jnp.concatenate([mask, mask]),
-        strength=jnp.repeat(jnp.asarray([1.0, -1.0]), B),
-        taps=Taps(gates=True),
-        remat=remat,
-    )
-
-    def at_facts(hidden):
-        return jnp.take_along_axis(hidden, batch["fact_positions"][..., None], axis=1)
-
-    sums = fact_loss_sums(
-        weights,
-        at_facts(jax.lax.stop_gradient(base)),
-        at_facts(both.hidden_states[:B]),
-        at_facts(both.hidden_states[B:]),
-        batch["fact_targets"],
-        batch["fact_valid"],
-        loss,
-    )
-    fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
-    return sums | gate_loss_sums(both.gates, fact, answer)
-
-
-def loss_counts(batch: dict[str, jax.Array], num_layers: int) -> dict[str, jax.Array]:
-    """What the sums of a whole batch are divided by; at least 1, so that none divides by zero."""
-    facts = jnp.sum(batch["fact"], dtype=jnp.float32)
-    answers = jnp.sum(batch["answer"], dtype=jnp.float32)
-    gates = 2 * num_layers
-    counts = {
-        "fact": facts,
-        "gate": gates * answers,
-        "gate_on_fact": gates * facts,
-        "gate_off_fact": gates * (answers - facts),
-    }
-    return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
-
-
 def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the devices, rows spread over the data and fsdp axes."""
     placement = sharding(mesh, *Batch.AXES)
     return {name: jax.device_put(array, placement) for name, array in batch.arrays().items()}
-
-
-def _draw_units(llama: LlamaConfig, anti_expert: AntiExpertConfig, seed: int) -> AntiExpertUnits:
-    return AntiExpertUnits(llama, anti_expert, rngs=nnx.Rngs(seed), stack=llama.num_layers)

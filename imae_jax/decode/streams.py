@@ -6,13 +6,18 @@ import jax.numpy as jnp
 from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
 from imae_jax.decode.methods import Method
-from imae_jax.decode.methods.imae import require_units
+from imae_jax.errors import UserError
 from imae_jax.llama import Weights, forward, project
 
 
 def check(weights: Weights, method: Method) -> None:
-    """Raises a `UserError` if the method cannot run on this model."""
-    require_units(weights.units is not None, method.streams, method.name)
+    """Raises a `UserError` if the method needs units or deltas that the model lacks."""
+    if weights.units is None and any(stream.strength for stream in method.streams):
+        raise UserError(
+            f"method {method.name} needs a model with anti-expert units: give an IMAE directory as --model"
+        )
+    if weights.lora is None and any(stream.adapter for stream in method.streams):
+        raise UserError(f"method {method.name} needs low-rank deltas: give it an adapter")
 
 
 def num_rows(method: Method, batch_size: int) -> int:
@@ -47,6 +52,11 @@ def run(
     """
     batch_size = tokens.shape[0]
     strengths = [stream.strength for stream in method.streams]
+    adapters = [stream.adapter for stream in method.streams]
+
+    def per_row(values):
+        return jnp.repeat(jnp.asarray(values), batch_size) if any(values) else None
+
     output = forward(
         weights,
         config,
@@ -54,7 +64,8 @@ def run(
         attention_mask=tile(method, attention_mask),
         positions=None if positions is None else tile(method, positions),
         attend=None if attend is None else tile(method, attend),
-        strength=jnp.repeat(jnp.asarray(strengths), batch_size) if any(strengths) else None,
+        strength=per_row(strengths),
+        adapter=per_row(adapters),
         cache=cache,
     )
     hidden = output.hidden_states

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from imae_jax.anti_expert import MODES
 from imae_jax.decode.methods.protocol import Method, Stream
-from imae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +41,3 @@ class Strength(Method):
 
     def settings(self) -> dict[str, Any]:
         return {"name": "imae", "strength": self.strength}
-
-
-def require_units(has_units: bool, streams: Sequence[Stream], name: str) -> None:
-    """Raises a `UserError` if a method needs units that the model lacks."""
-    if not has_units and any(stream.strength for stream in streams):
-        raise UserError(
-            f"method {name} needs a model with anti-expert units: give an IMAE directory as --model"
-        )

@@ -19,9 +19,11 @@ class Stream:
 
     Attributes:
         strength: the anti-expert units' `o`; 0 leaves them out.
+        adapter: factor of the low-rank deltas; 0 leaves them out.
     """
 
     strength: float = 0.0
+    adapter: float = 0.0
 
 
 class Method(abc.ABC):

@@ -1,0 +1,170 @@
+"""What a stage of training minimizes: its trainable part, its losses, their counts and its metrics."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imae_jax.anti_expert import AntiExpertUnits
+from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
+from imae_jax.llama import Taps, Weights, forward
+from imae_jax.lora import LoraDeltas
+from imae_jax.losses import (
+    LossConfig,
+    answer_loss_sums,
+    fact_loss_sums,
+    gate_loss_sums,
+    metrics_of,
+    token_weights,
+    total_loss,
+)
+
+Arrays = dict[str, jax.Array]
+
+
+class Objective(abc.ABC):
+    """A stage's loss. Implementations are frozen dataclasses.
+
+    Sums over a micro-batch are divided by counts of the whole batch, so that accumulation is exact.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that the progress bar shows."""
+
+    @abc.abstractmethod
+    def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
+        """Declares the trainable part, stacked along layers, float32."""
+
+    @abc.abstractmethod
+    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+        """The model with its trainable part."""
+
+    @abc.abstractmethod
+    def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        """Float32 scalars, summed over a micro-batch: arrays of `data.Batch` without the leading A."""
+
+    @abc.abstractmethod
+    def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        """What the sums are divided by, from the whole batch; at least 1."""
+
+    @abc.abstractmethod
+    def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
+        """The scalar to minimize; linear in `sums`."""
+
+    @abc.abstractmethod
+    def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
+        """What to log; has `loss`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImaeObjective(Objective):
+    """The anti-expert units' three losses (IMAE, section 3.2)."""
+
+    anti_expert: AntiExpertConfig
+    settings: LossConfig
+    remat: str = "none"
+
+    shown = ("loss", "anti", "expert", "gate")
+
+    def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
+        return AntiExpertUnits(llama, self.anti_expert, rngs=nnx.Rngs(seed), stack=llama.num_layers)
+
+    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+        return Weights(base, units=trainable)
+
+    def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        """The base rows give p_target and carry no gradient: they run without units and nothing of
+        theirs is saved. The anti-expert and expert rows run as one doubled batch."""
+        tokens, mask = batch["tokens"], batch["attention_mask"]
+        B = tokens.shape[0]
+        frozen = Weights(jax.lax.stop_gradient(weights.base))
+        base = forward(frozen, llama, tokens, attention_mask=mask).hidden_states
+        both = forward(
+            weights,
+            llama,
+            jnp.concatenate([tokens, tokens]),
+            attention_mask=jnp.concatenate([mask, mask]),
+            strength=jnp.repeat(jnp.asarray([1.0, -1.0]), B),
+            taps=Taps(gates=True),
+            remat=self.remat,
+        )
+        sums = fact_loss_sums(
+            weights,
+            _at_facts(batch, jax.lax.stop_gradient(base)),
+            _at_facts(batch, both.hidden_states[:B]),
+            _at_facts(batch, both.hidden_states[B:]),
+            batch["fact_targets"],
+            token_weights(batch["fact_valid"], self.settings.mean),
+            self.settings,
+        )
+        fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
+        weight = token_weights(answer, self.settings.mean)
+        return sums | gate_loss_sums(both.gates, fact, answer, weight)
+
+    def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        facts = jnp.sum(batch["fact"], dtype=jnp.float32)
+        answers = jnp.sum(batch["answer"], dtype=jnp.float32)
+        gates = 2 * llama.num_layers
+        counts = {
+            "fact": jnp.sum(token_weights(batch["fact_valid"], self.settings.mean)),
+            "gate": gates * jnp.sum(token_weights(batch["answer"], self.settings.mean)),
+            "gate_on_fact": gates * facts,
+            "gate_off_fact": gates * (answers - facts),
+        }
+        return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
+
+    def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
+        return total_loss(sums, counts, self.settings)
+
+    def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
+        return metrics_of(sums, counts, self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerObjective(Objective):
+    """Cross-entropy on the hallucinated answers' tokens: the anti-expert LLM of ICD.
+
+    Attributes:
+        lora: the low-rank deltas to train.
+        remat: see `llama.forward`.
+    """
+
+    lora: LoraConfig
+    remat: str = "none"
+
+    shown = ("loss", "accuracy")
+
+    def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
+        return LoraDeltas(llama, self.lora, rngs=nnx.Rngs(seed), stack=llama.num_layers)
+
+    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+        return Weights(base, lora=trainable, lora_scale=self.lora.scale)
+
+    def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        output = forward(
+            weights,
+            llama,
+            batch["tokens"],
+            attention_mask=batch["attention_mask"],
+            adapter=1.0,
+            remat=self.remat,
+        )
+        hidden = _at_facts(batch, output.hidden_states)
+        return answer_loss_sums(weights, hidden, batch["fact_targets"], batch["fact_valid"])
+
+    def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        return {"answer": jnp.maximum(jnp.sum(batch["fact_valid"], dtype=jnp.float32), 1.0)}
+
+    def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
+        return sums["nll"] / counts["answer"]
+
+    def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
+        return {"loss": self.loss(sums, counts), "accuracy": sums["correct"] / counts["answer"]}
+
+
+def _at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
+    """[B, T, D] at the positions that predict a token of T_fact: [B, P, D]."""
+    return jnp.take_along_axis(hidden, batch["fact_positions"][..., None], axis=1)
