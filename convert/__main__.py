@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from imae_jax import runtime
-from imae_jax.errors import ArgumentParser, UserError, command
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
 
@@ -15,9 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("export", help="write a HuggingFace directory (safetensors)")
-    export.add_argument("--model", required=True, help="model reference: see imae_jax.convert")
+    add_model_arguments(export)
     export.add_argument("--out", required=True, help="directory to write")
-    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     export.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)"
     )
@@ -30,14 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     from imae_jax.convert import load_model
     from imae_jax.convert.hf import save_hf
 
-    with new_directory(args.out, overwrite=args.overwrite) as out:
-        lm = load_model(args.model, dtype=args.dtype)
+    with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
+        lm = load_model(args.model, **model_arguments(args))
         if lm.imae is not None:
             raise UserError(
                 f"{args.model} holds anti-expert units, which a plain Llama checkpoint cannot: export "
                 f"its base ({lm.base.reference}) instead"
             )
-        save_hf(lm.model, lm.tokenizer, out, max_shard_bytes=int(args.max_shard_gb * 1e9))
+        save_hf(
+            lm.model,
+            lm.tokenizer,
+            out,
+            eos_token_ids=lm.eos_token_ids,
+            max_shard_bytes=int(args.max_shard_gb * 1e9),
+        )
     print(f"wrote {args.out}")
 
 

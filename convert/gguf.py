@@ -150,6 +150,12 @@ class GGUFSource:
             mlp_bias=has("ffn_gate.bias"),
         )
 
+    @property
+    def end_token_ids(self) -> set[int]:
+        """Tokens that end a text, a turn or a message."""
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+        return {int(value) for value in map(self._get, keys) if value is not None}
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that the file's metadata describe.
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from imae_jax.sharding import check_divisible, sharding
 # Buffers that old checkpoints store and that are functions of the config.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 MAX_NAMES_IN_ERROR = 8
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
 
 class TensorSource(Protocol):
@@ -54,13 +55,20 @@ class SafetensorsSource:
             try:
                 handle = safe_open(path, framework="numpy")
                 names = list(handle.keys())
-                shapes = {n: tuple(handle.get_slice(n).get_shape()) for n in names}
+                slices = {n: handle.get_slice(n) for n in names if not IGNORED_TENSORS.search(n)}
+                shapes = {n: tuple(s.get_shape()) for n, s in slices.items()}
+                dtypes = {n: s.get_dtype() for n, s in slices.items()}
             except FileNotFoundError:
                 raise UserError(f"shard {path} is missing: download the checkpoint again") from None
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} is damaged or not a safetensors file ({error}): download it again"
                 ) from None
+            for tensor, dtype in dtypes.items():
+                if dtype not in DTYPES:
+                    raise UserError(
+                        f"{tensor} in {path} is stored as {dtype}: only {', '.join(DTYPES)} can be loaded"
+                    )
             repeated = shapes.keys() & self.shapes.keys()
             if repeated:
                 raise UserError(f"{path} repeats {sorted(repeated)[0]} of another shard")
@@ -68,14 +76,17 @@ class SafetensorsSource:
             self.shapes |= shapes
         if not self.shapes:
             raise UserError(f"{directory} holds no tensors: check the checkpoint")
-        weight = next((n for n in self.shapes if "norm" not in n), next(iter(self.shapes)))
-        self.dtype = self._handles[weight].get_slice(weight)[:1].dtype
+        # Norms may be kept in a wider type than the matrices.
+        largest = max(self.shapes, key=lambda n: int(np.prod(self.shapes[n])))
+        self.dtype = jnp.dtype(DTYPES[self._handles[largest].get_slice(largest).get_dtype()])
 
     def read(self, name: str) -> np.ndarray:
         return self._handles[name].get_tensor(name)
 
 
 def _weight_files(directory: Path) -> list[str]:
+    if (directory / "model.safetensors").is_file():
+        return ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -86,14 +97,15 @@ def _weight_files(directory: Path) -> list[str]:
             if Path(file).name != file:
                 raise UserError(f"{index} points outside of its directory: {file!r}")
         return files
-    if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise UserError(
             f"{directory} holds pickled weights (.bin), which can run code when loaded: convert them "
             "with transformers' save_pretrained(safe_serialization=True) first"
         )
-    raise UserError(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+    raise UserError(
+        f"{directory} has no model.safetensors and no model.safetensors.index.json: only safetensors are "
+        "loaded, not pickles (.bin)"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,9 +133,9 @@ def with_biases_of(config: LlamaConfig, names: Mapping[str, Any]) -> LlamaConfig
 
     return dataclasses.replace(
         config,
-        qkv_bias=config.qkv_bias or present("self_attn.q_proj.bias"),
-        o_bias=config.o_bias or present("self_attn.o_proj.bias"),
-        mlp_bias=config.mlp_bias or present("mlp.gate_proj.bias"),
+        qkv_bias=present("self_attn.q_proj.bias"),
+        o_bias=present("self_attn.o_proj.bias"),
+        mlp_bias=present("mlp.gate_proj.bias"),
     )
 
 
@@ -145,8 +157,7 @@ def load_llama(
     Args:
         config: of the base.
         source: the base's tensors.
-        anti_expert, unit_source: sizes and tensors of the units; without a source they are drawn
-            afresh by the caller.
+        anti_expert, unit_source: sizes and tensors of the units, both or neither.
         stacked: see `Llama`.
         dtype: of the base; default: the checkpoint's own.
         mesh: device mesh to shard over; default: the default device.
@@ -272,13 +283,21 @@ def hf_tensors(weights: Weights, config: LlamaConfig, rows: list[Row]) -> dict[s
     return {row.hf_name(i): reader(row, i) for row, i in expand(rows, config.num_layers)}
 
 
-def save_hf(model: Llama, tokenizer: Any, directory: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_hf(
+    model: Llama,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes a plain Llama as a HuggingFace directory; one shard at a time is held in memory.
 
     Args:
         model: only its base is written.
         tokenizer: a transformers tokenizer.
         directory: an existing, empty directory.
+        eos_token_ids: tokens that end a text; default: the tokenizer's.
         max_shard_bytes: size at which a new file is begun.
     """
     weights, config = model.weights(), model.config
@@ -308,7 +327,8 @@ def save_hf(model: Llama, tokenizer: Any, directory: Path, *, max_shard_bytes: i
 
     with _quiet_tokenizers():
         tokenizer.save_pretrained(directory)
-    eos = tokenizer.eos_token_id
+    eos = list(eos_token_ids)
+    eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
     hf = config.to_hf() | {
         "dtype": str(weights.dtype),
         "torch_dtype": str(weights.dtype),

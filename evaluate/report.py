@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from imae_jax.cli import ArgumentParser, command
 from imae_jax.convert.hf import read_json
-from imae_jax.errors import ArgumentParser, UserError, command
+from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
 from .truthfulqa import METRICS, RESULTS_FILE
 
-TRAINING_FILE = "metrics.jsonl"
+TRAINING_FILE, REPORT_FILE = "metrics.jsonl", "report.md"
 LOSS_PARTS = {"anti": "L_anti", "expert": "L_expert", "gate": "L_gate"}
 GATES = {"gate_on_fact": "gate on T_fact", "gate_off_fact": "gate off T_fact"}
 
@@ -68,7 +69,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not lines:
         raise UserError(f"{path} holds no steps: the run has not trained yet")
+    keys = {"step", "tokens_per_second", *LOSS_PARTS, *GATES}
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not keys <= line.keys():
+            raise UserError(f"{path} line {number} lacks some of {', '.join(sorted(keys))}")
     return lines
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    results = read_json(path)
+    keys = ("protocol", "model", "n_questions", "n_answers", "dtype", "versions", "methods")
+    missing = [key for key in keys if key not in results]
+    if missing or not results["methods"]:
+        raise UserError(f"{path} lacks {', '.join(missing) or 'methods'}: evaluate again")
+    return results
 
 
 def results_markdown(results: dict[str, Any]) -> str:
@@ -94,7 +108,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     parts = ["# Report", ""]
     for number, run in enumerate(runs, 1):
         if (run / RESULTS_FILE).is_file():
-            results = read_json(run / RESULTS_FILE)
+            results = _read_results(run / RESULTS_FILE)
             plot = f"{number}-truthfulqa.png"
             bar_plot(results, out / plot)
             parts += [
@@ -132,7 +146,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                 f"{run} holds neither {RESULTS_FILE} nor {TRAINING_FILE}: give output directories of "
                 "imae_jax.train or imae_jax.evaluate.truthfulqa"
             )
-    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (out / REPORT_FILE).write_text("\n".join(parts), encoding="utf-8")
 
 
 def _joined(values: dict[str, str]) -> str:
@@ -149,9 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
-    with new_directory(args.out, overwrite=args.overwrite) as out:
+    with new_directory(args.out, marker=REPORT_FILE, overwrite=args.overwrite) as out:
         write_report(args.runs, out)
-    print(f"wrote {Path(args.out) / 'report.md'}")
+    print(f"wrote {Path(args.out) / REPORT_FILE}")
 
 
 if __name__ == "__main__":

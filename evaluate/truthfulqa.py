@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from imae_jax import runtime
-from imae_jax.errors import ArgumentParser, UserError, command
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
 from .protocols import DATA_DIRECTORY, PROTOCOLS, Primer, Protocol, get_protocol, load_primer
@@ -59,11 +60,18 @@ def read_questions(path: str | Path) -> list[Question]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    try:
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV: {error}") from None
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}: it is not TruthfulQA's CSV")
     questions = []
-    for index, row in enumerate(reader):
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from None
+    for index, row in enumerate(rows):
         question = (row["Question"] or "").strip()
         best = _full_stop((row["Best Answer"] or "").strip())
         true, false = (_answers(row[name] or "") for name in COLUMNS[2:])
@@ -252,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m imae_jax.evaluate.truthfulqa",
         description="TruthfulQA multiple choice: writes OUT/results.json and OUT/scores.jsonl.",
     )
-    parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert")
+    add_model_arguments(parser)
     parser.add_argument(
         "--methods",
         default="base",
@@ -263,7 +271,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="use the first N questions")
     parser.add_argument("--protocol", default="tqa-v1/qa-primer", help=f"one of {', '.join(PROTOCOLS)}")
     parser.add_argument("--primer", help="file with the six-shot primer (default: from lm-eval)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -275,12 +282,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = DEMO_DATA if demo else Path(args.data)
     questions = read_questions(path)[: args.limit]
     primer = load_primer(args.primer, demo=demo)
-    with new_directory(args.out, overwrite=args.overwrite) as out:
+    with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
         from imae_jax.convert import load_model
 
         methods = parse_methods(args.methods)
-        lm = load_model(args.model, dtype=args.dtype)
+        lm = load_model(args.model, **model_arguments(args))
         results, lines = evaluate(lm, methods, questions, protocol, primer, quiet=args.quiet)
         results |= {
             "model": args.model,

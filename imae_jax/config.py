@@ -1,7 +1,7 @@
 """Frozen, hashable configurations of the base LLM and of the anti-expert units."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imae_jax.errors import UserError
@@ -127,6 +127,14 @@ class LlamaConfig:
             raise UserError(
                 f"{len(factors)} RoPE frequency factors for head_dim {self.head_dim}: "
                 f"{self.head_dim // 2} are needed"
+            )
+
+    def check_token_ids(self, tokens: Sequence[int]) -> None:
+        """Raises a `UserError` for an id without an embedding: its hidden state would be NaN."""
+        if max(tokens) >= self.vocab_size or min(tokens) < 0:
+            raise UserError(
+                f"token id {max(tokens)} is outside of the model's vocabulary of {self.vocab_size}: the "
+                "tokenizer does not belong to the model"
             )
 
     @property

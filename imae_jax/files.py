@@ -11,19 +11,29 @@ from imae_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block succeeds.
 
     On an error nothing is left, and an existing `path` stays as it was.
 
+    Args:
+        path: the directory to make.
+        marker: a file that the result will hold; `overwrite` replaces a directory only if it is empty or
+            holds this file, never somebody's other files.
+        overwrite: replace an existing result.
+
     Raises:
-        UserError: `path` exists and `overwrite` is off, or it cannot be written.
+        UserError: `path` exists and may not be replaced, or it cannot be written.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: choose another output, or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a directory: choose another output")
+    if path.exists() and not (path / marker).exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path} holds no {marker}, so it is not a result of this command: choose another output"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

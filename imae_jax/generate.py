@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from imae_jax import runtime
-from imae_jax.errors import ArgumentParser, UserError, command
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.errors import UserError
 
 
 @command
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m imae_jax.generate",
         description="Continues prompts with a model, in one mode or in several side by side.",
     )
-    parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given repeatedly")
     parser.add_argument(
         "--mode",
@@ -45,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.compare is not None and args.mode is not None:
         raise UserError("--compare and --mode exclude each other: give one of them")
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     names = split_methods(args.compare) if args.compare else [args.mode]
     methods = [parse_method(name) for name in names if name is not None]
-    lm = load_model(args.model, dtype=args.dtype)
+    lm = load_model(args.model, **model_arguments(args))
     if not methods:
         methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
 

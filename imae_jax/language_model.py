@@ -12,7 +12,7 @@ from imae_jax.decode.methods import Method, parse_method
 from imae_jax.decode.sampling import Sampler
 from imae_jax.decode.scoring import encode, score
 from imae_jax.llama import Llama
-from imae_jax.prompts import adds_special_tokens, answer_lead, render, resolve_format
+from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BaseReference:
     Attributes:
         reference: as the user gave it; local paths are absolute.
         revision: commit of a hub model, else None.
-        fingerprint: SHA-256 over the name, size, first and last MiB of every weight file.
+        fingerprint: SHA-256 over the size, first and last MiB of every weight file.
         dtype: that the base was loaded in.
     """
 
@@ -81,18 +81,20 @@ class LanguageModel:
         Raises:
             UserError: a prompt that is empty or too long, or a method that the model cannot run.
         """
+        format = resolve_format(self.tokenizer, format, allow_raw=True)
         texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
+        ids = self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
         rows = generate(
             self.model,
             self.config,
-            self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"],
+            ids,
             method=parse_method(method),
             sampler=sampler,
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.eos_token_ids,
             seed=seed,
         )
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return [self._new_text(prompt, row) for prompt, row in zip(ids, rows, strict=True)]
 
     def score(
         self,
@@ -113,9 +115,8 @@ class LanguageModel:
         Raises:
             UserError: an answer without tokens, or a method that the model cannot run.
         """
-        lead = ""
-        if format != "raw":
-            lead = answer_lead(self.tokenizer, resolve_format(self.tokenizer, format))
+        format = resolve_format(self.tokenizer, format, allow_raw=True)
+        lead, _ = answer_frame(self.tokenizer, format)
         text = render(self.tokenizer, prompt, format)
         group = encode(
             self.tokenizer,
@@ -125,3 +126,12 @@ class LanguageModel:
         )
         ((_, scores),) = score(self.model, self.config, [group], parse_method(method))
         return [float(np.sum(s, dtype=np.float64)) for s in scores]
+
+    def _new_text(self, prompt: list[int], new: list[int]) -> str:
+        """The text of new tokens; alone, SentencePiece would drop their leading space."""
+        before, whole = (
+            self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new)
+        )
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return self.tokenizer.decode(new, skip_special_tokens=True)

@@ -252,7 +252,8 @@ def forward(
         slots = jnp.arange(real.shape[1])
         attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
 
-    x = jnp.take(weights.base["embed"], tokens, axis=0)
+    # Gathered from a table whose rows are whole: SPMD would otherwise replicate the activations.
+    x = jnp.take(constrain(weights.base["embed"], "vocab", None), tokens, axis=0)
     x = constrain(x, "batch", "length", "act_embed")
     cos, sin = rope_tables(config, positions, x.dtype)
 

@@ -5,6 +5,7 @@ tokens by the size of the batch that they happen to be in.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,8 @@ class LossConfig:
             raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(VALID_FORMS)}")
         if self.mean not in MEANS:
             raise UserError(f"loss.mean {self.mean!r}: use {' or '.join(MEANS)}")
+        if not (math.isfinite(self.beta) and 0 <= self.gate_weight < math.inf):
+            raise UserError(f"loss.beta {self.beta} and loss.gate_weight {self.gate_weight} must be finite")
         if not 0 < self.delta <= 1:
             raise UserError(f"loss.delta {self.delta} must be above 0 and at most 1")
 

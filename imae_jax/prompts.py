@@ -5,16 +5,22 @@ from typing import Any
 from imae_jax.errors import UserError
 
 FORMATS = ("auto", "chat", "plain")
+"""How a question can be put; a text that is no question can also be `raw`."""
+
+# Llama 3's templates write today's date into the prompt unless they are given one: a score would
+# change from day to day. This is the date they fall back to themselves.
+TEMPLATE_DATE = "26 Jul 2024"
 
 
-def resolve_format(tokenizer: Any, format: str) -> str:
-    """`chat` or `plain`; `auto` is chat where the tokenizer has a chat template.
+def resolve_format(tokenizer: Any, format: str, *, allow_raw: bool = False) -> str:
+    """`chat`, `plain` or `raw`; `auto` is chat where the tokenizer has a chat template, else plain.
 
     Raises:
         UserError: an unknown format, or `chat` without a template.
     """
-    if format not in FORMATS:
-        raise UserError(f"prompt format {format!r} does not exist: use {', '.join(FORMATS)}")
+    known = ("raw", *FORMATS) if allow_raw else FORMATS
+    if format not in known:
+        raise UserError(f"prompt format {format!r} does not exist: use {', '.join(known)}")
     has_template = bool(tokenizer.chat_template)
     if format == "chat" and not has_template:
         raise UserError("the tokenizer has no chat template: use the plain format")
@@ -24,12 +30,10 @@ def resolve_format(tokenizer: Any, format: str) -> str:
 
 
 def render(tokenizer: Any, text: str, format: str) -> str:
-    """The prompt for a question or message: `raw` as it is, `plain` as `Q: …\\nA:`, or `chat`."""
-    if format == "raw":
-        return text
-    if resolve_format(tokenizer, format) == "chat":
+    """The prompt for a question or message in a resolved format."""
+    if format == "chat":
         return chat_text(tokenizer, text)
-    return question_text(text)
+    return question_text(text) if format == "plain" else text
 
 
 def adds_special_tokens(format: str) -> bool:
@@ -47,16 +51,28 @@ def chat_text(tokenizer: Any, message: str) -> str:
 
     It holds its special tokens: tokenize it with `add_special_tokens=False`.
     """
-    messages = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _apply_template(tokenizer, {"user": message}, add_generation_prompt=True)
 
 
-def answer_lead(tokenizer: Any, format: str) -> str:
-    """What stands between a prompt and its answer: a space, or what the chat template puts there."""
+def answer_frame(tokenizer: Any, format: str) -> tuple[str, str]:
+    """What stands around an answer that follows a prompt: before it, and as its end of turn.
+
+    `plain` is a space and the end-of-text token; `chat` what the template puts there; `raw` nothing.
+    """
+    eos = tokenizer.eos_token or ""
+    if format == "raw":
+        return "", ""
     if format == "plain":
-        return " "
+        return " ", eos
     answer = "ANSWER"
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    lead, found, _ = whole.removeprefix(chat_text(tokenizer, "Q")).partition(answer)
-    return lead if found and not lead.strip() else ""
+    whole = _apply_template(tokenizer, {"user": "Q", "assistant": answer})
+    lead, found, tail = whole.removeprefix(chat_text(tokenizer, "Q")).partition(answer)
+    if not found or lead.strip():
+        return "", eos
+    # Templates end a turn with a line break that nobody predicts.
+    return lead, tail.rstrip("\n") or eos
+
+
+def _apply_template(tokenizer: Any, turns: dict[str, str], **kwargs: Any) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **kwargs)

@@ -22,9 +22,14 @@ def set_up() -> None:
         directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(directory / "imae_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # By default GPUs and TPUs multiply float32 in fewer bits, and scores would depend on the device.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library and of what its numbers depend on."""
+    """Versions of this library and of what its numbers depend on, and the kind of device."""
     names = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
-    return {"imae_jax": __version__} | {name: version(name) for name in names}
+    import jax
+
+    device = {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
+    return {"imae_jax": __version__} | device | {name: version(name) for name in names}

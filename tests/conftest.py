@@ -68,7 +68,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
-    "all_biases_tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "rope_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},

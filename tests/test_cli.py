@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -81,6 +82,9 @@ BAD_GENERATE = {
     "chat": (["--format", "chat"], "no chat template"),
     "dtype": (["--dtype", "int4"], "dtype 'int4'"),
     "flag": (["--modes", "base"], "--modes"),
+    "seed": (["--seed", "-1"], "--seed -1"),
+    "revision": (["--revision", "main"], "goes with a hub model"),
+    "base": (["--base", "other"], "goes with an IMAE directory"),
 }
 
 
@@ -125,6 +129,26 @@ def test_export_leaves_nothing_behind_on_errors(tiny_dir, tmp_path, capfd):
     assert "exists already" in error_of(capfd, convert, "export", "--model", tiny_dir, "--out", out)
     error_of(capfd, convert, "export", "--model", tiny_dir, "--out", out, "--overwrite")
     assert out.read_text() == "mine"
+
+
+def test_overwrite_replaces_results_only(tiny_dir, tmp_path, capfd):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    command = ["export", "--model", tiny_dir, "--out", out, "--overwrite"]
+    assert "holds no config.json" in error_of(capfd, convert, *command)
+    assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    output_of(capfd, convert, *command)
+    output_of(capfd, convert, *command)
+
+
+def test_export_keeps_every_end_token(tiny_dir, tmp_path, capfd):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_dir, copy)
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 5, 9]}')
+    output_of(capfd, convert, "export", "--model", copy, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 9]
 
 
 def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
+from imae_jax.decode.methods.imae import Strength
+from imae_jax.decode.scoring import Continuation, score
 from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.__main__ import main
@@ -260,7 +264,82 @@ def test_token_filter_keeps_what_the_anti_expert_llm_prefers(settings, tiny, tmp
     assert 0 < kept < 1
 
 
+ICD = [
+    "icd.lora.rank=4",
+    "icd.batch_size=8",
+    "icd.epochs=null",
+    "icd.optimizer.steps=6",
+    "icd.optimizer.learning_rate=2e-2",
+    "filter.gamma=0.1",
+]
+
+
+def test_all_stages_in_one_command(settings, tmp_path, capfd):
+    assert main([*settings, *ICD, "icd.enabled=true"]) == 0
+    out = tmp_path / "run"
+    losses = [line["loss"] for line in losses_of(out / "icd")]
+    assert len(losses) == 6
+    assert min(losses[3:]) < losses[0]
+    statistics = load_model(str(out / "imae")).imae["training"]["data"]
+    assert 0 < statistics["kept_share"] < 1
+    assert len(statistics["kept_share_by_length"]) == 3
+    assert f"T_fact: {statistics['kept_share']:.1%} of answer tokens kept" in capfd.readouterr().err
+    assert len(losses_of(out)) == 8
+
+    # The ratios behind T_fact are those of the adapter, loaded as a model of its own.
+    base, anti = load_model(str(settings[0].partition("=")[2])), load_model(str(out / "icd" / "adapter"))
+    (stored,) = (out / "token_filter").iterdir()
+    for row in datasets.load_from_disk(str(stored)):
+        item = Continuation(tuple(row["tokens"]), row["start"])
+        log_probs = [
+            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1][0] for lm in (base, anti)
+        ]
+        np.testing.assert_allclose(row["log_ratio"], log_probs[1] - log_probs[0], atol=1e-4)
+
+
+def test_stages_one_at_a_time(settings, tmp_path):
+    alone = [s.replace(f"out={tmp_path / 'run'}", f"out={tmp_path / 'alone'}") for s in settings]
+    assert main(["icd", *alone, *ICD, "--quiet"]) == 0
+    assert not (tmp_path / "alone" / "imae").exists()
+    adapter = tmp_path / "alone" / "icd" / "adapter"
+    assert main([*settings, *ICD, "--anti-expert-llm", str(adapter), "--quiet"]) == 0
+    other = [s.replace(f"out={tmp_path / 'run'}", f"out={tmp_path / 'whole'}") for s in settings]
+    assert main([*other, *ICD, "icd.enabled=true", "--quiet"]) == 0
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+
+
+def test_a_filter_that_keeps_nothing(settings, tmp_path, capfd):
+    run = [*settings, *ICD, "icd.enabled=true", "filter.gamma=99", "--quiet"]
+    assert main(run) == 2
+    assert "filter.gamma=99.0 keeps no answer token" in capfd.readouterr().err
+    # The anti-expert LLM is kept, and used by the next try.
+    adapter = tmp_path / "run" / "icd" / "adapter" / "adapter_model.safetensors"
+    written = adapter.stat().st_mtime_ns
+    assert main([*run, "--resume"]) == 2
+    assert adapter.stat().st_mtime_ns == written
+
+
+def test_an_anti_expert_llm_of_another_vocabulary(settings, tiny, capfd):
+    other = tiny("gqa", vocab_size=96)
+    assert main([*settings, "--anti-expert-llm", str(other.directory), "--quiet"]) == 2
+    assert "has 96 tokens, the base 98" in capfd.readouterr().err
+
+
 BAD_SETTINGS = {
+    "seed=-1": "seed=-1 must be between 0",
+    "data.limit=0": "data.limit=0 must be at least 1",
+    "data.length_ratio=0.5": "data.length_ratio=0.5",
+    "units.ratio=inf": "units.ratio=inf",
+    "optimizer.clip_norm=-1": "optimizer.clip_norm=-1",
+    "optimizer.beta1=2": "optimizer.beta1=2",
+    "optimizer.learning_rate=0": "optimizer.learning_rate=0",
+    "loss.beta=nan": "loss.beta nan",
+    "batch_size=12": "12 rows cannot be spread over",
+    "icd.accumulation=3": "icd.accumulation=3",
+    "icd.batch_size=0": "icd.batch_size=0",
+    "icd.epochs=0": "icd.epochs=0",
+    "icd.lora.targets=[wz]": "['wz'] match nothing",
+    "icd.lora.rank=0": "lora.rank 0",
     "batch_size=0": "batch_size",
     "accumulation=3": "accumulation=3",
     "remat=some": "remat='some'",
@@ -328,6 +407,33 @@ def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capfd):
     assert losses_of(tmp_path / "run")[0] != json.loads(before.splitlines()[0])
 
 
+def test_resume_before_the_first_checkpoint(settings, tmp_path):
+    late = [s.replace("save_every=3", "save_every=100") for s in settings]
+    assert main([*late, "--quiet"]) == 0
+    expected = losses_of(tmp_path / "run")
+    for name in ("checkpoints", "imae"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert main([*late, "--resume", "--quiet"]) == 0
+    assert losses_of(tmp_path / "run") == expected
+
+
+def test_damaged_files_of_a_run(settings, tmp_path, capfd):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"batch_size: \xff")
+    assert main(["--config", str(path), *settings, "--quiet"]) == 2
+    assert str(path) in capfd.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("a: [")
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    assert "config.yaml is damaged" in capfd.readouterr().err
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 2)
+    path.write_text(path.read_text().replace(" t", " \u2028t", 1), encoding="utf-8")
+    assert len(data.read_jsonl(path)) == 2
+
+
 def test_resume_without_a_run(settings, capfd):
     assert main([*settings, "--resume", "--quiet"]) == 2
     assert "no training run to resume" in capfd.readouterr().err
@@ -337,7 +443,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, capfd):
     assert main([*settings, "optimizer.learning_rate=3e38", "optimizer.warmup_steps=0", "--quiet"]) == 2
     error = capfd.readouterr().err
     assert "not finite at step" in error
-    assert not (tmp_path / "run" / "imae").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_shipped_data_and_configs_are_valid():

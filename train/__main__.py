@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from imae_jax import runtime
-from imae_jax.errors import ArgumentParser, command
+from imae_jax.cli import ArgumentParser, command
 
 
 @command

@@ -1,6 +1,7 @@
 """Training settings: a typed dataclass filled from YAML and `key=value` overrides."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imae_jax.config import LORA_TARGETS
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.llama import REMAT_POLICIES
 from imae_jax.losses import LossConfig
 from imae_jax.prompts import FORMATS
@@ -141,6 +142,37 @@ class MeshConfig:
     tensor: int = 1
 
 
+_ABOVE_ZERO, _FINITE = 1e-30, 3.4e38
+_OPTIMIZER_BOUNDS = {
+    "steps": (1, math.inf),
+    "learning_rate": (_ABOVE_ZERO, _FINITE),
+    "warmup_steps": (0, math.inf),
+    "final_ratio": (0, 1),
+    "weight_decay": (0, _FINITE),
+    "clip_norm": (_ABOVE_ZERO, math.inf),
+    "beta1": (0, 1 - 1e-9),
+    "beta2": (0, 1 - 1e-9),
+}
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "batch_size": (1, math.inf),
+    "accumulation": (1, math.inf),
+    "seed": (0, 2**31 - 1),
+    "save_every": (1, math.inf),
+    "keep": (1, math.inf),
+    "log_every": (1, math.inf),
+    "data.max_length": (2, math.inf),
+    "data.limit": (1, math.inf),
+    "data.length_ratio": (1, math.inf),
+    "units.ratio": (_ABOVE_ZERO, 1e3),
+    "icd.batch_size": (1, math.inf),
+    "icd.accumulation": (1, math.inf),
+    "icd.epochs": (_ABOVE_ZERO, _FINITE),
+    "filter.gamma": (-_FINITE, _FINITE),
+    **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
+    **{f"icd.optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
+}
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """Everything that determines a training run.
@@ -150,6 +182,7 @@ class TrainConfig:
         out: output directory.
         batch_size: rows per optimizer step; each is used in both modes.
         accumulation: micro-batches that a step is cut into; the result is the same.
+        revision, tokenizer: of the model, see `load_model`.
         dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
             their optimizer state are float32 throughout.
         remat: what a layer's backward pass keeps: none, dots or full (see `llama.forward`).
@@ -170,6 +203,8 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     batch_size: int = 24
     accumulation: int = 1
+    revision: str | None = None
+    tokenizer: str | None = None
     dtype: str | None = None
     remat: str = "none"
     seed: int = 0
@@ -178,29 +213,19 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self):
-        least = {
-            "batch_size": 1,
-            "accumulation": 1,
-            "save_every": 1,
-            "keep": 1,
-            "log_every": 1,
-            "optimizer.steps": 1,
-            "optimizer.warmup_steps": 0,
-            "data.max_length": 2,
-            "icd.batch_size": 1,
-            "icd.accumulation": 1,
-            "icd.optimizer.steps": 1,
-        }
-        for name, minimum in least.items():
+        for name, (low, high) in _BOUNDS.items():
             value = self
             for part in name.split("."):
                 value = getattr(value, part)
-            if value < minimum:
-                raise UserError(f"{name}={value} must be at least {minimum}")
-        if self.batch_size % self.accumulation:
-            raise UserError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
-        if self.data.length_ratio is not None and self.data.length_ratio < 1:
-            raise UserError(f"data.length_ratio={self.data.length_ratio} must be at least 1")
+            if value is not None and not low <= value <= high:
+                limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise UserError(f"{name}={value} must be {limit}")
+        for prefix, stage in (("", self), ("icd.", self.icd)):
+            if stage.batch_size % stage.accumulation:
+                raise UserError(
+                    f"{prefix}accumulation={stage.accumulation} does not divide "
+                    f"{prefix}batch_size={stage.batch_size}"
+                )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
         if self.data.format not in FORMATS:
@@ -241,8 +266,8 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise UserError(f"config{f' key {key}' if key else ''}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file or 'an override'} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file or 'an override'} is not valid YAML: {first_line(error)}") from None
 
 
 def _find(file: str) -> Path:

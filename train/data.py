@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from imae_jax.decode.scoring import Continuation, encode
-from imae_jax.errors import UserError
-from imae_jax.prompts import adds_special_tokens, answer_lead, render, resolve_format
+from imae_jax.errors import UserError, first_line
+from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train.config import DataConfig
 
 DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
@@ -96,7 +96,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 def read_jsonl(path: Path) -> list[Row]:
     """Reads a JSONL file with HaluEval QA's fields."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} cannot be read: {error}") from None
     rows = []
@@ -131,9 +131,8 @@ def _halueval_from_hub() -> list[Row]:
     try:
         table = datasets.load_dataset(HALUEVAL_HUB_ID, "qa", split="data")
     except Exception as error:  # The hub client's errors share no base class.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"HaluEval QA cannot be fetched from the hub ({reason}): pass data.path=FILE.jsonl"
+            f"HaluEval QA cannot be fetched from the hub ({first_line(error)}): pass data.path=FILE.jsonl"
         ) from None
     return [
         _row(
@@ -159,11 +158,11 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[l
         UserError: `chat` without a chat template, or no row is left.
     """
     format = resolve_format(tokenizer, config.format)
-    lead, eos = answer_lead(tokenizer, format), tokenizer.eos_token or ""
+    lead, end = answer_frame(tokenizer, format)
     prompts = [render(tokenizer, row.question, format) for row in rows]
 
     def with_answers(answers):
-        texts = [f"{lead}{answer}{eos}" for answer in answers]
+        texts = [f"{lead}{answer}{end}" for answer in answers]
         return encode(tokenizer, prompts, texts, add_special_tokens=adds_special_tokens(format))
 
     wrong = with_answers([row.hallucinated_answer for row in rows])

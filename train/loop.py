@@ -16,7 +16,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.llama import Weights
 from imae_jax.runtime import versions
@@ -70,12 +70,17 @@ def train(
     """
     out = Path(config.out)
     rows = data.load_rows(config.data)
-    mesh = _make_mesh(config)
+    mesh = _make_mesh(config, only_icd or config.icd.enabled)
     _check_output(out, config, resume, overwrite)
-    with_icd = only_icd or config.icd.enabled
     lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
-
-    model = load_model(config.model, dtype=config.dtype, stacked=True, mesh=mesh)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        stacked=True,
+        mesh=mesh,
+        revision=config.revision,
+        tokenizer=config.tokenizer,
+    )
     if model.imae is not None or is_adapter(Path(config.model)):
         raise UserError(f"model {config.model} is no plain base model: train on its base instead")
     anti_expert = _unit_sizes(config.units, model.config)
@@ -85,31 +90,113 @@ def train(
     if not resume:
         _create_output(out)
     write_text(out / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    run = Run(config, out, mesh, model, examples, statistics, resume, quiet)
+    try:
+        anti_expert_llm = config.filter.anti_expert_llm
+        if only_icd or config.icd.enabled:
+            adapter = _train_icd(run, lora)
+            anti_expert_llm = anti_expert_llm or str(adapter)
+        return adapter if only_icd else _train_units(run, anti_expert, anti_expert_llm)
+    except UserError:
+        if not any(out.glob(f"**/{CHECKPOINT_DIR}/[0-9]*")):
+            _remove_run(out)  # There is nothing to go on from.
+        raise
 
-    anti_expert_llm = config.filter.anti_expert_llm
-    if with_icd:
-        adapter = out / ICD_DIR / ADAPTER_DIR
-        if not is_adapter(adapter):
-            _train_icd(config, model, lora, examples, mesh, out / ICD_DIR, resume=resume, quiet=quiet)
-        anti_expert_llm = anti_expert_llm or str(adapter)
-        if only_icd:
-            return adapter
 
-    examples, kept = filter_tokens(
-        examples,
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        config: of the run.
+        out: its output directory.
+        mesh: its devices.
+        model: the base, stacked.
+        examples: tokenized, with every answer token in T_fact.
+        statistics: of the data.
+        resume: go on from checkpoints.
+        quiet: no progress bars.
+    """
+
+    config: TrainConfig
+    out: Path
+    mesh: jax.sharding.Mesh
+    model: LanguageModel
+    examples: list[data.Example]
+    statistics: dict[str, Any]
+    resume: bool
+    quiet: bool
+
+    def progress(self, items: Any, label: str) -> Any:
+        return tqdm(items, desc=label, total=len(self.examples), unit="row", disable=self.quiet)
+
+
+def _train_icd(run: Run, lora: LoraConfig) -> Path:
+    """Stage 1, the anti-expert LLM: returns its adapter, which a finished stage has written already."""
+    icd, out = run.config.icd, run.out / ICD_DIR
+    path = out / ADAPTER_DIR
+    if is_adapter(path):
+        return path
+    model = run.model
+    if icd.model is not None:
+        model = load_model(icd.model, dtype=run.config.dtype, stacked=True, mesh=run.mesh)
+        check_same_vocabulary(run.model, model, icd.model, run.examples)
+    optimizer = icd.optimizer
+    if icd.epochs is not None:
+        steps = max(1, round(icd.epochs * len(run.examples) / icd.batch_size))
+        optimizer = dataclasses.replace(optimizer, steps=steps)
+    deltas = run_stage(
+        "icd",
+        out,
+        AnswerObjective(lora, run.config.remat),
         model,
+        run.examples,
+        Schedule.of(run.config, icd, optimizer),
+        run.mesh,
+        resume=run.resume,
+        quiet=run.quiet,
+    )
+    reference, revision = model.base.reference, model.base.revision
+    write_adapter(path, deltas, model.config, lora, base_reference=reference, revision=revision)
+    return path
+
+
+def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
+    """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
+    config = run.config
+    examples, kept = filter_tokens(
+        run.examples,
+        run.model,
         anti_expert_llm,
         config.filter.gamma,
-        out / FILTER_DIR,
-        lambda items, label: _progress(items, label, quiet),
+        run.out / FILTER_DIR,
+        run.progress,
     )
-    statistics |= kept | {"examples": len(examples)}
-    if anti_expert_llm is not None and not quiet:
-        show_filtered(examples, model.tokenizer, kept)
-    objective = ImaeObjective(anti_expert, config.loss, config.remat)
-    schedule = Schedule.of(config, config, config.optimizer)
-    units = run_stage("train", out, objective, model, examples, schedule, mesh, resume=resume, quiet=quiet)
-    return _write_result(out, config, model, anti_expert, units, statistics)
+    if anti_expert_llm is not None and not run.quiet:
+        show_filtered(examples, run.model.tokenizer, kept)
+    units = run_stage(
+        "train",
+        run.out,
+        ImaeObjective(anti_expert, config.loss, config.remat),
+        run.model,
+        examples,
+        Schedule.of(config, config, config.optimizer),
+        run.mesh,
+        resume=run.resume,
+        quiet=run.quiet,
+    )
+    statistics = run.statistics | kept | {"examples": len(examples)}
+    path = run.out / IMAE_DIR
+    write_imae_dir(
+        path,
+        Weights(run.model.model.weights().base, units),
+        run.model.config,
+        anti_expert,
+        base=dataclasses.asdict(run.model.base),
+        training={"config": config.to_dict(), "data": statistics, "versions": versions()},
+        overwrite=True,
+    )
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,62 +285,14 @@ def run_stage(
     return state.trainable
 
 
-def _train_icd(config, model, lora, examples, mesh, out, *, resume, quiet) -> None:
-    """Stage 1: writes `out/adapter`."""
-    icd = config.icd
-    if icd.model is not None:
-        start = load_model(icd.model, dtype=config.dtype, stacked=True, mesh=mesh)
-        check_same_vocabulary(model, start, icd.model, examples)
-        model = start
-    optimizer = icd.optimizer
-    if icd.epochs is not None:
-        steps = max(1, round(icd.epochs * len(examples) / icd.batch_size))
-        optimizer = dataclasses.replace(optimizer, steps=steps)
-    deltas = run_stage(
-        "icd",
-        out,
-        AnswerObjective(lora, config.remat),
-        model,
-        examples,
-        Schedule.of(config, icd, optimizer),
-        mesh,
-        resume=resume,
-        quiet=quiet,
-    )
-    write_adapter(
-        out / ADAPTER_DIR,
-        deltas,
-        model.config,
-        lora,
-        base_reference=model.base.reference,
-        revision=model.base.revision,
-        overwrite=True,
-    )
-
-
-def _write_result(out, config, model: LanguageModel, anti_expert, units, statistics) -> Path:
-    training = {"config": config.to_dict(), "data": statistics, "versions": versions()}
-    path = out / IMAE_DIR
-    write_imae_dir(
-        path,
-        Weights(model.model.weights().base, units),
-        model.config,
-        anti_expert,
-        base=dataclasses.asdict(model.base),
-        training=training,
-        overwrite=True,
-    )
-    return path
-
-
-def _make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+def _make_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     sizes = config.mesh
     data_size = sizes.data
     if data_size == -1:
         data_size = max(1, jax.device_count() // max(1, sizes.fsdp * sizes.tensor))
     mesh = make_mesh(data_size, sizes.fsdp, sizes.tensor)
     shards = data_size * sizes.fsdp
-    stages = [("", config)] + ([("icd.", config.icd)] if config.icd.enabled else [])
+    stages = [("", config)] + ([("icd.", config.icd)] if with_icd else [])
     for prefix, stage in stages:
         micro = stage.batch_size // stage.accumulation
         if micro % shards:
@@ -267,8 +306,6 @@ def _make_mesh(config: TrainConfig) -> jax.sharding.Mesh:
 def _unit_sizes(units: UnitConfig, llama: LlamaConfig) -> AntiExpertConfig:
     if units.intermediate_size is not None:
         return AntiExpertConfig(units.intermediate_size)
-    if not units.ratio > 0:
-        raise UserError(f"units.ratio={units.ratio} must be above 0")
     return AntiExpertConfig.scaled_to(llama, units.ratio)
 
 
@@ -278,7 +315,12 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
     if resume:
         if not saved.is_file():
             raise UserError(f"{out} holds no training run to resume")
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        try:
+            before = dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
+            ) from None
         now = config.to_dict()
         changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != before.get(key)]
         if changed:
@@ -292,22 +334,32 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
         )
 
 
+def _remove_run(out: Path) -> None:
+    """Removes what a run has written, and nothing else."""
+    for name in RUN_FILES:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
 def _create_output(out: Path) -> None:
     """Makes the output directory, without the traces of an earlier run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            path = out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        _remove_run(out)
+        out.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"out={out} cannot be written: {error.strerror}") from None
 
 
 def _check_context(examples, llama: LlamaConfig) -> None:
     longest = max(len(example.tokens) for example in examples)
+    for example in examples:
+        llama.check_token_ids(example.tokens)
     if longest > llama.context_length:
         raise UserError(
             f"a row has {longest} tokens, over the model's context of {llama.context_length}: lower "
@@ -319,8 +371,8 @@ def _check_finite(metrics: dict[str, float], step: int, rows: list[int], out: Pa
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
         raise UserError(
-            f"{', '.join(bad)} not finite at step {step} (rows {rows}): stopped without saving; lower "
-            f"optimizer.learning_rate, or resume from the last checkpoint in {out}"
+            f"{', '.join(bad)} not finite at step {step} in {out} (rows {rows}): stopped without saving; "
+            "lower optimizer.learning_rate"
         )
 
 
@@ -337,7 +389,3 @@ def _cut_metrics(path: Path, steps_done: int) -> None:
         except (ValueError, KeyError):
             break  # A line that a killed process left unfinished.
     write_text(path, "".join(kept))
-
-
-def _progress(items: Any, label: str, quiet: bool) -> Any:
-    return tqdm(items, desc=label, unit="row", disable=quiet)

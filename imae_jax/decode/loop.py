@@ -116,7 +116,7 @@ def stream_tokens(
     if not prompts:
         return
     tokens, mask = _pad(prompts, padding_side)
-    _check_lengths(prompts, max_new_tokens, config)
+    _check_prompts(prompts, max_new_tokens, config)
 
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
@@ -199,11 +199,12 @@ def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.nd
     return tokens, mask
 
 
-def _check_lengths(prompts, max_new_tokens: int, config: LlamaConfig) -> None:
+def _check_prompts(prompts, max_new_tokens: int, config: LlamaConfig) -> None:
     limit = config.context_length
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: give at least one token")
+        config.check_token_ids(prompt)
         if len(prompt) + max_new_tokens > limit:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: "

@@ -124,6 +124,8 @@ def score(
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
     limit = config.max_position_embeddings
     for i, group in enumerate(groups):
+        for item in group:
+            config.check_token_ids(item.tokens)
         longest = max((len(c.tokens) for c in group), default=0)
         if longest > limit:
             raise UserError(

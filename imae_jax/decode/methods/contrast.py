@@ -13,8 +13,8 @@ from imae_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class InModelContrast(Method):
-    """`β · log p_base(v) − log p_anti(v)` on the plausible tokens: the distribution that IMAE's expert
-    mode is trained to imitate (IMAE, section 3.2, equation of p_target), formed explicitly.
+    """`β · log p_base(v) − log p_anti(v)` on the plausible tokens: the contrast that IMAE's expert mode is
+    trained to imitate (IMAE, section 3.2, equation of p_target), formed explicitly.
 
     Both modes run as two rows of one batch over the same weights.
 
@@ -22,8 +22,10 @@ class InModelContrast(Method):
         beta: weight of the base term.
         alpha: plausibility threshold on p_base; 0 turns it off (as in the published TruthfulQA
             settings of ICD).
-        renormalize: end with a log-softmax. Off, multiple choice sums a likelihood ratio, which no
-            single distribution over tokens can express: results must say which was used.
+        renormalize: log-softmax of the contrast over the whole vocabulary, before implausible tokens are
+            masked, as the published scripts of contrastive methods do. Off, multiple choice sums a
+            likelihood ratio, which no single distribution over tokens can express: results must say which
+            was used.
         anti_strength: strength of the anti-expert stream.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imae_jax.anti_expert import MODES
+from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.protocol import Method, Stream
 
 
@@ -22,6 +22,9 @@ class Strength(Method):
     """
 
     strength: float = MODES["expert"]
+
+    def __post_init__(self):
+        parse_mode(self.strength)
 
     @property
     def name(self) -> str:

@@ -1,0 +1,53 @@
+"""What the commands share: how errors are reported, and the arguments that name a model."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from imae_jax.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose errors are one line (exit code 2)."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Wraps a command's `main(argv)`: user errors become one line and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            main(argv)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader of a pipe has gone (`… | head`): not an error of ours.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return 0
+
+    return wrapped
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and what goes with it; `model_arguments` reads them."""
+    parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert.references")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument("--tokenizer", help="directory or hub id of another tokenizer than the model's own")
+    parser.add_argument("--base", help="where the base of an IMAE directory or adapter is now")
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `imae_jax.convert.load_model` besides the reference."""
+    return {name: getattr(args, name) for name in ("dtype", "revision", "tokenizer", "base")}
