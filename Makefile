@@ -31,7 +31,7 @@ demo: .venv/run
 	  --prompt "Which planet is closest to the Sun?" --max-new-tokens 32
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -138,9 +138,10 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
         path, recorded = _download(name, revision), name
         revision = path.name
     else:
+        hint = "; a suffix must be #layers=N" if "#" in name else ""
         raise UserError(
             f"model {name!r} does not exist: give a HuggingFace directory, a GGUF file, a hub id "
-            f"(org/name), an IMAE directory or {', '.join(BUILT_IN)}"
+            f"(org/name), an IMAE directory or {', '.join(BUILT_IN)}{hint}"
         )
 
     if path.is_dir():

@@ -71,7 +71,9 @@ def test_round_trip_keeps_every_bit(tiny, tmp_path, kind, dtype, shards):
         assert_bitwise(actual[name], array)
     files = list(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == sharded
-    assert all(len(t := load_file(f)) == 1 or sum(a.nbytes for a in t.values()) <= limit for f in files)
+    for file in map(load_file, files):
+        assert file
+        assert len(file) == 1 or sum(array.nbytes for array in file.values()) <= limit
 
     # With eager attention on both sides, equal weights and an equal config give equal results.
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -140,7 +142,11 @@ def test_end_of_text_ids_of_the_generation_config_count(tiny, tmp_path):
     source = shutil.copytree(tiny().directory, tmp_path / "model")
     edit_json(source / "generation_config.json", eos_token_id=[7, 5])
     edit_json(source / "config.json", eos_token_id=2)
-    assert load_model(str(source)).eos_token_ids == (2, 5, 7)
+    loaded = load_model(str(source))
+    assert loaded.eos_token_ids == (2, 5, 7)
+    (tmp_path / "again").mkdir()
+    save_hf(loaded.model, loaded.tokenizer, tmp_path / "again", eos_token_ids=loaded.eos_token_ids)
+    assert load_model(str(tmp_path / "again")).eos_token_ids == (2, 5, 7)
 
 
 def test_another_tokenizer(tiny, tmp_path):
@@ -253,6 +259,12 @@ DAMAGES = {
             "1 of a wrong shape",
             "model.layers.2.self_attn.k_proj.weight [24, 31] instead of [24, 32]",
         ],
+    ),
+    "double precision": (
+        lambda d: edit_tensors(
+            d / "model.safetensors", lambda t: t.update({"model.norm.weight": np.zeros(32)})
+        ),
+        ["model.norm.weight", "F64", "BF16"],
     ),
     "more layers than tensors": (config(num_hidden_layers=4), ["9 missing", "model.layers.3."]),
     "fewer layers than tensors": (config(num_hidden_layers=2), ["9 unexpected", "model.layers.2."]),
@@ -438,8 +450,8 @@ def interleave(array, num_heads):
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(array.shape)
 
 
-def write_gguf(path, hf, tokenizer, **options):
-    """A float32 GGUF file as llama.cpp's converter would write it; `options` add metadata."""
+def write_gguf(path, hf, metadata):
+    """A float32 GGUF file as llama.cpp's converter would write it."""
     config, writer = hf.config, gguf.GGUFWriter(path, hf.config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -450,7 +462,7 @@ def write_gguf(path, hf, tokenizer, **options):
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    for name, value in (tokenizer | options).items():
+    for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
     if config.rope_parameters["rope_type"] == "llama3":
         divisors = 1 / (
@@ -562,9 +574,9 @@ def tiny_gguf(tiny, tmp_path_factory):
 
     def make(name, **options):
         kind, metadata = GGUFS[name]
-        metadata = metadata()
+        metadata = metadata() | options
         hf = tiny(kind, vocab_size=len(metadata["token_list"])).hf
-        return hf, write_gguf(tmp_path_factory.mktemp("gguf") / f"{name}.gguf", hf, metadata, **options)
+        return hf, write_gguf(tmp_path_factory.mktemp("gguf") / f"{name}.gguf", hf, metadata)
 
     return make
 
@@ -624,6 +636,23 @@ def test_sentencepiece_text_survives(tiny_gguf):
 def test_gguf_tokenizer_adds_bos_as_llama_cpp_does(tiny_gguf, name, options, adds_bos):
     tokenizer = GGUFSource(tiny_gguf(name, **options)[1]).tokenizer()
     assert (tokenizer("the moon")["input_ids"][0] == 1) == adds_bos
+
+
+@pytest.mark.parametrize(("name", "whole"), [("llama3", True), ("qwen2", False)])
+def test_llama3_knows_words_that_no_merges_make(tiny_gguf, name, whole):
+    metadata = GGUFS[name][1]()
+    options = {
+        "token_list": [*metadata["token_list"], "Ġxylophone"],
+        "token_types": [*metadata["token_types"], gguf.TokenType.NORMAL],
+    }
+    tokenizer = GGUFSource(tiny_gguf(name, **options)[1]).tokenizer()
+    tokens = tokenizer.tokenize("a xylophone")[1:]
+    assert "".join(tokens) == "Ġxylophone"
+    assert (len(tokens) == 1) == whole
+
+
+def test_ends_of_turns_and_messages_end_a_text(tiny_gguf):
+    assert load_model(str(tiny_gguf("llama", eot_token_id=1)[1])).eos_token_ids == (1, 2)
 
 
 def test_gguf_cannot_become_a_config_of_transformers_with_a_table_of_frequencies(tiny_gguf, tmp_path):
@@ -796,8 +825,18 @@ def test_other_base_weights_are_refused(imae, base_dir):
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.float32(1e-3)
 
     edit_tensors(base_dir / "model.safetensors", nudge)
-    with user_error(path, base_dir, "another version"):
+    with user_error(path, base_dir, "other weights"):
         load_model(str(path))
+
+
+def test_a_base_that_has_moved(imae, base_dir, tmp_path):
+    path, weights = imae
+    base_dir.rename(tmp_path / "moved")
+    with user_error(path, base_dir, "--base"):
+        load_model(str(path))
+    loaded = load_model(str(path), base=str(tmp_path / "moved"))
+    for a, e in zip(jax.tree.leaves(loaded.model.weights()), jax.tree.leaves(weights), strict=True):
+        assert_bitwise(a, e)
 
 
 def write_misfitting_units(path):

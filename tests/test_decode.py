@@ -303,6 +303,15 @@ def test_generation_with_a_sampler(tiny_units):
     assert sampled[0] != sampled[3]
 
 
+def test_every_step_draws_anew(tiny_units):
+    """From a model that finds all tokens equally likely."""
+    flat = tiny_units.base | {"unembed": jnp.zeros_like(tiny_units.base["unembed"])}
+    flat = dataclasses.replace(tiny_units, base=flat)
+    (row,) = generate(flat, TINY, [[5, 6]], sampler=Sampler(1.0), max_new_tokens=16, chunk_size=15)
+    # 16 draws out of 97 tokens repeat one or two; less than 9 different ones are all but impossible.
+    assert len(set(row)) >= 9
+
+
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
@@ -477,6 +486,8 @@ def test_one_program_a_shape(tiny_units):
     ("kwargs", "parts"),
     [
         ({"prompts": [[5, 6], []]}, ["prompt 1", "empty"]),
+        ({"prompts": [[5], [96, 97]]}, ["97", "vocabulary"]),
+        ({"prompts": [[-1]]}, ["-1", "vocabulary"]),
         ({"prompts": [[5]], "max_new_tokens": 64}, ["prompt 0", "64"]),
         ({"prompts": [[5], [5] * 60]}, ["prompt 1", "60", "64"]),
         ({"max_new_tokens": 0}, ["max_new_tokens 0"]),

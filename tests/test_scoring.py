@@ -146,7 +146,7 @@ def test_row_sizes_do_not_show(weights, row_length, rows_per_batch):
 )
 def test_methods_with_units(weights, method):
     # Differences of log-probabilities hold the errors of two.
-    groups = TREES["a benchmark"] + TREES["no common prefix"]
+    groups = TREES["a benchmark"]
     assert_scores_equal_reference(weights, groups, method, row_length=24, rows_per_batch=3, atol=3e-5)
 
 
@@ -254,6 +254,11 @@ def test_sequences_over_the_context_are_refused(weights, rope):
     too_long = continuations(PRIMER, (5,), numbers(45, 1))
     with user_error("group 1", "65", "64"):
         list(score(weights, config, [fits, too_long], Strength(0.0)))
+
+
+def test_tokens_outside_of_the_vocabulary_are_refused(weights):
+    with user_error("97", "vocabulary"):
+        list(score(weights, TINY, [continuations(PRIMER, (5, 97))], Strength(0.0)))
 
 
 def test_methods_without_their_units_are_refused():
