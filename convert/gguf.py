@@ -83,7 +83,7 @@ class GGUFSource:
         tensor = self._tensors[name]
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{name} in {self.location} is stored as {tensor.tensor_type.name}, which the gguf "
                 f"package cannot dequantize ({error}): use a file of another quantization"

@@ -45,10 +45,10 @@ def checkpoint(tiny):
     return tiny("gqa", initializer_range=0.2, **SIZES)
 
 
-def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8):
+def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32"):
     """Losses of a few steps, and the units after them."""
     mesh = make_mesh(*mesh_sizes)
-    lm = checkpoint.load(stacked=True, mesh=mesh)
+    lm = checkpoint.load(stacked=True, mesh=mesh, dtype=dtype)
     config = TrainConfig(
         model="", out="", accumulation=accumulation, optimizer=OptimizerConfig(steps=10, warmup_steps=1)
     )
@@ -88,6 +88,17 @@ def test_accumulation_changes_nothing(checkpoint):
     parts, _, _ = run_steps(checkpoint, (8, 1, 1), accumulation=2, rows=16)
     for a, b in zip(parts, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_mixed_precision(checkpoint):
+    """A bfloat16 base (8 bits of precision), float32 units, moments and losses."""
+    exact, _, _ = run_steps(checkpoint, (8, 1, 1))
+    mixed, state, base = run_steps(checkpoint, (8, 1, 1), dtype="bfloat16")
+    for a, b in zip(mixed, exact, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-5)
+    assert {x.dtype for x in jax.tree.leaves(base)} == {jnp.dtype(jnp.bfloat16)}
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
 
 
 def test_only_the_units_are_trained(checkpoint):
@@ -426,6 +437,16 @@ def test_damaged_files_of_a_run(settings, tmp_path, capfd):
     (tmp_path / "run" / "config.yaml").write_text("a: [")
     assert main([*settings, "--resume", "--quiet"]) == 2
     assert "config.yaml is damaged" in capfd.readouterr().err
+
+
+def test_halueval_is_a_local_file_or_the_hub(tmp_path):
+    path = write_rows(tmp_path / "halueval_qa.jsonl", 3)
+    rows = data.load_rows(data.DataConfig(source="halueval", path=str(path), limit=2))
+    assert rows == data.read_jsonl(path)[:2]
+    with user_error("cannot be fetched from the hub", "data.path=FILE.jsonl"):
+        data.load_rows(data.DataConfig(source="halueval"))
+    with user_error("data.path goes with data.source=halueval"):
+        data.load_rows(data.DataConfig(source="demo", path=str(path)))
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):

@@ -82,12 +82,12 @@ def load_rows(config: DataConfig) -> list[Row]:
     Raises:
         UserError: names the file, line and field that is wrong.
     """
+    if config.path is not None and config.source != "halueval":
+        raise UserError(f"data.path goes with data.source=halueval, not with {config.source!r}")
     if config.source == "demo":
         rows = read_jsonl(DEMO_FILE)
     elif config.source == "halueval":
         rows = read_jsonl(Path(config.path)) if config.path else _halueval_from_hub()
-    elif config.path is not None:
-        raise UserError(f"data.path goes with data.source=halueval, not with {config.source!r}")
     else:
         rows = read_jsonl(Path(config.source))
     return rows[: config.limit]
