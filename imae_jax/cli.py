@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imae_jax.errors import UserError
+from imae_jax.errors import Stopped, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Wraps a command's `main(argv)`: user errors become one line and exit code 2."""
+    """Wraps a command's `main(argv)`: a user error is one line and exit code 2, a signal 128 + its number."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             return 2
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return 128 + stopped.signal
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -1,4 +1,4 @@
-"""The user's mistakes."""
+"""What ends a command early: the user's mistakes, signals."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,18 @@ class UserError(ValueError):
 
     The message is one line: the thing, what is wrong with it, what to do.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a run to stop, and it has saved what it did.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ N query heads, K key/value heads, G query heads per key/value head, H head dim, 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imae_jax.anti_expert import AntiExpertUnits, unit_forward
+from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import apply_rope, attention, rms_norm, rope_tables, swiglu
+from imae_jax.layers import apply_rope, rms_norm, rope_tables, swiglu
+from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
 from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
 from imae_jax.sharding import constrain
@@ -26,6 +29,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+ATTENTION_KINDS = ("plain", "flash")
 
 
 class DecoderLayers(nnx.Module):
@@ -196,6 +201,7 @@ def forward(
     cache: KVCache | None = None,
     taps: Taps = Taps(),
     remat: str = "none",
+    attention: str = "plain",
 ) -> ForwardOutput:
     """Runs the decoder.
 
@@ -218,12 +224,23 @@ def forward(
             `cache.length + T` is within its capacity.
         taps: inner values to return.
         remat: what the backward pass keeps of a layer: `none` recomputes nothing, `full` everything,
-            `dots` keeps the matmuls' results.
+            `dots` keeps the results of the matmuls with weights. Attention itself, plain or flash, is
+            recomputed by `full` and `dots`.
+        attention: `plain`, or `flash`: without the [T, T] scores, for training. `flash` needs rows that
+            are padded on the right, which is not checked, and gives other hidden states at padding.
 
     Returns:
         A `ForwardOutput`.
+
+    Raises:
+        UserError: a strength but no units; an unknown kind of attention; `flash` with a cache, with
+            `attend`, or with what its kernel does not take (see `attention.flash_attention`).
     """
     B, T = tokens.shape
+    if attention not in ATTENTION_KINDS:
+        raise UserError(f"attention {attention!r} does not exist: use {' or '.join(ATTENTION_KINDS)}")
+    if attention == "flash" and (cache is not None or attend is not None):
+        raise UserError("attention=flash takes neither a cache nor a mask of its own: use attention=plain")
     units = weights.units
     if strength is None:
         units = None
@@ -248,9 +265,13 @@ def forward(
     if cache is not None:
         start = cache.length
         real = jax.lax.dynamic_update_slice(cache.real, attention_mask, (0, start))
-    if attend is None:
-        slots = jnp.arange(real.shape[1])
-        attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
+    if attention == "flash":
+        attend_to = flash_attention
+    else:
+        if attend is None:
+            slots = jnp.arange(real.shape[1])
+            attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
+        attend_to = functools.partial(plain_attention, attend=attend)
 
     # Gathered from a table whose rows are whole: SPMD would otherwise replicate the activations.
     x = jnp.take(constrain(weights.base["embed"], "vocab", None), tokens, axis=0)
@@ -266,7 +287,7 @@ def forward(
 
         with jax.named_scope("attention"):
             h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
-            h, kv = _attention_block(linear, layer, h, cos, sin, attend, kv, start)
+            h, kv = _attention_block(linear, layer, h, cos, sin, attend_to, kv, start)
             x = constrain(x + h, "batch", "length", "act_embed")
         with jax.named_scope("mlp"):
             h = rms_norm(x, layer["norm_mlp"], config.rms_norm_eps)
@@ -341,7 +362,7 @@ def _scan_layers(block, x, stacks, taps, remat):
     return jax.lax.scan(body, x, stacks)
 
 
-def _attention_block(linear, layer, h, cos, sin, attend, kv, start):
+def _attention_block(linear, layer, h, cos, sin, attend_to, kv, start):
     q = linear("BTD,DNH->BTNH", h, "wq")
     k = linear("BTD,DKH->BTKH", h, "wk")
     v = linear("BTD,DKH->BTKH", h, "wv")
@@ -354,7 +375,7 @@ def _attention_block(linear, layer, h, cos, sin, attend, kv, start):
         k = jax.lax.dynamic_update_slice(kv[0], k, (0, 0, start, 0))
         v = jax.lax.dynamic_update_slice(kv[1], v, (0, 0, start, 0))
         kv = (k, v)
-    out = linear("BTNH,NHD->BTD", attention(q, k, v, attend), "wo")
+    out = linear("BTNH,NHD->BTD", attend_to(q, k, v), "wo")
     return (out + layer["bo"] if "bo" in layer else out), kv
 
 

@@ -165,24 +165,39 @@ def answer_loss_sums(
     return {"nll": nll, "correct": correct}
 
 
+def token_log_probs(
+    weights: Weights, hidden_states: jax.Array, targets: jax.Array, *, chunk: int = 16
+) -> jax.Array:
+    """Log-probabilities of given tokens, float32 [B, P]; arguments as in `answer_loss_sums`."""
+
+    def of_chunk(arrays):
+        hidden, targets = arrays
+        logits = project(weights, hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    B, P = targets.shape
+    chunks = jax.lax.map(of_chunk, tuple(_split(x, min(chunk, P)) for x in (hidden_states, targets)))
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :P]
+
+
 def _sum_chunks(
     chunk_sums: Callable[[tuple], tuple[jax.Array, jax.Array]], arrays: tuple, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Adds up `chunk_sums` over chunks of the position axis of [B, P, …] arrays."""
-    P = arrays[0].shape[1]
-    size = min(chunk, P)
-    padding = -P % size
-
-    def split(x):
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+    size = min(chunk, arrays[0].shape[1])
 
     def add(sums, arrays):
         return jax.tree.map(jnp.add, sums, chunk_sums(arrays)), None
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), jax.tree.map(split, arrays))[0]
+    return jax.lax.scan(add, (zero, zero), tuple(_split(x, size) for x in arrays))[0]
+
+
+def _split(x: jax.Array, size: int) -> jax.Array:
+    """[B, P, …] to chunks [⌈P / size⌉, B, size, …], padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
 def gate_loss_sums(
@@ -197,13 +212,13 @@ def gate_loss_sums(
         token_weight: float32 [B, T], from `token_weights` of `answer`.
 
     Returns:
-        Float32 scalars: `gate`, the sum of `1 − a` on T_fact and of `a` on the rest of the answer;
-        `gate_on_fact` and `gate_off_fact`, the sums of `a` on either, unweighted.
+        Float32: `gate`, a scalar, the sum of `1 − a` on T_fact and of `a` on the rest of the answer;
+        `gate_on_fact` and `gate_off_fact` [L], each layer's sums of `a` on either, unweighted.
     """
     return {
         "gate": jnp.sum(token_weight * jnp.where(fact, 1 - gates, gates)),
-        "gate_on_fact": jnp.sum(jnp.where(fact, gates, 0.0)),
-        "gate_off_fact": jnp.sum(jnp.where(answer & ~fact, gates, 0.0)),
+        "gate_on_fact": jnp.sum(jnp.where(fact, gates, 0.0), axis=(1, 2)),
+        "gate_off_fact": jnp.sum(jnp.where(answer & ~fact, gates, 0.0), axis=(1, 2)),
     }
 
 
@@ -213,7 +228,7 @@ def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], setting
     Args:
         sums: of this micro-batch.
         counts: of the whole batch: sums of the weights of `fact` tokens, and of `gate` values over
-            layers and modes.
+            layers and modes; at least 1.
         settings: of the losses.
     """
     loss = (sums["anti"] + sums["expert"]) / counts["fact"]
@@ -221,12 +236,12 @@ def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], setting
 
 
 def metrics_of(sums: dict[str, Any], counts: dict[str, Any], settings: LossConfig) -> dict[str, Any]:
-    """The means to report, from the sums and counts of a whole batch."""
+    """The means to report, from the sums and counts of a whole batch; the gate's over all layers."""
     return {
         "loss": total_loss(sums, counts, settings),
         "anti": sums["anti"] / counts["fact"],
         "expert": sums["expert"] / counts["fact"],
         "gate": sums["gate"] / counts["gate"],
-        "gate_on_fact": sums["gate_on_fact"] / counts["gate_on_fact"],
-        "gate_off_fact": sums["gate_off_fact"] / counts["gate_off_fact"],
+        "gate_on_fact": sums["gate_on_fact"].mean() / counts["gate_on_fact"],
+        "gate_off_fact": sums["gate_off_fact"].mean() / counts["gate_off_fact"],
     }

@@ -1,6 +1,7 @@
 """What a command sets up in its process, and what it runs on."""
 
 import os
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,3 +34,17 @@ def versions() -> dict[str, str]:
 
     device = {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind}
     return {"imae_jax": __version__} | device | {name: version(name) for name in names}
+
+
+def git_state() -> dict[str, str | bool] | None:
+    """Commit of the checkout that this library runs from, and whether files differ; None if installed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

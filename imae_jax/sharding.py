@@ -3,7 +3,7 @@
 Weights and activations have different names, so that a rule for one never moves the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,26 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def on_shards(
+    function: Callable[..., jax.Array],
+    inputs: tuple[tuple[str | None, ...], ...],
+    output: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """Runs a function on each device's part of its arguments under the ambient mesh; else as it is.
+
+    For kernels that XLA cannot partition.
+
+    Args:
+        function: of arrays to one array, without communication between devices.
+        inputs: the logical names of each argument's axes; the mesh must divide them.
+        output: of the result's.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    # Kernels do not say along which mesh axes their results vary, so that this cannot be checked.
+    return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
 
 
 def shardings_of(state: Any, mesh: Mesh) -> Any:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ TINY = LlamaConfig(
     initializer_range=0.3,
 )
 UNIT_SIZE = 24
+EVEN_SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98}
 
 # Every kind of checkpoint that can be loaded, as the fields of its HuggingFace config.
 KINDS: dict[str, dict[str, Any]] = {
@@ -288,3 +290,45 @@ def run_python(arguments, directory: Path) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny):
+    """A tiny model whose widths 2 divides, as mesh axes need."""
+    return tiny("gqa", initializer_range=0.2, **EVEN_SIZES)
+
+
+def write_rows(path: Path, count: int = 12) -> Path:
+    """HaluEval QA rows in the words of the tiny tokenizer."""
+    random = np.random.default_rng(0)
+
+    def words(n):
+        return " ".join(f"t{i}" for i in random.integers(3, TINY.vocab_size, n))
+
+    lines = [
+        {"question": words(5), "right_answer": words(3), "hallucinated_answer": words(3 + i % 4)}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(checkpoint, tmp_path):
+    """A run of 8 steps as `key=value` settings."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    return [
+        f"model={checkpoint.directory}",
+        f"out={tmp_path / 'run'}",
+        f"data.source={rows}",
+        "batch_size=8",
+        "optimizer.steps=8",
+        "optimizer.warmup_steps=2",
+        "save_every=3",
+        "units.intermediate_size=24",
+    ]
+
+
+def losses_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, assert_bitwise, user_error
+from conftest import EVEN_SIZES, assert_bitwise, losses_of, user_error, write_rows
 from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig
@@ -35,14 +36,7 @@ from imae_jax.train.step import (
     state_shardings,
 )
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98}
 UNITS = AntiExpertConfig(24)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny):
-    """A tiny model whose widths 2 divides, as the tensor axis needs."""
-    return tiny("gqa", initializer_range=0.2, **SIZES)
 
 
 def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32"):
@@ -155,7 +149,8 @@ def test_batch_marks_the_predicting_positions():
 def test_loss_is_on_the_answer_and_its_end_of_turn(smollm2, format):
     rows = [data.Row("Which city is the capital of France?", "Paris", "Lyon is.")]
     config = data.DataConfig(format=format)
-    (example,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
+    tokenized = data.tokenize(rows, smollm2.tokenizer, config)
+    (example,), statistics = tokenized.train, tokenized.statistics
     prompt = smollm2.tokenizer.decode(example.tokens[: example.start])
     answer = smollm2.tokenizer.decode(example.tokens[example.start :])
     assert answer.strip() == "Lyon is.<|im_end|>"
@@ -169,51 +164,15 @@ def test_length_matched_data(smollm2):
         data.Row("Why?", "Because.", "Because of a very long and quite unlikely story."),
     ]
     config = data.DataConfig(format="plain")
-    every, statistics = data.tokenize(rows, smollm2.tokenizer, config)
-    assert len(every) == 2
+    every = data.tokenize(rows, smollm2.tokenizer, config)
+    assert len(every.train) == 2
     # Four comparisons: two ties with each right answer, two wins.
-    assert statistics["length_auc"] == 0.75
+    assert every.statistics["length_auc"] == 0.75
     config.length_ratio = 1.2
-    (matched,), statistics = data.tokenize(rows, smollm2.tokenizer, config)
-    assert matched.row == 0
-    assert statistics["skipped_unequal_length"] == 1
-    assert statistics["length_auc"] == 0.5
-
-
-def write_rows(path: Path, count: int = 12) -> Path:
-    """HaluEval QA rows in the words of the tiny tokenizer."""
-    random = np.random.default_rng(0)
-
-    def words(n):
-        return " ".join(f"t{i}" for i in random.integers(3, TINY.vocab_size, n))
-
-    lines = [
-        {"question": words(5), "right_answer": words(3), "hallucinated_answer": words(3 + i % 4)}
-        for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture
-def settings(checkpoint, tmp_path):
-    """A run of 8 steps as `key=value` settings."""
-    rows = write_rows(tmp_path / "rows.jsonl")
-    return [
-        f"model={checkpoint.directory}",
-        f"out={tmp_path / 'run'}",
-        f"data.source={rows}",
-        "batch_size=8",
-        "optimizer.steps=8",
-        "optimizer.warmup_steps=2",
-        "save_every=3",
-        "units.intermediate_size=24",
-    ]
-
-
-def losses_of(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    matched = data.tokenize(rows, smollm2.tokenizer, config)
+    assert [example.row for example in matched.train] == [0]
+    assert matched.statistics["skipped"]["answers of unequal length"] == 1
+    assert matched.statistics["length_auc"] == 0.5
 
 
 def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
@@ -225,7 +184,7 @@ def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
     assert lm.base.reference == str(checkpoint.directory)
     training = lm.imae["training"]
     assert training["config"]["optimizer"]["steps"] == 8
-    assert training["data"]["examples"] == 12
+    assert training["data"]["rows"] == 12
     assert training["data"]["kept_share"] == 1.0
     assert float(jnp.abs(lm.model.weights().units[0]["w_down"]).max()) > 0
 
@@ -258,15 +217,15 @@ def test_token_filter_keeps_what_the_anti_expert_llm_prefers(settings, tiny, tmp
     """Against log-probabilities of transformers."""
     from conftest import hf_logits, log_softmax
 
-    expert, anti = tiny("gqa", initializer_range=0.2, **SIZES), tiny("gqa", seed=7, **SIZES)
+    expert, anti = tiny("gqa", initializer_range=0.2, **EVEN_SIZES), tiny("gqa", seed=7, **EVEN_SIZES)
     config = load_config(None, [*settings, f"filter.anti_expert_llm={anti.directory}", "filter.gamma=0.5"])
     path = train(config, quiet=True)
     kept = load_model(str(path)).imae["training"]["data"]["kept_share"]
 
     rows = data.load_rows(config.data)
-    encoded, _ = data.tokenize(rows, expert.load().tokenizer, config.data)
+    encoded = data.tokenize(rows, expert.load().tokenizer, config.data)
     ratios = []
-    for example in encoded:
+    for example in encoded.train:
         tokens = np.array([example.tokens])
         log_probs = [log_softmax(hf_logits(hf, tokens))[0] for hf in (expert.hf, anti.hf)]
         for i in range(example.start, tokens.shape[1]):
@@ -461,10 +420,17 @@ def test_resume_without_a_run(settings, capfd):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, capfd):
-    assert main([*settings, "optimizer.learning_rate=3e38", "optimizer.warmup_steps=0", "--quiet"]) == 2
+    bad = [*settings, "optimizer.learning_rate=3e38", "optimizer.warmup_steps=0", "--quiet"]
+    assert main(bad) == 2
     error = capfd.readouterr().err
-    assert "not finite at step" in error
-    assert not (tmp_path / "run").exists()
+    step = int(re.search(r"not finite at step (\d+)", error)[1])
+    config = load_config(None, settings)
+    assert f"(rows {data.batch_rows(12, 8, config.seed, step - 1)})" in error
+    # The state before that step is there, and fails again at the same step.
+    assert str(tmp_path / "run" / "checkpoints" / str(step - 1)) in error
+    assert (tmp_path / "run" / "checkpoints" / str(step - 1)).is_dir()
+    assert main([*bad, "--resume"]) == 2
+    assert f"not finite at step {step}" in capfd.readouterr().err
 
 
 def test_shipped_data_and_configs_are_valid():

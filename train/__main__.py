@@ -7,14 +7,28 @@ from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, command
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["plan"]:
+        from imae_jax.train.plan import main as plan
+
+        return plan(arguments[1:])
+    return train_command(arguments)
+
+
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def train_command(argv: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.train",
         description="Trains anti-expert units on a frozen LLM and writes OUT/imae.",
+        epilog="With `icd` before the settings it stops after the anti-expert LLM; `python -m "
+        "imae_jax.train plan --help` tells what a run needs in memory.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--from-step", type=int, metavar="N", help="go on from the checkpoint of step N and drop later ones"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run in the same out")
     parser.add_argument(
         "--anti-expert-llm",
@@ -22,7 +36,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="separate LLM trained on hallucinations, for the token filter (same as "
         "filter.anti_expert_llm=MODEL)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no reports")
+    many = parser.add_argument_group("many processes")
+    many.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the run's other processes through the cluster's environment (TPU pods; in an srun step of "
+        "several tasks this is the default)",
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    many.add_argument("--num-processes", type=int, metavar="N")
+    many.add_argument("--process-id", type=int, metavar="I", help="from 0")
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="after which the others end if a process no longer answers (default: 60)",
+    )
     parser.add_argument(
         "settings",
         nargs="*",
@@ -32,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
 
     runtime.set_up()
+    from imae_jax import distributed
     from imae_jax.train.config import load_config
     from imae_jax.train.loop import train
 
@@ -42,8 +74,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.anti_expert_llm is not None:
         settings.append(f"filter.anti_expert_llm={args.anti_expert_llm}")
     config = load_config(args.config, settings)
-    path = train(config, only_icd=only_icd, resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
-    print(f"wrote {path}")
+    distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        heartbeat_timeout=args.heartbeat_timeout,
+    )
+    with distributed.end_together():
+        path = train(
+            config,
+            only_icd=only_icd,
+            resume=args.resume or args.from_step is not None,
+            from_step=args.from_step,
+            overwrite=args.overwrite,
+            quiet=args.quiet,
+        )
+        if distributed.is_main():
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from imae_jax.config import LORA_TARGETS
 from imae_jax.errors import UserError, first_line
-from imae_jax.llama import REMAT_POLICIES
+from imae_jax.llama import ATTENTION_KINDS, REMAT_POLICIES
 from imae_jax.losses import LossConfig
 from imae_jax.prompts import FORMATS
 
@@ -29,8 +29,10 @@ class DataConfig:
         path: the local JSONL file of `halueval`; without it the hub is asked.
         format: `chat` (the model's chat template), `plain` (`Q: …\\nA: …`), or `auto`: chat where the
             tokenizer has a template.
-        max_length: rows with more tokens are skipped and counted.
+        max_length: rows with more tokens, in either answer, are skipped and counted.
         limit: use the first rows only.
+        held_out: how many rows are never trained on but measured (all rows of a question or none).
+        split_seed: draws them; not the run's seed, so that runs can be compared.
         length_ratio: use only rows whose right and hallucinated answers differ in tokens by at most
             this factor. HaluEval's hallucinated answers are much longer than its right ones, and an
             anti-expert can learn "write long" instead of "write wrong".
@@ -41,6 +43,8 @@ class DataConfig:
     format: str = "auto"
     max_length: int = 512
     limit: int | None = None
+    held_out: int = 0
+    split_seed: int = 0
     length_ratio: float | None = None
 
 
@@ -162,6 +166,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "log_every": (1, math.inf),
     "data.max_length": (2, math.inf),
     "data.limit": (1, math.inf),
+    "data.held_out": (0, math.inf),
+    "data.split_seed": (0, 2**31 - 1),
+    "eval_every": (1, math.inf),
+    "eval_rows": (1, math.inf),
     "data.length_ratio": (1, math.inf),
     "units.ratio": (_ABOVE_ZERO, 1e3),
     "icd.batch_size": (1, math.inf),
@@ -186,10 +194,15 @@ class TrainConfig:
         dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
             their optimizer state are float32 throughout.
         remat: what a layer's backward pass keeps: none, dots or full (see `llama.forward`).
+        attention: plain, or flash, which never builds the [T, T] scores on GPUs and TPUs.
         seed: of the units' initialization and of the order of rows.
         save_every: steps between checkpoints.
         keep: checkpoints to keep.
         log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between measurements on held-out rows; there is one before the first step and one
+            after the last, too.
+        eval_rows: of the held-out rows, how many are measured before the last step; None measures all.
+        wandb: Weights & Biases project to log to; None logs to TensorBoard and metrics.jsonl only.
     """
 
     model: str = MISSING
@@ -207,10 +220,14 @@ class TrainConfig:
     tokenizer: str | None = None
     dtype: str | None = None
     remat: str = "none"
+    attention: str = "plain"
     seed: int = 0
     save_every: int = 100
     keep: int = 2
     log_every: int = 1
+    eval_every: int = 100
+    eval_rows: int | None = 64
+    wandb: str | None = None
 
     def __post_init__(self):
         for name, (low, high) in _BOUNDS.items():
@@ -228,6 +245,8 @@ class TrainConfig:
                 )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in ATTENTION_KINDS:
+            raise UserError(f"attention={self.attention!r}: use one of {', '.join(ATTENTION_KINDS)}")
         if self.data.format not in FORMATS:
             raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
 

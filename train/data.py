@@ -1,6 +1,7 @@
 """Training data: rows of question and answers, their tokens, and batches as a function of the step."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from imae_jax.decode.scoring import Continuation, encode
+from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train.config import DataConfig
@@ -16,6 +17,8 @@ from imae_jax.train.config import DataConfig
 DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
 HALUEVAL_HUB_ID = "pminervini/HaluEval"
 FIELDS = ("question", "right_answer", "hallucinated_answer")
+# Above this, the lengths of right and hallucinated answers all but tell which is which.
+TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
 FACT_BUCKET = 16
 
@@ -147,52 +150,120 @@ def _halueval_from_hub() -> list[Row]:
     ]
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> tuple[list[Example], dict[str, Any]]:
-    """Tokenizes questions with their hallucinated answers.
+@dataclasses.dataclass(frozen=True)
+class TokenizedData:
+    """What a run trains on and what it is evaluated on.
 
-    Returns:
-        The examples, with every answer token in T_fact, and statistics: how many rows were skipped
-        and why, and how long right and hallucinated answers are.
+    Attributes:
+        train: questions with their hallucinated answers, every answer token in T_fact.
+        held_out: the same of rows that are never trained on.
+        right: the held-out questions with their right answers.
+        statistics: how many rows were skipped and why, and how long right and hallucinated answers are.
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    right: list[Example]
+    statistics: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is trained on, T_fact included."""
+        digest = hashlib.sha256()
+        for example in self.train:
+            digest.update(json.dumps([example.start, example.tokens, example.fact]).encode())
+        return digest.hexdigest()[:16]
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> TokenizedData:
+    """Tokenizes questions with their answers and holds some rows out.
 
     Raises:
-        UserError: `chat` without a chat template, or no row is left.
+        UserError: `chat` without a chat template, or no row is left to train on.
     """
     format = resolve_format(tokenizer, config.format)
     lead, end = answer_frame(tokenizer, format)
-    prompts = [render(tokenizer, row.question, format) for row in rows]
+    # Text may consist of characters that the tokenizer's normalizer drops.
+    parts = [text for row in rows for text in (row.question, row.right_answer, row.hallucinated_answer)]
+    lengths = [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]]
+    numbers = np.flatnonzero(np.array(lengths).reshape(-1, 3).min(axis=1) > 0)
+    prompts = [render(tokenizer, rows[i].question, format) for i in numbers]
 
     def with_answers(answers):
         texts = [f"{lead}{answer}{end}" for answer in answers]
-        return encode(tokenizer, prompts, texts, add_special_tokens=adds_special_tokens(format))
+        items = encode(tokenizer, prompts, texts, add_special_tokens=adds_special_tokens(format))
+        return [
+            Example(int(i), item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
+            for i, item in zip(numbers, items, strict=True)
+        ]
 
-    wrong = with_answers([row.hallucinated_answer for row in rows])
-    right = with_answers([row.right_answer for row in rows])
-    right_lengths = np.array([len(item.tokens) - item.start for item in right])
-    wrong_lengths = np.array([len(item.tokens) - item.start for item in wrong])
-    fits = np.array([len(item.tokens) <= config.max_length for item in wrong])
-    matched = np.ones(len(rows), bool)
+    wrong = with_answers([rows[i].hallucinated_answer for i in numbers])
+    right = with_answers([rows[i].right_answer for i in numbers])
+    pairs = list(zip(wrong, right, strict=True))
+    fitting = [pair for pair in pairs if max(len(e.tokens) for e in pair) <= config.max_length]
+    used = fitting
     if config.length_ratio is not None:
-        longer, shorter = np.maximum(right_lengths, wrong_lengths), np.minimum(right_lengths, wrong_lengths)
-        matched = longer <= config.length_ratio * shorter
-    examples = [
-        Example(i, item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
-        for i, item in enumerate(wrong)
-        if fits[i] and matched[i]
-    ]
-    if not examples:
-        raise UserError(
-            f"every row has more than data.max_length={config.max_length} tokens, or answers that "
-            f"data.length_ratio={config.length_ratio} leaves out: raise them"
-        )
-    used = fits & matched
-    statistics = {
-        "skipped_too_long": int((~fits).sum()),
-        "skipped_unequal_length": int((fits & ~matched).sum()),
-        "mean_tokens_right_answer": float(right_lengths[used].mean()),
-        "mean_tokens_hallucinated_answer": float(wrong_lengths[used].mean()),
-        "length_auc": _auc(wrong_lengths[used], right_lengths[used]),
+        used = [p for p in fitting if _ratio(*(len(e.fact) for e in p)) <= config.length_ratio]
+    held_out = _held_out([rows[e.row].question for e, _ in used], config)
+    train = [pair[0] for i, pair in enumerate(used) if i not in held_out]
+    skipped = {
+        "a text without tokens": len(rows) - len(pairs),
+        f"more than data.max_length={config.max_length} tokens": len(pairs) - len(fitting),
+        "answers of unequal length": len(fitting) - len(used),
     }
-    return examples, statistics
+    if not train:
+        taken = ", ".join(f"{count} have {why}" for why, count in skipped.items() if count)
+        raise UserError(
+            f"no row is left to train on: of {len(rows)}, {taken or 'none are skipped'}, and data.held_out "
+            f"takes {len(held_out)}"
+        )
+    wrong_lengths, right_lengths = (np.array([len(e.fact) for e in side]) for side in zip(*used, strict=True))
+    statistics = {
+        "rows": len(train),
+        "held_out_rows": [used[i][0].row for i in sorted(held_out)],
+        "skipped": skipped,
+        "mean_tokens_right_answer": float(right_lengths.mean()),
+        "mean_tokens_hallucinated_answer": float(wrong_lengths.mean()),
+        "length_auc": _auc(wrong_lengths, right_lengths),
+    }
+    kept_out = [used[i] for i in sorted(held_out)]
+    return TokenizedData(train, [w for w, _ in kept_out], [r for _, r in kept_out], statistics)
+
+
+def _ratio(a: int, b: int) -> float:
+    return max(a, b) / min(a, b)
+
+
+def _held_out(questions: Sequence[str], config: DataConfig) -> set[int]:
+    """Which rows, by their place, are held out: all rows of questions drawn by `data.split_seed`."""
+    by_question: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        by_question.setdefault(question, []).append(place)
+    groups = list(by_question.values())
+    chosen: set[int] = set()
+    for i in np.random.default_rng(config.split_seed).permutation(len(groups)):
+        if len(chosen) >= config.held_out:
+            break
+        chosen |= set(groups[i])
+    return chosen
+
+
+def describe(statistics: dict[str, Any]) -> list[str]:
+    """Lines for the terminal."""
+    skipped = ", ".join(f"{n} skipped ({why})" for why, n in statistics["skipped"].items() if n)
+    lines = [
+        f"data: {statistics['rows']} rows, {len(statistics['held_out_rows'])} held out"
+        + (f", {skipped}" if skipped else ""),
+        f"answers: right {statistics['mean_tokens_right_answer']:.1f} tokens, hallucinated "
+        f"{statistics['mean_tokens_hallucinated_answer']:.1f}; length alone tells them apart with AUC "
+        f"{statistics['length_auc']:.2f}",
+    ]
+    if statistics["length_auc"] > TELLING_AUC:
+        lines.append(
+            "warning: an anti-expert can learn to write long answers instead of wrong ones: see "
+            "data.length_ratio and loss.mean"
+        )
+    return lines
 
 
 def _auc(first: np.ndarray, second: np.ndarray) -> float:
@@ -201,10 +272,6 @@ def _auc(first: np.ndarray, second: np.ndarray) -> float:
     below = np.searchsorted(ordered, first, side="left")
     not_above = np.searchsorted(ordered, first, side="right")
     return float((below + not_above).mean() / (2 * len(second)))
-
-
-def continuation_of(example: Example) -> Continuation:
-    return Continuation(example.tokens, example.start)
 
 
 def batch_rows(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -218,11 +285,18 @@ def batch_rows(num_examples: int, batch_size: int, seed: int, step: int) -> list
     return rows
 
 
+def in_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Batches of `size` of neighbouring examples; the last is filled up with rows that count nothing."""
+    filler = dataclasses.replace(examples[0], start=len(examples[0].tokens), fact=()) if examples else None
+    batches = [list(examples[i : i + size]) for i in range(0, len(examples), size)]
+    return [batch + [filler] * (size - len(batch)) for batch in batches]
+
+
 def make_batch(examples: Sequence[Example], accumulation: int) -> Batch:
     """Lays examples out as arrays; lengths are rounded up so that few shapes are compiled."""
     micro = len(examples) // accumulation
     length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
-    facts = _round_up(max(1, *(sum(e.fact) for e in examples)), FACT_BUCKET)
+    facts = _round_up(max(1, max(sum(e.fact) for e in examples)), FACT_BUCKET)
     shape = (len(examples), length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     answer, fact = np.zeros(shape, bool), np.zeros(shape, bool)

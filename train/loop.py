@@ -1,9 +1,15 @@
-"""A training run from a config: load, filter, step, log, checkpoint, write the IMAE directory."""
+"""A training run from a config: load, filter, step, measure, log, checkpoint, write the IMAE directory."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
+import sys
 import time
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +22,37 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
-from imae_jax.errors import UserError, first_line
+from imae_jax.distributed import barrier, gather_tree, is_main
+from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.llama import Weights
-from imae_jax.runtime import versions
+from imae_jax.runtime import git_state, versions
 from imae_jax.sharding import check_divisible, make_mesh
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
 from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig, UnitConfig
 from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
+from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR, RunLog
 from imae_jax.train.step import (
+    at_least_one,
     init_state,
+    make_evaluation,
     make_optimizer,
+    make_schedule,
     make_train_step,
     place_batch,
     state_shardings,
 )
 from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, show_filtered
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
 ICD_DIR, ADAPTER_DIR, FILTER_DIR = "icd", "adapter", "token_filter"
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_DIR, IMAE_DIR, ICD_DIR, FILTER_DIR)
+LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
+RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, ICD_DIR, FILTER_DIR, *LOG_FILES)
 # Settings that may change between a run and its continuation: they do not alter what a step computes.
-FREE_ON_RESUME = {"out", "save_every", "keep", "log_every", "mesh"}
+FREE_ON_RESUME = {"out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb"}
+FREE_ON_RESUME |= {"attention"}
 
 
 def train(
@@ -47,30 +60,35 @@ def train(
     *,
     only_icd: bool = False,
     resume: bool = False,
+    from_step: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
     """Trains anti-expert units and writes `OUT/imae`; with `icd.enabled` the anti-expert LLM before.
 
-    Beside it: `config.yaml`, `metrics.jsonl` (one object a step), `checkpoints/`, and `icd/` with the
-    same and `adapter/`.
+    Beside it: `config.yaml`, `environment.json` (versions, git state, devices), `metrics.jsonl` (one
+    object a step), `evaluation.jsonl` (held-out rows), `training.png`, `tensorboard/`, `checkpoints/`, and
+    `icd/` with the same and `adapter/`.
 
     Args:
         config: of the run.
         only_icd: stop after the anti-expert LLM.
         resume: go on from the newest checkpoint in `config.out`.
+        from_step: go on from this checkpoint instead; later ones are removed.
         overwrite: begin anew in a directory that holds a run.
-        quiet: no progress bar.
+        quiet: no progress bar and no reports.
 
     Returns:
         The IMAE directory, or the adapter's.
 
     Raises:
         UserError: a setting, file or model that does not work, or a loss that is not finite.
+        Stopped: SIGTERM or SIGINT came; the state is saved.
     """
     out = Path(config.out)
+    quiet = quiet or not is_main()
     rows = data.load_rows(config.data)
-    mesh = _make_mesh(config, only_icd or config.icd.enabled)
+    mesh = run_mesh(config, only_icd or config.icd.enabled)
     _check_output(out, config, resume, overwrite)
     lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
     model = load_model(
@@ -83,14 +101,21 @@ def train(
     )
     if model.imae is not None or is_adapter(Path(config.model)):
         raise UserError(f"model {config.model} is no plain base model: train on its base instead")
-    anti_expert = _unit_sizes(config.units, model.config)
+    anti_expert = unit_sizes(config.units, model.config)
     check_divisible(model.config, anti_expert, mesh.shape)
-    examples, statistics = data.tokenize(rows, model.tokenizer, config.data)
-    _check_context(examples, model.config)
-    if not resume:
-        _create_output(out)
-    write_text(out / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    run = Run(config, out, mesh, model, examples, statistics, resume, quiet)
+    tokenized = data.tokenize(rows, model.tokenizer, config.data)
+    _check_context(tokenized, model.config)
+    if not quiet:
+        print("\n".join(data.describe(tokenized.statistics)), file=sys.stderr)
+    barrier("output checked")
+    if is_main():
+        if not resume:
+            _create_output(out)
+        write_text(out / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        _record_environment(out / ENVIRONMENT_FILE)
+    barrier("output created")
+    run_id = json.loads((out / ENVIRONMENT_FILE).read_text(encoding="utf-8"))[0]["run_id"]
+    run = Run(config, out, run_id, mesh, model, tokenized, resume, from_step, quiet)
     try:
         anti_expert_llm = config.filter.anti_expert_llm
         if only_icd or config.icd.enabled:
@@ -98,7 +123,7 @@ def train(
             anti_expert_llm = anti_expert_llm or str(adapter)
         return adapter if only_icd else _train_units(run, anti_expert, anti_expert_llm)
     except UserError:
-        if not any(out.glob(f"**/{CHECKPOINT_DIR}/[0-9]*")):
+        if is_main() and not any(out.glob(f"**/{CHECKPOINT_DIR}/[0-9]*")):
             _remove_run(out)  # There is nothing to go on from.
         raise
 
@@ -110,25 +135,27 @@ class Run:
     Attributes:
         config: of the run.
         out: its output directory.
+        id: a random string that names it.
         mesh: its devices.
         model: the base, stacked.
-        examples: tokenized, with every answer token in T_fact.
-        statistics: of the data.
+        data: tokenized, with every answer token in T_fact.
         resume: go on from checkpoints.
-        quiet: no progress bars.
+        from_step: go on from this checkpoint instead of the newest.
+        quiet: no progress bars and no reports.
     """
 
     config: TrainConfig
     out: Path
+    id: str
     mesh: jax.sharding.Mesh
     model: LanguageModel
-    examples: list[data.Example]
-    statistics: dict[str, Any]
+    data: data.TokenizedData
     resume: bool
+    from_step: int | None
     quiet: bool
 
-    def progress(self, items: Any, label: str) -> Any:
-        return tqdm(items, desc=label, total=len(self.examples), unit="row", disable=self.quiet)
+    def progress(self, items: list, label: str) -> Iterable:
+        return tqdm(items, desc=label, unit="batch", disable=self.quiet)
 
 
 def _train_icd(run: Run, lora: LoraConfig) -> Path:
@@ -140,152 +167,288 @@ def _train_icd(run: Run, lora: LoraConfig) -> Path:
     model = run.model
     if icd.model is not None:
         model = load_model(icd.model, dtype=run.config.dtype, stacked=True, mesh=run.mesh)
-        check_same_vocabulary(run.model, model, icd.model, run.examples)
+        check_same_vocabulary(run.model, model, icd.model, run.data.train)
     optimizer = icd.optimizer
     if icd.epochs is not None:
-        steps = max(1, round(icd.epochs * len(run.examples) / icd.batch_size))
+        steps = max(1, round(icd.epochs * len(run.data.train) / icd.batch_size))
         optimizer = dataclasses.replace(optimizer, steps=steps)
     deltas = run_stage(
+        run,
         "icd",
         out,
-        AnswerObjective(lora, run.config.remat),
+        AnswerObjective(lora, run.config.remat, run.config.attention),
         model,
-        run.examples,
-        Schedule.of(run.config, icd, optimizer),
-        run.mesh,
-        resume=run.resume,
-        quiet=run.quiet,
+        run.data,
+        _Schedule.of(icd, optimizer),
     )
-    reference, revision = model.base.reference, model.base.revision
-    write_adapter(path, deltas, model.config, lora, base_reference=reference, revision=revision)
+    if is_main():
+        reference, revision = model.base.reference, model.base.revision
+        write_adapter(path, deltas, model.config, lora, base_reference=reference, revision=revision)
+    barrier("adapter written")
     return path
 
 
 def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
     """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
-    config = run.config
+    config, everything = run.config, run.data.train + run.data.held_out
     examples, kept = filter_tokens(
-        run.examples,
+        everything,
         run.model,
         anti_expert_llm,
         config.filter.gamma,
         run.out / FILTER_DIR,
-        run.progress,
+        mesh=run.mesh,
+        batch_size=config.batch_size // config.accumulation,
+        progress=run.progress,
     )
     if anti_expert_llm is not None and not run.quiet:
         show_filtered(examples, run.model.tokenizer, kept)
+    count = len(run.data.train)
+    tokenized = dataclasses.replace(run.data, train=examples[:count], held_out=examples[count:])
     units = run_stage(
+        run,
         "train",
         run.out,
-        ImaeObjective(anti_expert, config.loss, config.remat),
+        ImaeObjective(anti_expert, config.loss, config.remat, config.attention),
         run.model,
-        examples,
-        Schedule.of(config, config, config.optimizer),
-        run.mesh,
-        resume=run.resume,
-        quiet=run.quiet,
+        tokenized,
+        _Schedule.of(config, config.optimizer),
     )
-    statistics = run.statistics | kept | {"examples": len(examples)}
     path = run.out / IMAE_DIR
-    write_imae_dir(
-        path,
-        Weights(run.model.model.weights().base, units),
-        run.model.config,
-        anti_expert,
-        base=dataclasses.asdict(run.model.base),
-        training={"config": config.to_dict(), "data": statistics, "versions": versions()},
-        overwrite=True,
-    )
+    if is_main():
+        write_imae_dir(
+            path,
+            Weights(run.model.model.weights().base, units),
+            run.model.config,
+            anti_expert,
+            base=dataclasses.asdict(run.model.base),
+            training={
+                "config": config.to_dict(),
+                "data": run.data.statistics | kept,
+                "versions": versions(),
+                "git": git_state(),
+            },
+            overwrite=True,
+        )
+    barrier("units written")
     return path
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class _Schedule:
     """How long and in which portions a stage trains."""
 
     batch_size: int
     accumulation: int
     optimizer: OptimizerConfig
-    seed: int
-    save_every: int
-    keep: int
-    log_every: int
 
     @classmethod
-    def of(
-        cls, config: TrainConfig, stage: TrainConfig | IcdConfig, optimizer: OptimizerConfig
-    ) -> "Schedule":
-        return cls(
-            stage.batch_size,
-            stage.accumulation,
-            optimizer,
-            config.seed,
-            config.save_every,
-            config.keep,
-            config.log_every,
-        )
+    def of(cls, stage: TrainConfig | IcdConfig, optimizer: OptimizerConfig) -> "_Schedule":
+        return cls(stage.batch_size, stage.accumulation, optimizer)
 
 
 def run_stage(
+    run: Run,
     name: str,
     out: Path,
     objective: Objective,
     model: LanguageModel,
-    examples: list[data.Example],
-    schedule: Schedule,
-    mesh: jax.sharding.Mesh,
-    *,
-    resume: bool,
-    quiet: bool,
+    tokenized: data.TokenizedData,
+    schedule: _Schedule,
 ) -> Any:
-    """Trains one objective; writes `metrics.jsonl` and `checkpoints/` into `out`.
+    """Trains one objective; writes logs and checkpoints into `out`.
+
+    Args:
+        run: what it is a stage of.
+        name: of the stage.
+        out: its directory.
+        objective: what to minimize.
+        model: the base, stacked.
+        tokenized: rows to train on and to measure on.
+        schedule: of the stage.
 
     Returns:
-        The trained part.
+        The trained part, on the host.
     """
-    optimizer = make_optimizer(schedule.optimizer)
-    shardings = state_shardings(model.config, objective, optimizer, mesh)
-    train_step = make_train_step(model.config, objective, optimizer, shardings, mesh)
+    config, mesh, llama = run.config, run.mesh, model.config
+    optimizer, learning_rate = make_optimizer(schedule.optimizer), make_schedule(schedule.optimizer)
+    shardings = state_shardings(llama, objective, optimizer, mesh)
+    train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
+    measure = _Measurement(llama, objective, mesh, tokenized, schedule.batch_size // schedule.accumulation)
     base = model.model.weights().base
-    state = init_state(model.config, objective, optimizer, shardings, schedule.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(out / CHECKPOINT_DIR, schedule.keep)
-    start = checkpoints.latest or 0 if resume else 0
+    state = init_state(llama, objective, optimizer, shardings, config.seed)
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
+    barrier(f"{name} begins")
+    identity = {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": tokenized.fingerprint}
+    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep, identity)
+    start = _start_of(checkpoints, run, out)
     if start:
         state = checkpoints.load(start, jax.eval_shape(lambda: state), shardings)
-    _cut_metrics(out / METRICS_FILE, start)
+    checkpoints.delete_after(start)
 
     steps = schedule.optimizer.steps
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet)
-    with bar, (out / METRICS_FILE).open("a", encoding="utf-8") as log:
+    log = None
+    if is_main():
+        wandb = {"project": config.wandb, "id": f"{run.id}-{name}", "name": f"{run.out.name} {name}"}
+        wandb |= {"dir": str(run.out), "config": config.to_dict()}
+        log = RunLog(out, start, wandb if config.wandb is not None else None)
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=run.quiet)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        if log is not None:
+            stack.callback(log.close)
+        stack.enter_context(bar)
+        stop = stack.enter_context(_stop_signals())
+
+        def evaluate(done: int, limit: int | None) -> None:
+            if tokenized.held_out:
+                metrics = measure(state.trainable, base, limit)
+                if log is not None:
+                    log.evaluation(done, metrics)
+
+        def batch_of(step: int):
+            chosen = data.batch_rows(len(tokenized.train), schedule.batch_size, config.seed, step)
+            batch = data.make_batch([tokenized.train[i] for i in chosen], schedule.accumulation)
+            return batch, chosen, place_batch(batch, mesh)
+
+        if start == 0:
+            evaluate(0, config.eval_rows)
         clock, tokens = time.perf_counter(), 0
-        for step in range(start, steps):
-            chosen = data.batch_rows(len(examples), schedule.batch_size, schedule.seed, step)
-            batch = data.make_batch([examples[i] for i in chosen], schedule.accumulation)
+        following = batch_of(start) if start < steps else None
+        for done in range(start + 1, steps + 1):
+            batch, chosen, placed = following
+            state, metrics = train_step(state, base, placed)
             tokens += int(batch.attention_mask.sum())
-            state, metrics = train_step(state, base, place_batch(batch, mesh))
-            done = step + 1
-            log_now = done % schedule.log_every == 0 or done == steps
-            save_now = done % schedule.save_every == 0 or done == steps
-            if log_now or save_now:
-                metrics = {key: float(value) for key, value in metrics.items()}
-                _check_finite(metrics, done, [examples[i].row for i in chosen], out)
-            if log_now:
+            # The next batch is laid out while the devices compute; then the loss is waited for, so that
+            # no step is taken after one that failed.
+            following = batch_of(done) if done < steps else None
+            metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+            bad = [key for key in ("loss", "grad_norm") if not np.isfinite(metrics[key])]
+            if bad:
+                checkpoints.save(done - 1, state)
+                checkpoints.wait()
+                rows = [tokenized.train[i].row for i in chosen]
+                raise UserError(
+                    f"{', '.join(bad)} not finite at step {done} of stage {name} (rows {rows}): the state "
+                    f"before it is saved in {out / CHECKPOINT_DIR / str(done - 1)}; lower its learning_rate"
+                )
+            if done % config.log_every == 0 or done == steps:
                 now = time.perf_counter()
                 rate, clock, tokens = tokens / (now - clock), now, 0
-                line = {"step": done, **metrics, "tokens_per_second": rate}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                if log is not None:
+                    extra = {"learning_rate": float(learning_rate(done - 1)), "tokens_per_second": rate}
+                    log.train(done, metrics | extra)
                 shown = {k: f"{metrics[k]:.3f}" for k in objective.shown}
                 bar.set_postfix(shown | {"tok/s": f"{rate:.0f}"})
             bar.update()
-            if save_now:
+            if done % config.eval_every == 0 or done == steps:
+                began = time.perf_counter()
+                evaluate(done, None if done == steps else config.eval_rows)
+                clock += time.perf_counter() - began
+            signal_number = stop(done)
+            if done % config.save_every == 0 or done == steps or signal_number:
                 checkpoints.save(done, state)
-    checkpoints.close()
-    return state.trainable
+            if signal_number:
+                checkpoints.wait()
+                message = f"stopped after step {done} of stage {name}, saved in {out}: go on with --resume"
+                raise Stopped(message, signal_number)
+    return gather_tree(state.trainable)
 
 
-def _make_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
+class _Measurement:
+    """Means over held-out rows: the losses, the gate of every layer, log-probabilities of right answers."""
+
+    def __init__(
+        self,
+        llama: LlamaConfig,
+        objective: Objective,
+        mesh: jax.sharding.Mesh,
+        tokenized: data.TokenizedData,
+        batch_size: int,
+    ):
+        self._objective, self._mesh, self._batch_size = objective, mesh, batch_size
+        self._wrong, self._right = tokenized.held_out, tokenized.right
+        self._losses, self._answers = make_evaluation(llama, objective, mesh)
+
+    def __call__(self, trainable: Any, base: Any, limit: int | None) -> dict[str, Any]:
+        totals = self._total(self._losses, self._wrong[:limit], trainable, base)
+        right = self._total(self._answers, self._right[:limit], trainable, base)
+        sums, counts = totals["sums"], at_least_one(totals["counts"])
+        metrics = {k: float(v) for k, v in self._objective.metrics(sums, counts).items()}
+        tokens = right.pop("tokens")
+        metrics |= {f"right_{mode}": float(value / tokens) for mode, value in right.items()}
+        per_layer = self._objective.per_layer(sums, counts)
+        return metrics | {f"{k}_by_layer": np.asarray(v).tolist() for k, v in per_layer.items()}
+
+    def _total(self, function: Any, examples: list[data.Example], trainable: Any, base: Any) -> Any:
+        total = None
+        for rows in data.in_batches(examples, self._batch_size):
+            part = jax.device_get(
+                function(trainable, base, place_batch(data.make_batch(rows, 1), self._mesh))
+            )
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        return total
+
+
+def _start_of(checkpoints: Checkpoints, run: Run, out: Path) -> int:
+    """Steps done at the checkpoint to go on from; 0 to begin."""
+    if run.from_step is None:
+        return max(checkpoints.steps, default=0) if run.resume else 0
+    if run.from_step not in checkpoints.steps:
+        there = ", ".join(map(str, checkpoints.steps)) or "none"
+        raise UserError(f"--from-step {run.from_step}: {out / CHECKPOINT_DIR} has {there}")
+    return run.from_step
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """Yields a function of the step: the signal that asks the run to save and stop, or None.
+
+    Where there are several processes JAX makes them agree on the step, and listens to SIGTERM alone. A
+    second Ctrl-C interrupts at once.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return
+    received = []
+
+    def remember(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # Only the main thread may listen.
+        yield lambda step: None
+        return
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record_environment(path: Path) -> None:
+    """Appends what this start of the run works with; the first entry has the run's id."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    entry = {
+        "run_id": entries[0]["run_id"] if entries else uuid.uuid4().hex[:12],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "git": git_state(),
+    }
+    write_text(path, json.dumps([*entries, entry], indent=2) + "\n")
+
+
+def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
+    """The mesh that a config asks for, over all devices; it divides the rows of every micro-batch."""
     sizes = config.mesh
     data_size = sizes.data
     if data_size == -1:
@@ -303,7 +466,8 @@ def _make_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     return mesh
 
 
-def _unit_sizes(units: UnitConfig, llama: LlamaConfig) -> AntiExpertConfig:
+def unit_sizes(units: UnitConfig, llama: LlamaConfig) -> AntiExpertConfig:
+    """The units' sizes for a base."""
     if units.intermediate_size is not None:
         return AntiExpertConfig(units.intermediate_size)
     return AntiExpertConfig.scaled_to(llama, units.ratio)
@@ -356,7 +520,8 @@ def _create_output(out: Path) -> None:
         raise UserError(f"out={out} cannot be written: {error.strerror}") from None
 
 
-def _check_context(examples, llama: LlamaConfig) -> None:
+def _check_context(tokenized: data.TokenizedData, llama: LlamaConfig) -> None:
+    examples = tokenized.train + tokenized.held_out + tokenized.right
     longest = max(len(example.tokens) for example in examples)
     for example in examples:
         llama.check_token_ids(example.tokens)
@@ -365,27 +530,3 @@ def _check_context(examples, llama: LlamaConfig) -> None:
             f"a row has {longest} tokens, over the model's context of {llama.context_length}: lower "
             "data.max_length"
         )
-
-
-def _check_finite(metrics: dict[str, float], step: int, rows: list[int], out: Path) -> None:
-    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"{', '.join(bad)} not finite at step {step} in {out} (rows {rows}): stopped without saving; "
-            "lower optimizer.learning_rate"
-        )
-
-
-def _cut_metrics(path: Path, steps_done: int) -> None:
-    """Drops the lines of steps that are done again after a resume."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= steps_done:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break  # A line that a killed process left unfinished.
-    write_text(path, "".join(kept))

@@ -48,7 +48,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        """What the sums are divided by, from the whole batch; at least 1."""
+        """What the sums are divided by, from the whole batch; scalars, some of which may be 0."""
 
     @abc.abstractmethod
     def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
@@ -56,7 +56,15 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
-        """What to log; has `loss`."""
+        """Scalars to log; has `loss`."""
+
+    def per_layer(self, sums: Arrays, counts: Arrays) -> dict[str, Any]:
+        """What to log of every layer where the model is evaluated: [L] arrays."""
+        return {}
+
+    @abc.abstractmethod
+    def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        """Summed log-probability of the `fact` tokens in every mode of the model, `base` among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,7 @@ class ImaeObjective(Objective):
     anti_expert: AntiExpertConfig
     settings: LossConfig
     remat: str = "none"
+    attention: str = "plain"
 
     shown = ("loss", "anti", "expert", "gate")
 
@@ -81,7 +90,7 @@ class ImaeObjective(Objective):
         tokens, mask = batch["tokens"], batch["attention_mask"]
         B = tokens.shape[0]
         frozen = Weights(jax.lax.stop_gradient(weights.base))
-        base = forward(frozen, llama, tokens, attention_mask=mask).hidden_states
+        base = forward(frozen, llama, tokens, attention_mask=mask, attention=self.attention).hidden_states
         both = forward(
             weights,
             llama,
@@ -90,12 +99,13 @@ class ImaeObjective(Objective):
             strength=jnp.repeat(jnp.asarray([1.0, -1.0]), B),
             taps=Taps(gates=True),
             remat=self.remat,
+            attention=self.attention,
         )
         sums = fact_loss_sums(
             weights,
-            _at_facts(batch, jax.lax.stop_gradient(base)),
-            _at_facts(batch, both.hidden_states[:B]),
-            _at_facts(batch, both.hidden_states[B:]),
+            at_facts(batch, jax.lax.stop_gradient(base)),
+            at_facts(batch, both.hidden_states[:B]),
+            at_facts(batch, both.hidden_states[B:]),
             batch["fact_targets"],
             token_weights(batch["fact_valid"], self.settings.mean),
             self.settings,
@@ -108,19 +118,27 @@ class ImaeObjective(Objective):
         facts = jnp.sum(batch["fact"], dtype=jnp.float32)
         answers = jnp.sum(batch["answer"], dtype=jnp.float32)
         gates = 2 * llama.num_layers
-        counts = {
+        return {
             "fact": jnp.sum(token_weights(batch["fact_valid"], self.settings.mean)),
             "gate": gates * jnp.sum(token_weights(batch["answer"], self.settings.mean)),
-            "gate_on_fact": gates * facts,
-            "gate_off_fact": gates * (answers - facts),
+            "gate_on_fact": 2 * facts,
+            "gate_off_fact": 2 * (answers - facts),
         }
-        return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
 
     def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
         return total_loss(sums, counts, self.settings)
 
     def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
         return metrics_of(sums, counts, self.settings)
+
+    def per_layer(self, sums: Arrays, counts: Arrays) -> dict[str, Any]:
+        return {name: sums[name] / counts[name] for name in ("gate_on_fact", "gate_off_fact")}
+
+    def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        return {
+            mode: _log_prob_sum(weights, llama, batch, strength=o, attention=self.attention)
+            for mode, o in {"base": None, "expert": -1.0, "anti_expert": 1.0}.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +147,12 @@ class AnswerObjective(Objective):
 
     Attributes:
         lora: the low-rank deltas to train.
-        remat: see `llama.forward`.
+        remat, attention: see `llama.forward`.
     """
 
     lora: LoraConfig
     remat: str = "none"
+    attention: str = "plain"
 
     shown = ("loss", "accuracy")
 
@@ -151,12 +170,13 @@ class AnswerObjective(Objective):
             attention_mask=batch["attention_mask"],
             adapter=1.0,
             remat=self.remat,
+            attention=self.attention,
         )
-        hidden = _at_facts(batch, output.hidden_states)
+        hidden = at_facts(batch, output.hidden_states)
         return answer_loss_sums(weights, hidden, batch["fact_targets"], batch["fact_valid"])
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        return {"answer": jnp.maximum(jnp.sum(batch["fact_valid"], dtype=jnp.float32), 1.0)}
+        return {"answer": jnp.sum(batch["fact_valid"], dtype=jnp.float32)}
 
     def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
         return sums["nll"] / counts["answer"]
@@ -164,7 +184,19 @@ class AnswerObjective(Objective):
     def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
         return {"loss": self.loss(sums, counts), "accuracy": sums["correct"] / counts["answer"]}
 
+    def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
+        return {
+            mode: _log_prob_sum(weights, llama, batch, adapter=factor, attention=self.attention)
+            for mode, factor in {"base": None, "anti_expert_llm": 1.0}.items()
+        }
 
-def _at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
+
+def _log_prob_sum(weights: Weights, llama: LlamaConfig, batch: Arrays, **options: Any) -> jax.Array:
+    output = forward(weights, llama, batch["tokens"], attention_mask=batch["attention_mask"], **options)
+    hidden = at_facts(batch, output.hidden_states)
+    return -answer_loss_sums(weights, hidden, batch["fact_targets"], batch["fact_valid"])["nll"]
+
+
+def at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
     """[B, T, D] at the positions that predict a token of T_fact: [B, P, D]."""
     return jnp.take_along_axis(hidden, batch["fact_positions"][..., None], axis=1)

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from imae_jax.config import LlamaConfig
+from imae_jax.distributed import place
 from imae_jax.sharding import sharding, shardings_of
 from imae_jax.train.config import OptimizerConfig
 from imae_jax.train.data import Batch
@@ -25,8 +26,9 @@ class TrainState:
     opt_state: Any
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Learning rate of a step (from 0)."""
+    return optax.warmup_cosine_decay_schedule(
         # The first step counts: it starts one step up the ramp, not at 0.
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
@@ -34,6 +36,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         decay_steps=max(config.steps, config.warmup_steps + 1),
         end_value=config.final_ratio * config.learning_rate,
     )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    schedule = make_schedule(config)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
@@ -86,7 +92,8 @@ def make_train_step(
     """Compiles `(state, base, batch) -> (state, metrics)`.
 
     `state` is donated. `base` is an argument, since a closure would bake the weights into the program,
-    and is not differentiated: neither gradients nor optimizer state exist for it.
+    and is not differentiated: neither gradients nor optimizer state exist for it. Where the loss or the
+    gradients are not finite, the new state is the old one.
 
     Args:
         llama: config of the base.
@@ -96,7 +103,8 @@ def make_train_step(
         mesh: on which everything lies.
 
     Returns:
-        The step; `batch` holds the arrays of `data.Batch`, metrics are float32 scalars.
+        The step; `batch` holds the arrays of `data.Batch`, metrics are float32 scalars. Its attribute
+        `lower` takes the same arguments, concrete or abstract, and returns `jax.stages.Lowered`.
     """
 
     def loss_of(trainable, base, micro, counts):
@@ -104,7 +112,7 @@ def make_train_step(
         return objective.loss(sums, counts), sums
 
     def step(state: TrainState, base, batch):
-        counts = objective.counts(llama, batch)
+        counts = at_least_one(objective.counts(llama, batch))
         gradient = jax.grad(loss_of, has_aux=True)
 
         def accumulate(carry, micro):
@@ -115,9 +123,10 @@ def make_train_step(
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         (grads, sums), _ = jax.lax.scan(accumulate, start, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
         metrics = objective.metrics(sums, counts) | {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(trainable, opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        return jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new), metrics
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding(mesh)))
@@ -126,10 +135,53 @@ def make_train_step(
         with jax.set_mesh(mesh):
             return compiled(state, base, batch)
 
+    def lower(state, base, batch):
+        with jax.set_mesh(mesh):
+            return compiled.lower(state, base, batch)
+
+    run.lower = lower
     return run
+
+
+def make_evaluation(
+    llama: LlamaConfig, objective: Objective, mesh: jax.sharding.Mesh
+) -> tuple[Callable[..., dict], Callable[..., dict]]:
+    """Compiles what is measured on held-out rows; both take `(trainable, base, batch)`.
+
+    Returns:
+        A function for the losses, which gives `sums` and `counts` of the objective; and one for the
+        answers' log-probabilities, which gives `Objective.answer_log_probs` and the number of `tokens`.
+        The batch has one micro-batch.
+    """
+
+    def losses(trainable, base, batch):
+        micro = jax.tree.map(lambda x: x[0], batch)
+        sums = objective.sums(objective.attach(base, trainable), llama, micro)
+        return {"sums": sums, "counts": objective.counts(llama, batch)}
+
+    def answers(trainable, base, batch):
+        micro = jax.tree.map(lambda x: x[0], batch)
+        sums = objective.answer_log_probs(objective.attach(base, trainable), llama, micro)
+        return sums | {"tokens": jnp.sum(batch["fact_valid"], dtype=jnp.float32)}
+
+    def compile(function):
+        compiled = jax.jit(function, out_shardings=sharding(mesh))
+
+        def run(*args):
+            with jax.set_mesh(mesh):
+                return compiled(*args)
+
+        return run
+
+    return compile(losses), compile(answers)
+
+
+def at_least_one(counts: dict) -> dict:
+    """Counts as divisors."""
+    return jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
 
 
 def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the devices, rows spread over the data and fsdp axes."""
     placement = sharding(mesh, *Batch.AXES)
-    return {name: jax.device_put(array, placement) for name, array in batch.arrays().items()}
+    return {name: place(array, placement) for name, array in batch.arrays().items()}

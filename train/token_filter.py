@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import adapter_of, read_adapter
-from imae_jax.decode.methods.icd import LogRatio
-from imae_jax.decode.methods.imae import Strength
-from imae_jax.decode.scoring import score
+from imae_jax.distributed import barrier, is_main, to_host
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
-from imae_jax.train.data import Example, continuation_of
+from imae_jax.llama import Weights, forward
+from imae_jax.losses import token_log_probs
+from imae_jax.sharding import sharding
+from imae_jax.train.data import Example, in_batches, make_batch
+from imae_jax.train.objectives import at_facts
+from imae_jax.train.step import place_batch
 
 SAMPLES_SHOWN = 20
 FEW, MANY = 0.02, 0.80
@@ -32,6 +38,9 @@ def filter_tokens(
     anti_expert_llm: str | None,
     gamma: float,
     cache: Path,
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
     """Keeps the answer tokens with `log p_antiLLM − log p_base ≥ γ`.
@@ -40,11 +49,13 @@ def filter_tokens(
     computed once; γ only thresholds them.
 
     Args:
-        examples: from `data.tokenize`.
+        examples: from `data.tokenize`, every answer token in T_fact.
         base: the model to be trained on.
         anti_expert_llm: its model reference; None keeps every answer token.
         gamma: γ.
         cache: directory for the log-ratios.
+        mesh: on which the base lies.
+        batch_size: rows at a time.
         progress: wraps an iteration to show how far it is.
 
     Returns:
@@ -57,8 +68,13 @@ def filter_tokens(
     if anti_expert_llm is None:
         return list(examples), {"kept_share": 1.0}
     path = cache / _key(examples, base, anti_expert_llm)
-    if not path.exists():
-        ratios = _log_ratios(examples, base, anti_expert_llm, progress)
+    stored = path.exists()
+    barrier("token filter looked up")
+    if stored:
+        ratios = [np.asarray(r) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
+    else:
+        ratios = _log_ratios(examples, base, anti_expert_llm, mesh, batch_size, progress)
+    if not stored and is_main():
         columns = {
             "row": [e.row for e in examples],
             "tokens": [list(e.tokens) for e in examples],
@@ -68,7 +84,6 @@ def filter_tokens(
         with new_directory(path, marker="state.json") as temporary:
             datasets.disable_progress_bar()
             datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
-    ratios = [np.asarray(r) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
 
     filtered = [
         dataclasses.replace(example, fact=tuple((ratio >= gamma).tolist()))
@@ -97,25 +112,61 @@ def filter_tokens(
 
 
 def _log_ratios(
-    examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str, progress: Progress
+    examples: Sequence[Example],
+    base: LanguageModel,
+    anti_expert_llm: str,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    progress: Progress,
 ) -> list[np.ndarray]:
-    groups = [[continuation_of(example)] for example in examples]
+    """`log p_antiLLM − log p_base` of every answer token."""
+    weights, config = base.model.weights(), base.config
     adapter = adapter_of(anti_expert_llm, base.base.reference)
-    ratios: list[np.ndarray] = [np.zeros(len(example.fact)) for example in examples]
     if adapter is not None:
-        # Both models as rows of one batch over the same weights.
-        deltas, lora = read_adapter(adapter, base.config, stacked=base.model.stacked)
-        weights = dataclasses.replace(base.model.weights(), lora=deltas, lora_scale=lora.scale)
-        for i, values in progress(score(weights, base.config, groups, LogRatio()), "token filter"):
-            ratios[i] = -values[0]
-        return ratios
-    llm = load_model(anti_expert_llm)
-    check_same_vocabulary(base, llm, anti_expert_llm, examples)
-    for model, sign, label in ((base, -1.0, "base"), (llm, 1.0, "anti-expert LLM")):
-        scored = score(model.model, model.config, groups, Strength(0.0))
-        for i, values in progress(scored, f"token filter: {label}"):
-            ratios[i] = ratios[i] + sign * values[0]
+        deltas, lora = read_adapter(adapter, config, stacked=True, mesh=mesh)
+        weights = dataclasses.replace(weights, lora=deltas, lora_scale=lora.scale)
+        compiled = jax.jit(_ratio_in_one_batch, static_argnums=1, out_shardings=sharding(mesh))
+
+        def ratio(batch):
+            return compiled(weights, config, batch)
+    else:
+        llm = load_model(anti_expert_llm, stacked=True, mesh=mesh)
+        check_same_vocabulary(base, llm, anti_expert_llm, examples)
+        compiled = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
+
+        def ratio(batch):
+            anti = compiled(llm.model.weights(), llm.config, batch)
+            return anti - compiled(weights, config, batch)
+
+    # Neighbours of about equal length waste little padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    ratios: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
+    batches = in_batches([examples[i] for i in order], batch_size)
+    with jax.set_mesh(mesh):
+        for number, rows in enumerate(progress(batches, "token filter")):
+            arrays = place_batch(make_batch(rows, 1), mesh)
+            values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
+            for i, row in zip(order[number * batch_size :], values, strict=False):
+                ratios[i] = row[: len(examples[i].fact)]
     return ratios
+
+
+def _answer_log_probs(
+    weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array], adapter: jax.Array | None = None
+) -> jax.Array:
+    """Log-probabilities [B, P] of the batch's `fact` tokens; every answer token is one here."""
+    output = forward(
+        weights, config, batch["tokens"], attention_mask=batch["attention_mask"], adapter=adapter
+    )
+    return token_log_probs(weights, at_facts(batch, output.hidden_states), batch["fact_targets"])
+
+
+def _ratio_in_one_batch(weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array]) -> jax.Array:
+    """Both models as rows of one batch over the same weights."""
+    B = batch["tokens"].shape[0]
+    twice = {name: jnp.concatenate([x, x]) for name, x in batch.items()}
+    log_probs = _answer_log_probs(weights, config, twice, jnp.repeat(jnp.asarray([0.0, 1.0]), B))
+    return log_probs[B:] - log_probs[:B]
 
 
 def check_same_vocabulary(

@@ -1,0 +1,482 @@
+"""ms per IMAE train step, model FLOPs utilization (MFU) and memory against the same step in torch.
+
+SmolLM2 on a CPU; and sizes of Llama-2-7B on one H200 (target: at least 45 % MFU, at most 60 GB):
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --shapes llama2-7b --dtype bfloat16 --batch-size 24 --length 256 \\
+        --remat full --attention flash
+
+A step is what `train/step.py` compiles for `ImaeObjective`: the base mode without gradient, anti-expert and
+expert mode as one doubled batch, gradients of the units alone, AdamW. The peer is the same with transformers'
+model, run eagerly (sdpa attention): units hooked onto the MLPs, the vocabulary projected at T_fact only,
+frozen base, fused AdamW; `--remat` is for both. Needs torch (`pip install -e '.[test]'`).
+
+Each side runs in a process and on one device of its own. The first step is left out of the times, which are
+medians of `--repeats`; compiling is not served by a cache. Tokens are random, every row has `--length`, and
+tokens/s counts each row once, though a step runs it in three modes. Peak memory is the device's, with what
+initializing took, or on a CPU the whole process's, libraries, loading and compiling included.
+
+With `--model` both sides start from the same weights and units, and in float32 their first losses and
+gradient norms must agree to 1e-4, or the script fails: both compute the same. With `--shapes` each side
+draws weights of its own.
+
+MFU = FLOPs / (time · peak), where FLOPs are what the mathematics of a step needs. Recomputation does not
+count. With N tokens, M positions of T_fact, P_base and P_unit parameters in the matrices of the layers and of
+the units, L layers of heads that are N_h · H wide together, T tokens a row:
+
+    base mode, forward                                2 · P_base · N
+    both modes, forward                               2 · (P_base + P_unit) · 2N
+    both modes, backward through activations          2 · (P_base + P_unit) · 2N
+    gradients of the units' weights                   2 · P_unit · 2N
+    vocabulary: three forward, two backward           (3 + 2) · 2 · D · V · M
+    attention: 4 · L · N_h · H · T a token forward,
+      twice that backward, in both modes              4 · L · N_h · H · T · (N + 2N + 2 · 2N)
+
+Attention is counted without the causal half off, and the backward pass down to the embeddings, though nothing
+needs it below the lowest unit.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# JAX and torch are imported in the functions of their side: what is imported here counts in both peaks, since
+# a process starts with the peak of the one that started it.
+SHAPES = {
+    "llama2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 128,
+    }
+}
+# Dense bfloat16 TFLOP/s as published, by a part of JAX's name of the device; the first that matches counts.
+PEAKS = {
+    "h200": 989,
+    "h100": 989,
+    "a100": 312,
+    "v6 lite": 918,
+    "v6e": 918,
+    "v5 lite": 197,
+    "v5e": 197,
+    "v5": 459,
+    "v4": 275,
+}
+MATMUL_SIZE, MATMUL_REPEATS = 2048, 10
+TOLERANCE = 1e-4
+OURS, PEER = "imae_jax", "torch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shapes", choices=SHAPES, help="random weights of these sizes instead of --model")
+    parser.add_argument("--layers", type=int, help="fewer layers, with --shapes")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64, help="tokens a row")
+    parser.add_argument("--facts", type=int, help="positions of T_fact a row (default: length / 4)")
+    parser.add_argument("--unit-size", type=int, help="width of the units (default: the paper's ratio)")
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--attention", default="plain", choices=("plain", "flash"), help="imae_jax's")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for the MFU (default: see PEAKS)")
+    parser.add_argument("--no-peer", action="store_true", help="imae_jax alone")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.facts is None:
+        args.facts = args.length // 4
+    if not 1 <= args.facts < args.length:
+        parser.error(f"--facts {args.facts} must be between 1 and {args.length - 1}")
+    if args.batch_size % args.accumulation:
+        parser.error(f"--accumulation {args.accumulation} does not divide --batch-size {args.batch_size}")
+    if args.side:
+        result = SIDES[args.side](args)
+        (args.exchange / f"{args.side}.json").write_text(json.dumps(result))
+        return
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = run_side("model", directory)
+        ours = run_side(OURS, directory)
+        peer = None if args.no_peer else run_side(PEER, directory, required=False)
+    for figures in (ours, peer):
+        if figures:
+            seconds = figures["ms_per_step"] / 1e3
+            figures["tokens_per_s"] = args.batch_size * args.length / seconds
+            figures["mfu"] = ours["peak_tflops"] and model["flops"] / seconds / (ours["peak_tflops"] * 1e12)
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k not in ("side", "exchange")}
+        args.json.write_text(json.dumps(settings | model | {OURS: ours, PEER: peer}, default=str, indent=2))
+    report(args, model, ours, peer)
+
+
+def run_side(side: str, exchange: str, required: bool = True) -> dict[str, Any] | None:
+    """Runs this script for one side; without a result it ends, or gives None."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--exchange", exchange]
+    code = subprocess.run(command).returncode
+    if code and required:
+        sys.exit(code)
+    return None if code else json.loads((Path(exchange) / f"{side}.json").read_text())
+
+
+def report(args: argparse.Namespace, model: dict, ours: dict, peer: dict | None) -> None:
+    name = args.model if args.shapes is None else f"sizes of {args.shapes}"
+    print(
+        f"{name}, {args.dtype}, batch {args.batch_size} × {args.length} tokens, {args.facts} of T_fact a "
+        f"row, units of {model['unit_size']}"
+    )
+    print(f"remat {args.remat}, attention {args.attention}, accumulation {args.accumulation}")
+    print(f"{OURS}: {ours['device']}, {ours['versions']}")
+    if peer:
+        print(f"{PEER}: {peer['device']}, {peer['versions']}")
+    peak = f"{ours['peak_tflops']:.3g} TFLOP/s" if ours["peak_tflops"] else "unknown: give --peak-tflops"
+    print(f"{model['flops'] / 1e12:.3g} TFLOP a step; peak {peak} ({ours['peak_source']})")
+    rows = {
+        "compile s": ("compile_s", 1, ".1f"),
+        "ms/step": ("ms_per_step", 1, ".1f"),
+        "tokens/s, a row once": ("tokens_per_s", 1, ".1f"),
+        "MFU %": ("mfu", 100, ".1f"),
+        "peak memory GB": ("peak_bytes", 1e-9, ".2f"),
+        "first loss": ("loss", 1, ".5f"),
+        "first gradient norm": ("grad_norm", 1, ".5f"),
+    }
+    print(f"{'':24}{OURS:>12}" + (f"{PEER:>12}{'ratio':>8}" if peer else ""))
+    for label, (key, scale, form) in rows.items():
+        values = [figures[key] for figures in (ours, peer) if figures]
+        line = "".join("-".rjust(12) if v is None else f"{v * scale:{form}}".rjust(12) for v in values)
+        compared = peer and key in ("ms_per_step", "tokens_per_s", "mfu", "peak_bytes") and values[0]
+        print(f"{label:24}{line}" + (f"{values[0] / values[1]:8.2f}" if compared else ""))
+    if peer is None:
+        sys.exit(None if args.no_peer else "the peer failed")
+    if args.shapes is None and args.dtype == "float32":
+        for key in ("loss", "grad_norm"):
+            if not math.isclose(ours[key], peer[key], rel_tol=TOLERANCE):
+                sys.exit(f"the sides do not compute the same: {key} {ours[key]} and {peer[key]}")
+
+
+def random_rows(args: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
+    """Tokens [B, T], and for each of the last tokens of a row, its answer, whether it is in T_fact."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, vocab_size, (args.batch_size, args.length))
+    fact = np.arange(max(args.facts, args.length // 2)) < args.facts
+    return tokens, random.permuted(np.tile(fact, (args.batch_size, 1)), axis=1)
+
+
+def timed(step: Callable[[], object], repeats: int) -> dict[str, Any]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"ms_per_step": statistics.median(times), "times_ms": times}
+
+
+def peak_resident_bytes() -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def step_flops(config: Any, unit_size: int, args: argparse.Namespace) -> int:
+    """The formula of this module's docstring."""
+    D, L, H = config.hidden_size, config.num_layers, config.head_dim
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    base = L * (D * H * heads + 3 * D * config.intermediate_size)
+    units = L * (3 * D * unit_size + 2 * D)
+    tokens, facts = args.batch_size * args.length, args.batch_size * args.facts
+    matmuls = 2 * base + 2 * (base + units) * 2 * 2 + 2 * units * 2
+    attention = 4 * L * config.num_heads * H * args.length * (1 + 2 + 2 * 2)
+    return (matmuls + attention) * tokens + (3 + 2) * 2 * D * config.vocab_size * facts
+
+
+def prepare_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the model that both sides load, or its config alone; gives what else they share."""
+    from imae_jax import runtime
+    from imae_jax.config import AntiExpertConfig, LlamaConfig
+    from imae_jax.convert import load_model
+    from imae_jax.convert.hf import save_hf
+    from imae_jax.losses import LossConfig
+    from imae_jax.train.config import OptimizerConfig
+
+    runtime.set_up()
+    directory = args.exchange / "model"
+    directory.mkdir()
+    if args.shapes is None:
+        lm = load_model(args.model, dtype=args.dtype)
+        save_hf(lm.model, lm.tokenizer, directory)
+        config = lm.config
+    else:
+        sizes = SHAPES[args.shapes]
+        config = LlamaConfig(**sizes | {"num_layers": args.layers or sizes["num_layers"]})
+        (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    unit_size = args.unit_size or AntiExpertConfig.scaled_to(config).intermediate_size
+    return {
+        "unit_size": unit_size,
+        "flops": step_flops(config, unit_size, args),
+        "loss": dataclasses.asdict(LossConfig()),
+        "optimizer": dataclasses.asdict(OptimizerConfig()),
+    }
+
+
+def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from imae_jax import runtime
+    from imae_jax.config import AntiExpertConfig, LlamaConfig
+    from imae_jax.convert import load_model
+    from imae_jax.convert.references import DTYPES
+    from imae_jax.llama import Llama
+    from imae_jax.losses import LossConfig
+    from imae_jax.sharding import MESH_AXES
+    from imae_jax.train.config import OptimizerConfig
+    from imae_jax.train.data import Example, make_batch
+    from imae_jax.train.objectives import ImaeObjective
+    from imae_jax.train.step import init_state, make_optimizer, make_train_step, place_batch, state_shardings
+
+    runtime.set_up()
+    jax.config.update("jax_enable_compilation_cache", False)
+    device = jax.devices()[0]
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=axis_types, devices=[device])
+
+    shared = json.loads((args.exchange / "model.json").read_text())
+    directory = args.exchange / "model"
+    if args.shapes is None:
+        lm = load_model(str(directory), dtype=args.dtype, stacked=True, mesh=mesh)
+        llama, base = lm.config, lm.model.weights().base
+        del lm
+    else:
+        llama = LlamaConfig.from_hf(json.loads((directory / "config.json").read_text()))
+        dtype = DTYPES[args.dtype]
+        base = jax.jit(
+            lambda: nnx.to_pure_dict(nnx.state(Llama(llama, rngs=nnx.Rngs(0), dtype=dtype), nnx.Param))
+        )()
+    loss, optimizer = LossConfig(**shared["loss"]), make_optimizer(OptimizerConfig(**shared["optimizer"]))
+    objective = ImaeObjective(AntiExpertConfig(shared["unit_size"]), loss, args.remat, args.attention)
+    shardings = state_shardings(llama, objective, optimizer, mesh)
+    state = init_state(llama, objective, optimizer, shardings, seed=0)
+    if args.shapes is None:
+        np.savez(args.exchange / "units.npz", **state.trainable)
+
+    tokens, fact = random_rows(args, llama.vocab_size)
+    start = args.length - fact.shape[1]
+    examples = [
+        Example(i, tuple(row.tolist()), start, tuple(of_row.tolist()))
+        for i, (row, of_row) in enumerate(zip(tokens, fact, strict=True))
+    ]
+    batch = place_batch(make_batch(examples, args.accumulation), mesh)
+    train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
+    began = time.perf_counter()
+    compiled = train_step.lower(state, base, batch).compile()
+    compile_s = time.perf_counter() - began
+
+    def step():
+        nonlocal state
+        state, metrics = jax.block_until_ready(compiled(state, base, batch))
+        return {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+
+    figures = {"compile_s": compile_s} | step() | timed(step, args.repeats)
+    stats = device.memory_stats() or {}
+    figures["peak_bytes"] = stats.get("peak_bytes_in_use") or peak_resident_bytes()
+    figures["peak_tflops"], figures["peak_source"] = peak_of(device, args.peak_tflops)
+    figures["device"], figures["backend"] = device.device_kind, device.platform
+    versions = runtime.versions()
+    figures["versions"] = ", ".join(f"{name} {versions[name]}" for name in ("imae_jax", "jax", "jaxlib"))
+    return figures
+
+
+def peak_of(device: Any, given: float | None) -> tuple[float | None, str]:
+    """TFLOP/s of a device, and where the figure comes from."""
+    import jax
+    import jax.numpy as jnp
+
+    if given is not None:
+        return given, "as given"
+    kind = device.device_kind.lower()
+    for name, tflops in PEAKS.items():
+        if name in kind:
+            return float(tflops), "published, dense bfloat16"
+    if device.platform != "cpu":
+        return None, device.device_kind
+    matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(matrix, matrix))
+    times = timed(lambda: jax.block_until_ready(multiply(matrix, matrix)), MATMUL_REPEATS)["times_ms"]
+    source = f"measured: the best of {MATMUL_REPEATS} float32 matmuls of {MATMUL_SIZE}³ in JAX"
+    return 2 * MATMUL_SIZE**3 / (min(times) / 1e3) / 1e12, source
+
+
+def measure_torch(args: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    import transformers
+    from torch.nn import functional
+
+    shared = json.loads((args.exchange / "model.json").read_text())
+    backend = json.loads((args.exchange / f"{OURS}.json").read_text())["backend"]
+    if backend == "tpu" or (backend == "gpu" and not torch.cuda.is_available()):
+        sys.exit(f"{OURS} ran on a {backend}, which torch does not see: pass --no-peer")
+    device = torch.device("cuda" if backend == "gpu" else "cpu")
+    dtype, loss_config, optimizer_config = getattr(torch, args.dtype), shared["loss"], shared["optimizer"]
+
+    transformers.logging.disable_progress_bar()
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    load, directory = transformers.AutoModelForCausalLM, args.exchange / "model"
+    if args.shapes is None:
+        model = load.from_pretrained(directory, **options).to(device)
+    else:
+        with device:
+            model = load.from_config(transformers.AutoConfig.from_pretrained(directory), **options)
+    model.eval().requires_grad_(False)
+    layers, hidden_size = model.model.layers, model.config.hidden_size
+
+    shapes = {
+        "gate": (hidden_size, 2),
+        "gate_bias": (2,),
+        "w_gate": (hidden_size, shared["unit_size"]),
+        "w_up": (hidden_size, shared["unit_size"]),
+        "w_down": (shared["unit_size"], hidden_size),
+    }
+    units = [
+        {
+            name: torch.zeros(shape, device=device)
+            if name in ("gate_bias", "w_down")
+            else torch.randn(shape, device=device) * model.config.initializer_range
+            for name, shape in shapes.items()
+        }
+        for _ in layers
+    ]
+    if args.shapes is None:
+        for name, stack in np.load(args.exchange / "units.npz").items():
+            for unit, array in zip(units, stack, strict=True):
+                unit[name].copy_(torch.from_numpy(array))
+    parameters = [array.requires_grad_() for unit in units for array in unit.values()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=optimizer_config["learning_rate"],
+        betas=(optimizer_config["beta1"], optimizer_config["beta2"]),
+        weight_decay=optimizer_config["weight_decay"],
+        fused=True,
+    )
+
+    # Of the running forward pass: the units' strength a row, None without units; and their gates.
+    strength, gates = None, []
+
+    def add_unit(unit, mlp, inputs, output):
+        if strength is None:
+            return output
+        h = inputs[0]
+        gate, w_gate, w_up, w_down = (unit[name].to(dtype) for name in ("gate", "w_gate", "w_up", "w_down"))
+        a = ((h @ gate).float() + unit["gate_bias"]).softmax(-1)[..., :1]
+        # A recomputed layer's gates are not needed, and would keep its activations alive.
+        if len(gates) < len(layers):
+            gates.append(a[..., 0])
+        gated = a.to(dtype) * h
+        return output + strength * ((functional.silu(gated @ w_gate) * (gated @ w_up)) @ w_down)
+
+    for layer, unit in zip(layers, units, strict=True):
+        layer.mlp.register_forward_hook(functools.partial(add_unit, unit))
+        if args.remat != "none":
+            layer.forward = recomputed(layer.forward, args.remat)
+
+    tokens, fact = (
+        torch.from_numpy(array).to(device) for array in random_rows(args, model.config.vocab_size)
+    )
+    num_facts, num_gates = int(fact.sum()), 2 * len(layers) * fact.numel()
+    start = args.length - fact.shape[1]
+
+    def run(rows, of_rows):
+        nonlocal strength
+        gates.clear()
+        strength = of_rows
+        return model.model(rows, use_cache=False).last_hidden_state
+
+    def loss_of(rows, fact):
+        """This micro-batch's part of the loss of the batch."""
+        count, positions = len(rows), fact.flatten().nonzero()[:, 0]
+
+        def at_facts(hidden):
+            # Position i predicts token i + 1.
+            return hidden[:, start - 1 : -1].flatten(0, 1)[positions]
+
+        with torch.no_grad():
+            log_base = model.lm_head(at_facts(run(rows, None))).float().log_softmax(-1)
+        modes = torch.ones(2 * count, 1, 1, device=device, dtype=dtype)
+        modes[count:] = -1
+        hidden = run(torch.cat([rows, rows]), modes)
+        both = torch.cat([at_facts(hidden[:count]), at_facts(hidden[count:])])
+        log_anti, log_expert = model.lm_head(both).float().log_softmax(-1).chunk(2)
+        with torch.no_grad():
+            valid = log_base >= log_base.amax(-1, keepdim=True) + math.log(loss_config["delta"])
+            scores = loss_config["beta"] * log_base - log_anti
+            target = scores.masked_fill(~valid, -math.inf).softmax(-1)
+        anti = functional.nll_loss(log_anti, rows[:, start:].flatten()[positions], reduction="sum")
+        expert = functional.kl_div(log_expert, target, reduction="sum")
+        of_answer = torch.stack(gates)[..., start - 1 : -1]
+        gate = torch.where(torch.cat([fact, fact]), 1 - of_answer, of_answer).sum()
+        return (anti + expert) / num_facts + loss_config["gate_weight"] * gate / num_gates
+
+    micro_batches = list(zip(tokens.chunk(args.accumulation), fact.chunk(args.accumulation), strict=True))
+
+    def step():
+        total = 0.0
+        for rows, of_rows in micro_batches:
+            loss = loss_of(rows, of_rows)
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optimizer_config["clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": float(total), "grad_norm": float(norm)}
+
+    figures = {"compile_s": None} | step() | timed(step, args.repeats)
+    on_gpu = device.type == "cuda"
+    figures["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+    figures["device"] = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    figures["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return figures
+
+
+def recomputed(forward: Callable, remat: str) -> Callable:
+    """A layer of which the backward pass keeps nothing, or with `dots` the results of weight matmuls."""
+    import torch
+    from torch.utils import checkpoint
+
+    options = {}
+    if remat == "dots":
+        matmuls = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        options["context_fn"] = functools.partial(checkpoint.create_selective_checkpoint_contexts, matmuls)
+
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint.checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return run
+
+
+SIDES = {"model": prepare_model, OURS: measure_jax, PEER: measure_torch}
+
+if __name__ == "__main__":
+    main()

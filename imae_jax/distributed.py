@@ -1,0 +1,160 @@
+"""One program on several processes: how they find each other, agree, and end together.
+
+Every process runs the same code on the same inputs. Files are written by the main process alone, into
+a directory that all of them see.
+"""
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from imae_jax.errors import Stopped, UserError, first_line
+
+INITIALIZATION_TIMEOUT = 300  # seconds
+_LAST_WORDS = "import sys; sys.stdin.buffer.read() or sys.exit(sys.argv[1])"
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+    heartbeat_timeout: int = 60,
+) -> None:
+    """Joins this process with the others of its run; must come before anything else touches a device.
+
+    Args:
+        coordinator: `HOST:PORT` of process 0, with `num_processes` and `process_id`.
+        num_processes: of the run.
+        process_id: this one's number, from 0.
+        detect: ask JAX to find the others (TPU pods, Slurm, Open MPI). Inside an `srun` step of several
+            tasks, or with `JAX_COORDINATOR_ADDRESS` set, this is done without being asked.
+        heartbeat_timeout: seconds after which a process that does not answer counts as dead, and the
+            others end.
+
+    Raises:
+        UserError: the others cannot be found or reached.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    if any(value is not None for value in explicit):
+        if any(value is None for value in explicit):
+            raise UserError("--coordinator, --num-processes and --process-id go together")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
+    elif not (detect or _in_a_step_of_several_tasks() or "JAX_COORDINATOR_ADDRESS" in os.environ):
+        return
+    try:
+        jax.distributed.initialize(
+            *explicit,
+            initialization_timeout=INITIALIZATION_TIMEOUT,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run cannot join: {first_line(error)}") from None
+    if jax.process_count() > 1:
+        _leave_last_words()
+
+
+def _in_a_step_of_several_tasks() -> bool:
+    # SLURM_NTASKS is set in an sbatch script, too, which is one process that would wait for others.
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array on every process's host, wherever its shards lie. All processes must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def place(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array that every process has onto the devices; each process copies its own slices only."""
+    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
+
+
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
+    """Ends this process at once where the block fails: an orderly exit would wait for the others, and
+    they would wait in their next collective for this one.
+
+    With one process, errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, Stopped):
+            raise
+        name, code = f"process {jax.process_index()} of {jax.process_count()}", 1
+        if isinstance(error, UserError):
+            print(f"error: {' '.join(str(error).split())} ({name})", file=sys.stderr)
+            code = 2
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                f"error: {name} lost another one ({first_line(error)}): see that one's output, then start "
+                "all of them again with --resume",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        _say_goodbye()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+_child: subprocess.Popen | None = None
+
+
+def _leave_last_words() -> None:
+    """Has a message printed if this process dies without its own doing.
+
+    JAX aborts a process whose peer has died, by C++'s `abort`, which no Python code outlives: a child
+    process sees its input end and prints.
+    """
+    global _child
+    message = (
+        f"error: process {jax.process_index()} of {jax.process_count()} was ended: another process of this "
+        "run has died, or it was killed itself; start all of them again with --resume"
+    )
+    command = [sys.executable, "-S", "-E", "-c", _LAST_WORDS, message]
+    _child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(_say_goodbye)
+
+
+def _say_goodbye() -> None:
+    global _child
+    if _child is not None:
+        with contextlib.suppress(OSError):
+            _child.stdin.write(b"bye")
+            _child.stdin.close()
+        _child.wait()
+        _child = None
+
+
+def gather_tree(tree: Any) -> Any:
+    """`to_host` of every array of a tree."""
+    return jax.tree.map(to_host, tree)

@@ -1,0 +1,138 @@
+"""Several processes on this machine (gloo collectives) are one run: same losses, a common end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import losses_of
+from test_training_runs import HELD_OUT, evaluations
+
+from imae_jax import distributed
+from imae_jax.convert import load_model
+
+DEVICES = 4
+MESH = ["mesh.data=2", "mesh.fsdp=2"]
+ICD = [
+    *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=3"),
+    *("icd.optimizer.learning_rate=2e-2", "filter.gamma=0.1"),
+]
+TIMEOUT = 300
+
+
+def start(count: int, settings: list[str]) -> list[subprocess.Popen]:
+    """The processes of a run, which share `DEVICES` virtual devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+    command = [sys.executable, "-m", "imae_jax.train", *settings, "--heartbeat-timeout", "10"]
+    together = ["--coordinator", address, "--num-processes", str(count), "--process-id"] if count > 1 else []
+    return [
+        subprocess.Popen(
+            [*command, *(together and [*together, str(i)])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of every process."""
+    try:
+        return [(*p.communicate(timeout=TIMEOUT)[::-1], p.returncode)[::-1] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def in_directory(settings: list[str], out: Path) -> list[str]:
+    return [f"out={out}" if s.startswith("out=") else s for s in settings]
+
+
+def assert_same_losses(actual: list[dict], expected: list[dict]) -> None:
+    """Up to the order in which collectives add up float32 numbers."""
+    assert [line.keys() for line in actual] == [line.keys() for line in expected]
+    for a, b in zip(actual, expected, strict=True):
+        for name, value in b.items():
+            assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_give_the_same_losses_as_one(settings, tmp_path, count):
+    """All three stages with two processes; the units alone with four."""
+    settings = [*settings, *HELD_OUT, *MESH, *(ICD if count == 2 else [])]
+    one, several = tmp_path / "one", tmp_path / "several"
+    ((code, _, error),) = finish(start(1, in_directory(settings, one)))
+    assert code == 0, error
+    results = finish(start(count, in_directory(settings, several)))
+    for code, _, error in results:
+        assert code == 0, error
+    assert_same_losses(losses_of(several), losses_of(one))
+    assert_same_losses(evaluations(several), evaluations(one))
+    if count == 2:
+        assert_same_losses(losses_of(several / "icd"), losses_of(one / "icd"))
+    # Process 0 alone talks.
+    assert [("wrote" in out, "data:" in error) for _, out, error in results] == [(True, True)] + [
+        (False, False)
+    ] * (count - 1)
+    units = [load_model(str(path / "imae")).model.weights().units for path in (one, several)]
+    for a, b in zip(*map(jax.tree.leaves, units), strict=True):
+        # Adam divides by the root of squared gradients: where those vanish, the order of sums shows.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path, victim):
+    out = tmp_path / "run"
+    settings = [*(s for s in settings if not s.startswith("optimizer.steps")), *MESH, "optimizer.steps=400"]
+    processes = start(2, settings)
+    deadline = time.monotonic() + TIMEOUT
+    while not ((out / "metrics.jsonl").exists() and len(losses_of(out)) >= 5):
+        assert all(p.poll() is None for p in processes), finish(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[victim].kill()
+    began = time.monotonic()
+    code, _, error = finish(processes)[1 - victim]
+    assert time.monotonic() - began < 60
+    assert code != 0
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"process {1 - victim} of 2" in last
+    assert "with --resume" in last
+
+    before = losses_of(out)
+    processes = start(2, [*settings, "--resume"])
+    while losses_of(out)[-1]["step"] <= before[-1]["step"]:
+        assert all(p.poll() is None for p in processes), finish(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert_same_losses(losses_of(out)[: len(before)], before)
+    # SIGTERM to one of them stops both at the same step, saved.
+    processes[1].send_signal(signal.SIGTERM)
+    for code, _, error in finish(processes):
+        assert code == 128 + signal.SIGTERM, error
+        assert "saved in" in error
+
+
+def test_addresses_go_together(settings):
+    ((code, _, error),) = finish(start(1, [*settings, "--coordinator", "localhost:1"]))
+    assert code == 2
+    assert error == "error: --coordinator, --num-processes and --process-id go together\n"
+
+
+def test_one_process_is_no_cluster(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    distributed.initialize()
+    assert jax.process_count() == 1
+    assert distributed.is_main()

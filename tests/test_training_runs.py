@@ -1,0 +1,278 @@
+"""What a run leaves behind, and what it does when something goes wrong while it trains."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from imae_jax.convert import load_model
+from imae_jax.train import data
+from imae_jax.train.__main__ import main
+from imae_jax.train.config import load_config
+
+HELD_OUT = ["data.held_out=4", "eval_every=4"]
+
+
+def evaluations(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+
+
+def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """All TensorBoard scalars, read by TensorBoard itself."""
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_what_a_run_leaves_behind(settings, tmp_path, capfd):
+    assert main([*settings, *HELD_OUT]) == 0
+    out = tmp_path / "run"
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["loss"]["beta"] == 2.0, "defaults are written out, too"
+    (entry,) = json.loads((out / "environment.json").read_text())
+    assert entry["versions"].keys() >= {"jax", "flax", "optax", "imae_jax"}
+    assert len(entry["git"]["commit"]) == 40
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+    logged = scalars(out)
+    lines = losses_of(out)
+    for name in ("loss", "anti", "expert", "gate", "learning_rate"):
+        assert logged[f"train/{name}"] == [(line["step"], pytest.approx(line[name])) for line in lines]
+    held_out = [(e["step"], pytest.approx(e["right_expert"])) for e in evaluations(out)]
+    assert logged["held_out/right_expert"] == held_out
+    assert "data: 8 rows, 4 held out" in capfd.readouterr().err
+
+
+def test_held_out_rows_are_measured_and_never_trained_on(settings, checkpoint, tmp_path):
+    """Against log-probabilities of transformers."""
+    assert main([*settings, *HELD_OUT, "--quiet"]) == 0
+    out = tmp_path / "run"
+    assert [e["step"] for e in evaluations(out)] == [0, 4, 8]
+    first, last = evaluations(out)[0], evaluations(out)[-1]
+
+    config = load_config(None, [*settings, *HELD_OUT])
+    rows = data.load_rows(config.data)
+    tokenized = data.tokenize(rows, checkpoint.load().tokenizer, config.data)
+    assert len(tokenized.held_out) == len(tokenized.right) == 4
+    assert {e.row for e in tokenized.train} | {e.row for e in tokenized.held_out} == set(range(12))
+    assert load_model(str(out / "imae")).imae["training"]["data"]["held_out_rows"] == [
+        e.row for e in tokenized.held_out
+    ]
+
+    def mean_log_prob(examples):
+        values = []
+        for example in examples:
+            log_probs = log_softmax(hf_logits(checkpoint.hf, np.array([example.tokens])))[0]
+            values += [log_probs[i - 1, example.tokens[i]] for i in range(example.start, len(example.tokens))]
+        return np.mean(values)
+
+    expected = mean_log_prob(tokenized.right)
+    assert first["right_base"] == pytest.approx(expected, abs=1e-5)
+    assert last["right_base"] == first["right_base"]
+    # Units begin at zero: the three modes are one, and L_anti is the base's own cross-entropy.
+    assert first["right_expert"] == first["right_anti_expert"] == pytest.approx(expected, abs=1e-5)
+    assert first["anti"] == pytest.approx(-mean_log_prob(tokenized.held_out), abs=1e-5)
+    assert last["right_expert"] != last["right_base"]
+    for name in ("gate_on_fact", "gate_off_fact"):
+        assert len(last[f"{name}_by_layer"]) == 3
+        assert np.mean(last[f"{name}_by_layer"]) == pytest.approx(last[name])
+
+
+def test_all_rows_of_a_question_are_held_out_together(checkpoint, tmp_path):
+    rows = [data.Row(f"t{3 + i // 3}", "t5", "t6 t7") for i in range(12)]
+    config = data.DataConfig(format="plain", held_out=2)
+    tokenized = data.tokenize(rows, checkpoint.load().tokenizer, config)
+    assert len(tokenized.held_out) == 3
+    assert len({rows[e.row].question for e in tokenized.held_out}) == 1
+    other = data.tokenize(
+        rows, checkpoint.load().tokenizer, data.DataConfig("plain", split_seed=3, held_out=2)
+    )
+    assert [e.row for e in other.held_out] != [e.row for e in tokenized.held_out]
+
+
+def test_rows_without_tokens_are_skipped_and_counted(smollm2, monkeypatch):
+    """A tokenizer whose normalizer drops some characters, as SentencePiece's do."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer.from_str(smollm2.tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    rows = [
+        data.Row("Why?", "Because.", "\u200b\u200b"),
+        data.Row("\u200b", "Because.", "No."),
+        data.Row("Why?", "Because.", "No."),
+    ]
+    tokenized = data.tokenize(rows, tokenizer, data.DataConfig(format="plain"))
+    assert [example.row for example in tokenized.train] == [2]
+    assert tokenized.statistics["skipped"]["a text without tokens"] == 2
+    assert "2 skipped (a text without tokens)" in data.describe(tokenized.statistics)[0]
+
+
+def start(settings: list[str], *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "imae_jax.train", *settings, *arguments, "--quiet"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, count: int) -> None:
+    deadline = time.monotonic() + 180
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_stops(settings, tmp_path, number):
+    long = [s.replace("save_every=3", "save_every=1000").replace("steps=8", "steps=500") for s in settings]
+    process = start(long)
+    wait_for_steps(process, tmp_path / "run", 2)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
+    assert f"stopped after step {saved.name} of stage train, saved" in error
+    assert int(saved.name) == losses_of(tmp_path / "run")[-1]["step"] >= 2
+    # It goes on from there.
+    process = start(long, "--resume")
+    wait_for_steps(process, tmp_path / "run", int(saved.name) + 1)
+    process.kill()
+    process.communicate()
+    assert [line["step"] for line in losses_of(tmp_path / "run")][: int(saved.name) + 1] == list(
+        range(1, int(saved.name) + 2)
+    )
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    data_files = sorted((p for p in files if p.parent.name == "d"), key=lambda p: p.stat().st_size)
+    if how == "truncated":
+        data_files[-1].write_bytes(data_files[-1].read_bytes()[:100])
+    elif how == "missing file":
+        data_files[-1].unlink()
+    elif how == "metadata":
+        (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
+    else:
+        content = bytearray(data_files[-1].read_bytes())
+        content[len(content) // 2] ^= 0x10
+        data_files[-1].write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing file", "metadata", "one bit"])
+def test_damaged_checkpoints_are_found_and_an_older_one_offered(settings, tmp_path, capfd, how):
+    assert main([*settings, "--quiet"]) == 0
+    out = tmp_path / "run"
+    expected = losses_of(out)
+    shutil.rmtree(out / "imae")
+    damage(out / "checkpoints" / "8", how)
+    capfd.readouterr()
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    error = capfd.readouterr().err
+    assert f"checkpoint {out / 'checkpoints' / '8'} is damaged" in error
+    assert "--from-step 6 goes on from the one before" in error
+    assert error.count("\n") == 1
+    assert main([*settings, "--from-step", "6", "--quiet"]) == 0
+    assert losses_of(out) == expected
+    assert load_model(str(out / "imae")).imae["training"]["data"]["rows"] == 12
+
+
+def test_a_checksum_finds_what_orbax_does_not(settings, tmp_path, capfd):
+    assert main([*settings, "--quiet"]) == 0
+    metadata = tmp_path / "run" / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    content = json.loads(metadata.read_text())
+    content["custom_metadata"]["checksums"][0] ^= 1
+    metadata.write_text(json.dumps(content))
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    assert "is damaged (a checksum differs): --from-step 6" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there(settings, capfd):
+    assert main([*settings, "--quiet"]) == 0
+    assert main([*settings, "--from-step", "5", "--quiet"]) == 2
+    assert "--from-step 5" in (error := capfd.readouterr().err)
+    assert "has 6, 8" in error
+
+
+def test_checkpoints_of_another_base_or_other_data_are_refused(settings, tiny, tmp_path, capfd):
+    """Both under the same name as before."""
+    rows = Path(settings[2].partition("=")[2])
+    base = tmp_path / "base"
+    shutil.copytree(settings[0].partition("=")[2], base)
+    settings[0] = f"model={base}"
+    assert main([*settings, "--quiet"]) == 0
+    other = tiny("gqa", initializer_range=0.2, seed=5, **EVEN_SIZES).directory
+    original = (base / "model.safetensors").read_bytes()
+    shutil.copy(other / "model.safetensors", base)
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    assert "belongs to another base" in capfd.readouterr().err
+    (base / "model.safetensors").write_bytes(original)
+    text = rows.read_text()
+    rows.write_text("".join(text.splitlines(keepends=True)[1:]))
+    assert main([*settings, "--resume", "--quiet"]) == 2
+    assert "belongs to another data" in capfd.readouterr().err
+    rows.write_text(text)
+    assert main([*settings, "--resume", "--quiet"]) == 0
+
+
+def can_mount() -> bool:
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not (shutil.which("unshare") and can_mount()), reason="no private mounts on this machine")
+def test_a_full_disk_costs_the_new_checkpoint_only(settings, tmp_path):
+    """On a file system that has room for one checkpoint and a half."""
+    small = tmp_path / "small"
+    small.mkdir()
+    settings = [s.replace(f"out={tmp_path}", f"out={small}") for s in settings]
+    settings += ["units.intermediate_size=2000", "keep=4", "optimizer.steps=6"]
+    arguments = " ".join(["-m", "imae_jax.train", *settings, "--quiet"])
+    # Units of 3 layers × 3 · 32 · 2000 numbers and two moments: 7 MB.
+    script = (
+        f"mount -t tmpfs -o size=12m none {small} && {sys.executable} {arguments}; code=$?; "
+        f"ls {small}/run/checkpoints; "
+        f"mount -o remount,size=64m {small} && {sys.executable} {arguments} --resume && "
+        f"ls {small}/run/checkpoints {small}/run/imae; exit $code"
+    )
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    assert "a checkpoint cannot be written to" in run.stderr
+    assert "step 3 is kept" in run.stderr
+    assert run.stderr.count("error: ") == 1
+    lines = run.stdout.split()
+    assert lines[0] == "3", "the half-written one is gone"
+    assert "imae_config.json" in lines
+
+
+def test_icd_may_start_from_another_base(settings, tiny, tmp_path, capfd):
+    icd = ["icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=2"]
+    other = tiny("gqa", initializer_range=0.2, seed=5, **EVEN_SIZES).directory
+    assert main([*settings, *icd, "icd.enabled=true", f"icd.model={other}", "--quiet"]) == 0
+    adapter = json.loads((tmp_path / "run" / "icd" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(other)
+    small = tiny("gqa", vocab_size=96).directory
+    assert main([*settings, *icd, "icd.enabled=true", f"icd.model={small}", "--overwrite", "--quiet"]) == 2
+    assert "has 96 tokens, the base 98" in capfd.readouterr().err
+
+
+def test_wandb_is_an_extra(settings, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*settings, "wandb=project", "--quiet"]) == 2
+    assert "pip install 'imae-jax[wandb]'" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline(settings, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main([*settings, "wandb=project", *HELD_OUT, "--quiet"]) == 0
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))

@@ -1,0 +1,434 @@
+"""`python -m imae_jax.train plan`: the memory that a run needs on each device, without allocating it.
+
+What is exact and what is estimated:
+
+- Weights, trainable part, Adam's moments, gradients and batches follow from shapes and shardings: exact.
+- Activations are the compiler's own figure for the temporary memory of the very train step, less the
+  gradients. They hold whatever lives within a step only: what the backward pass keeps, gathered weights,
+  logits, copies. The step is compiled for as many virtual CPU devices as the mesh has.
+
+The CPU compiler has no bfloat16 arithmetic: it keeps float32 copies of activations and of whole stacks of
+weights, nearly three times what Llama-3.1-70B needs. float16, of the same width, it stores as it is, so
+bfloat16 steps are compiled in float16. Matrices that a matmul reads are still widened, though one at a time,
+and fewer operations are merged than on an accelerator, so that the figure errs high: 1.05 to 2.1 times what
+XLA's compiler for TPU v5p needs (a model of 8 layers, Llama-2-7B, Llama-3.1-70B; above 1.35 only with
+remat=full, where activations are few). GPUs have not been compared. attention=flash is counted as plain
+attention, with its [T, T] scores. `--here` asks the compiler of this machine's own devices instead.
+
+Not in the plan: what the runtime takes for itself; evaluation and the token filter, whose forward passes need
+less than the step (but a separate `filter.anti_expert_llm` brings its weights); host memory.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imae_jax import runtime
+from imae_jax.cli import ArgumentParser, command
+from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.convert.references import DTYPES, model_config
+from imae_jax.errors import UserError
+from imae_jax.llama import Llama
+from imae_jax.sharding import check_divisible, sharding, shardings_of
+from imae_jax.train import data
+from imae_jax.train.config import IcdConfig, TrainConfig, load_config
+from imae_jax.train.loop import run_mesh, unit_sizes
+from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
+from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
+
+GIB = 2**30
+# Memory of one device as its vendor publishes it, counted as GB = 10^9 bytes. Devices report up to 7 % more
+# (an H200 140 GiB, where 141 GB are 131 GiB): that is left to the runtime and to fragmentation.
+DEVICES = {
+    "a100-40gb": 40,
+    "a100": 80,
+    "h100": 80,
+    "h200": 141,
+    "b200": 180,
+    "v4": 32,
+    "v5e": 16,
+    "v5p": 95,
+    "v6e": 32,
+}
+GPUS = ("a100-40gb", "a100", "h100", "h200", "b200")
+# The share of a GPU's memory that JAX takes unless told otherwise.
+GPU_SHARE = 0.75
+NUM_LARGEST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array on one device.
+
+    Attributes:
+        name: path of a weight, or the scope of the operation that computes it.
+        shape: of the device's part.
+        dtype: as JAX or XLA names it.
+        bytes: of the device's part.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What a stage holds at its peak, in bytes per device.
+
+    Attributes:
+        name: `icd` or `units`.
+        base: frozen weights; in `icd` with `icd.model` those of both models.
+        trainable: the float32 weights that are trained.
+        optimizer: Adam's moments and counters.
+        batch: one step's rows; the next one's are placed while it runs, hence twice.
+        gradients: of the trainable part, float32.
+        activations: all else that lives within a step; an estimate, see the module.
+        largest: the largest of the arrays that live between steps.
+        largest_temporaries: the largest results of the compiled step's instructions, one for each type and
+            shape, gradients among them. They do not all live at once.
+    """
+
+    name: str
+    base: int
+    trainable: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    largest: tuple[Buffer, ...]
+    largest_temporaries: tuple[Buffer, ...]
+
+    @property
+    def temporaries(self) -> int:
+        """Gradients and activations: what the compiler calls the step's temporary memory."""
+        return self.gradients + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.base + self.trainable + self.optimizer + self.batch + self.temporaries
+
+
+def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
+    """Plans the stages that a run of this config goes through; compiles a step each, allocates nothing.
+
+    A batch has rows of `data.max_length` tokens of which all but the first are in T_fact: the worst case.
+
+    Args:
+        config: of the run.
+        mesh: its devices, of any kind; on CPU devices bfloat16 is counted as the module describes.
+
+    Raises:
+        UserError: the model is unknown, or the mesh does not divide its widths.
+    """
+    llama, base = _abstract_base(config.model, config.revision, config.dtype, mesh)
+    anti_expert = unit_sizes(config.units, llama)
+    check_divisible(llama, anti_expert, mesh.shape)
+    stages = []
+    if config.icd.enabled:
+        icd_llama, icd_base, beside = llama, base, 0
+        if config.icd.model is not None:
+            icd_llama, icd_base = _abstract_base(config.icd.model, None, config.dtype, mesh)
+            check_divisible(icd_llama, None, mesh.shape)
+            beside = _total(_buffers(base))
+        lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
+        objective = AnswerObjective(lora, config.remat, config.attention)
+        stage = _plan_stage("icd", config, config.icd, icd_llama, icd_base, objective, mesh)
+        stages.append(dataclasses.replace(stage, base=stage.base + beside))
+    objective = ImaeObjective(anti_expert, config.loss, config.remat, config.attention)
+    stages.append(_plan_stage("units", config, config, llama, base, objective, mesh))
+    return stages
+
+
+def _plan_stage(
+    name: str,
+    config: TrainConfig,
+    stage: TrainConfig | IcdConfig,
+    llama: LlamaConfig,
+    base: Any,
+    objective: Objective,
+    mesh: jax.sharding.Mesh,
+) -> StagePlan:
+    optimizer = make_optimizer(stage.optimizer)
+    shardings = state_shardings(llama, objective, optimizer, mesh)
+    shapes = jax.eval_shape(lambda: init_state(llama, objective, optimizer, shardings, config.seed))
+    state = jax.tree.map(_abstract, shapes, shardings)
+    # A model that knows shorter rows only is given no longer ones.
+    length = min(config.data.max_length, llama.context_length)
+    longest = data.Example(0, (0,) * length, 1, (True,) * (length - 1))
+    rows = data.make_batch([longest] * stage.batch_size, stage.accumulation)
+    placement = sharding(mesh, *data.Batch.AXES)
+    batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
+
+    step = make_train_step(llama, objective, optimizer, shardings, mesh)
+    # float16 stands in for bfloat16 on CPU devices: see the module.
+    swap = _on_cpu(mesh) and base["embed"].dtype == jnp.bfloat16
+    compiled_base = jax.tree.map(lambda x: x.update(dtype=jnp.float16), base) if swap else base
+    lowered = step.lower(state, compiled_base, batch)
+    # A program that is not run needs no optimized machine code, and its memory does not depend on it.
+    compiled = lowered.compile({"xla_backend_optimization_level": 0} if _on_cpu(mesh) else None)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    trainable = list(_buffers(state.trainable, "trainable/"))
+    moments = list(_buffers(state.opt_state, "optimizer/"))
+    weights = list(_buffers(base, "base/"))
+    gradients = _total(trainable)
+    return StagePlan(
+        name=name,
+        base=_total(weights),
+        trainable=_total(trainable),
+        optimizer=_total(moments),
+        batch=2 * _total(_buffers(batch)),
+        gradients=gradients,
+        activations=max(0, temporaries - gradients),
+        largest=_largest(weights + trainable + moments),
+        largest_temporaries=_largest(_instructions(compiled.as_text())),
+    )
+
+
+def _abstract_base(
+    reference: str, revision: str | None, dtype: str | None, mesh: jax.sharding.Mesh
+) -> tuple[LlamaConfig, Any]:
+    """A base's config, and its stacked weights as shapes with shardings."""
+    llama, stored = model_config(reference, revision)
+    dtype = dtype or stored
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
+    model = nnx.eval_shape(lambda: Llama(llama, rngs=nnx.Rngs(0), dtype=DTYPES[dtype]))
+    state = nnx.state(model, nnx.Param)
+    placed = nnx.to_pure_dict(shardings_of(state, mesh))
+    return llama, jax.tree.map(_abstract, model.weights().base, placed)
+
+
+def _abstract(x: Any, placement: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement)
+
+
+def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _buffers(tree: Any, prefix: str = "") -> Iterator[Buffer]:
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        shape = x.sharding.shard_shape(x.shape)
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+        yield Buffer(name, shape, str(x.dtype), math.prod(shape) * x.dtype.itemsize)
+
+
+def _total(buffers: Any) -> int:
+    return sum(buffer.bytes for buffer in buffers)
+
+
+def _largest(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
+    return tuple(sorted(buffers, key=lambda buffer: (-buffer.bytes, buffer.name))[:NUM_LARGEST])
+
+
+_XLA_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(")
+# These own no memory: they name what another instruction computed.
+_VIEWS = {"parameter", "get-tuple-element", "bitcast", "constant"}
+
+
+def _instructions(hlo: str) -> list[Buffer]:
+    """Results of a compiled program's instructions, one for each type and shape.
+
+    Instructions inside of a fusion are left out: their results are never stored.
+    """
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", hlo))
+    found: dict[tuple[str, str], Buffer] = {}
+    inside = False
+    for line in hlo.splitlines():
+        if computation := _COMPUTATION.match(line):
+            inside = computation[1] in fused
+        instruction = None if inside else _INSTRUCTION.match(line)
+        if instruction is None or instruction[3] in _VIEWS or instruction[1] not in _XLA_BYTES:
+            continue
+        dtype, dimensions, operation = instruction.groups()
+        op_name = re.search(r'op_name="([^"]*)"', line)
+        shape = tuple(map(int, dimensions.split(",")))
+        name = _scope(op_name[1]) if op_name else operation
+        buffer = Buffer(name, shape, dtype, math.prod(shape) * _XLA_BYTES[dtype])
+        known = found.setdefault((dtype, dimensions), buffer)
+        if op_name and known.name in (operation, "copy", "fusion"):
+            found[dtype, dimensions] = buffer
+    return list(found.values())
+
+
+def _scope(op_name: str) -> str:
+    """`backward: mlp/dot_general` of an operation's full name."""
+    noise = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|.*\(.*\)|.*->.*")
+    parts = [part for part in op_name.replace("\\", "").split("/") if not noise.fullmatch(part)]
+    phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "step"
+    return f"{phase}: {'/'.join(parts[-2:]) or '–'}"
+
+
+def plan_table(stages: Sequence[StagePlan]) -> Any:
+    """A rich table of the parts of each stage, in GiB."""
+    from rich.table import Table
+
+    table = Table(title="memory of one device, GiB")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage.name, justify="right")
+    rows = {
+        "base, frozen": "base",
+        "trainable, float32": "trainable",
+        "Adam's moments": "optimizer",
+        "gradients": "gradients",
+        "activations and other temporaries (estimate)": "activations",
+        "batches": "batch",
+        "total": "total",
+    }
+    for label, field in rows.items():
+        if field == "total":
+            table.add_section()
+        table.add_row(label, *(_gib(getattr(stage, field)) for stage in stages))
+    return table
+
+
+def largest_table(stage: StagePlan) -> Any:
+    """A rich table of a stage's largest arrays on one device."""
+    from rich.table import Table
+
+    table = Table(title=f"largest arrays of stage {stage.name} on one device")
+    for column in ("", "type", "shape"):
+        table.add_column(column)
+    table.add_column("GiB", justify="right")
+    for label, buffers in (("between steps", stage.largest), ("within a step", stage.largest_temporaries)):
+        table.add_section()
+        table.add_row(f"[italic]{label}[/italic]")
+        for buffer in buffers:
+            shape = " × ".join(map(str, buffer.shape))
+            table.add_row(buffer.name.replace("[", r"\["), buffer.dtype, shape, _gib(buffer.bytes))
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> list[str]:
+    """Settings that would make a stage smaller and are not at their end yet, the cheapest first."""
+    prefix, settings = ("icd.", config.icd) if stage.name == "icd" else ("", config)
+    micro = settings.batch_size // settings.accumulation
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = []
+    if config.dtype == "float32":
+        ways.append("dtype=bfloat16")
+    if config.remat != "full":
+        ways.append("remat=full")
+    if micro > shards:
+        # The least larger divisor that leaves every device as many rows.
+        more = next(
+            n
+            for n in range(settings.accumulation + 1, settings.batch_size + 1)
+            if settings.batch_size % n == 0 and settings.batch_size // n % shards == 0
+        )
+        ways.append(f"{prefix}accumulation={more}")
+    ways.append(f"mesh.fsdp={2 * mesh.shape['fsdp']} on twice as many devices")
+    return ways
+
+
+def _set_up_devices(config: TrainConfig, number: int | None, here: bool) -> None:
+    """Gives this process as many CPU devices as the run's mesh has, before JAX looks for any."""
+    runtime.set_up()
+    # A program from the cache does not know its memory.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if here:
+        return
+    sizes = config.mesh
+    if number is None:
+        number = abs(sizes.data) * sizes.fsdp * sizes.tensor
+    if number < 1:
+        raise UserError(f"a run on {number} devices: give at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
+
+
+def _capacity(device: str, memory: float | None) -> tuple[str, float]:
+    """What a device is called, and its memory in bytes."""
+    if memory is not None:
+        if not memory > 0:
+            raise UserError(f"--memory {memory:g}: give GiB above 0")
+        return f"a device of {memory:g} GiB", memory * GIB
+    if device not in DEVICES:
+        raise UserError(f"--device {device} is not known: use one of {', '.join(DEVICES)}, or --memory GIB")
+    return device, DEVICES[device] * 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
+    parser.add_argument("--device", default="h200", help=f"one of {', '.join(DEVICES)} (default: h200)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of one device, instead of --device")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many the run will have (default: the mesh's; with mesh.data=-1 those of one replica)",
+    )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="compile for this machine's own devices, which must be as many as the mesh has, instead of "
+        "virtual CPU devices",
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the plan; exit code 1 if it does not fit."""
+    parser = ArgumentParser(
+        prog="python -m imae_jax.train plan",
+        description="Prints the memory that a training run needs on each device, without its weights and "
+        "without allocating anything. Exit code 1: it does not fit.",
+    )
+    add_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
+    if args.here and args.devices is not None:
+        raise UserError("--devices goes without --here, which takes all devices of this machine")
+    # A plan writes nothing.
+    config = load_config(args.config, ["out=unused", *args.settings])
+    name, capacity = _capacity(args.device, args.memory)
+    _set_up_devices(config, args.devices, args.here)
+    mesh = run_mesh(config, config.icd.enabled)
+    stages = plan(config, mesh)
+
+    from rich.console import Console
+
+    console = Console()
+    largest = max(stages, key=lambda stage: stage.total)
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    print(f"{config.model} on {mesh.size} × {name}: {sizes}")
+    print(f"worst case: rows of data.max_length={config.data.max_length} tokens")
+    console.print(plan_table(stages))
+    console.print(largest_table(largest))
+    print(verdict(config, largest, mesh, name, capacity))
+    if largest.total > capacity:
+        sys.exit(1)
+
+
+def verdict(
+    config: TrainConfig, largest: StagePlan, mesh: jax.sharding.Mesh, device: str, capacity: float
+) -> str:
+    """One line: whether the largest stage fits into `capacity` bytes, and what to change."""
+    used = f"{largest.total / GIB:.1f} of {capacity / GIB:.1f} GiB (stage {largest.name})"
+    if largest.total > capacity:
+        return f"does not fit: {used}; try {', '.join(advice(config, largest, mesh))}"
+    hint = ""
+    if device in GPUS and largest.total > GPU_SHARE * capacity:
+        hint = "; JAX takes 75 % of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+    return f"fits: {used}{hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

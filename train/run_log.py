@@ -1,0 +1,106 @@
+"""What a stage writes down while it trains: JSONL, TensorBoard, Weights & Biases, a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from imae_jax.errors import UserError
+from imae_jax.files import write_text
+from imae_jax.train.plots import training_plot
+
+METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
+TENSORBOARD_DIR, PLOT_FILE = "tensorboard", "training.png"
+
+
+class RunLog:
+    """Writes metrics of a stage into a directory. Used by the main process only.
+
+    Args:
+        out: the stage's directory.
+        start: steps done before; what was logged of later ones is dropped.
+        wandb: arguments of `wandb.init`, or None to leave it out.
+
+    Raises:
+        UserError: the package wandb is asked for and not installed.
+    """
+
+    def __init__(self, out: Path, start: int, wandb: dict[str, Any] | None = None):
+        self._out = out
+        self._lines: dict[str, list[dict[str, Any]]] = {}
+        for name in (METRICS_FILE, EVALUATION_FILE):
+            self._lines[name] = _cut(out / name, start)
+        self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
+        self._writer = SummaryWriter(str(out / TENSORBOARD_DIR), purge_step=start + 1, write_to_disk=True)
+        self._wandb = _init_wandb(wandb, start) if wandb else None
+
+    def train(self, step: int, metrics: dict[str, Any]) -> None:
+        self._write(METRICS_FILE, "train", step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        self._write(EVALUATION_FILE, "held_out", step, metrics)
+        self._plot()
+
+    def close(self) -> None:
+        self._plot()
+        self._writer.close()
+        for file in self._files.values():
+            file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _plot(self) -> None:
+        if self._lines[METRICS_FILE]:
+            temporary = self._out / f".{PLOT_FILE}"
+            training_plot(self._lines[METRICS_FILE], temporary, self._lines[EVALUATION_FILE])
+            temporary.replace(self._out / PLOT_FILE)
+
+    def _write(self, name: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
+        line = {"step": step, **metrics}
+        self._lines[name].append(line)
+        try:
+            self._files[name].write(json.dumps(line) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise UserError(f"{self._out / name} cannot be written: {error.strerror}") from None
+        scalars = {f"{prefix}/{k}": v for k, v in metrics.items() if not isinstance(v, list)}
+        for key, value in scalars.items():
+            self._writer.add_scalar(key, value, step)
+        for key, values in metrics.items():
+            if isinstance(values, list):
+                scalars |= {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, which a killed process may have left with an unfinished one."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def _cut(path: Path, steps_done: int) -> list[dict[str, Any]]:
+    """Drops the lines of steps that are done again after a resume."""
+    lines = [line for line in read_lines(path) if line["step"] <= steps_done]
+    if path.exists():
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def _init_wandb(arguments: dict[str, Any], start: int) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb is set but the package wandb is not installed: pip install 'imae-jax[wandb]', or leave "
+            "the setting out"
+        ) from None
+    # A run that is resumed goes on under its id.
+    return wandb.init(**arguments, resume="must" if start else None)
