@@ -20,6 +20,9 @@ With `--model` both sides start from the same weights and units, and in float32 
 gradient norms must agree to 1e-4, or the script fails: both compute the same. With `--shapes` each side
 draws weights of its own.
 
+On a CPU the machine must be idle: among other processes torch's threads, which spin while they wait for each
+other, take many times longer. `CPU cores used` below the number of cores tells that a side had to share.
+
 MFU = FLOPs / (time · peak), where FLOPs are what the mathematics of a step needs. Recomputation does not
 count. With N tokens, M positions of T_fact, P_base and P_unit parameters in the matrices of the layers and of
 the units, L layers of heads that are N_h · H wide together, T tokens a row:
@@ -152,6 +155,7 @@ def report(args: argparse.Namespace, model: dict, ours: dict, peer: dict | None)
         "ms/step": ("ms_per_step", 1, ".1f"),
         "tokens/s, a row once": ("tokens_per_s", 1, ".1f"),
         "MFU %": ("mfu", 100, ".1f"),
+        "CPU cores used": ("cores", 1, ".2f"),
         "peak memory GB": ("peak_bytes", 1e-9, ".2f"),
         "first loss": ("loss", 1, ".5f"),
         "first gradient norm": ("grad_norm", 1, ".5f"),
@@ -181,12 +185,13 @@ def random_rows(args: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
 
 
 def timed(step: Callable[[], object], repeats: int) -> dict[str, Any]:
-    times = []
+    times, cpu_began = [], time.process_time()
     for _ in range(repeats):
         start = time.perf_counter()
         step()
         times.append(1e3 * (time.perf_counter() - start))
-    return {"ms_per_step": statistics.median(times), "times_ms": times}
+    cores = 1e3 * (time.process_time() - cpu_began) / sum(times)
+    return {"ms_per_step": statistics.median(times), "times_ms": times, "cores": cores}
 
 
 def peak_resident_bytes() -> int:

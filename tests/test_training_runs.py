@@ -51,6 +51,12 @@ def test_what_a_run_leaves_behind(settings, tmp_path, capfd):
     assert "data: 8 rows, 4 held out" in capfd.readouterr().err
 
 
+def test_tensorboard_shows_a_step_once_after_a_resume(settings, tmp_path):
+    assert main([*settings, "--quiet"]) == 0
+    assert main([*settings, "--from-step", "6", "--quiet"]) == 0
+    assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == list(range(1, 9))
+
+
 def test_held_out_rows_are_measured_and_never_trained_on(settings, checkpoint, tmp_path):
     """Against log-probabilities of transformers."""
     assert main([*settings, *HELD_OUT, "--quiet"]) == 0

@@ -1,10 +1,13 @@
 """What a stage writes down while it trains: JSONL, TensorBoard, Weights & Biases, a picture."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from imae_jax.errors import UserError
 from imae_jax.files import write_text
@@ -32,7 +35,10 @@ class RunLog:
         for name in (METRICS_FILE, EVALUATION_FILE):
             self._lines[name] = _cut(out / name, start)
         self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
-        self._writer = SummaryWriter(str(out / TENSORBOARD_DIR), purge_step=start + 1, write_to_disk=True)
+        self._writer = EventFileWriter(str(out / TENSORBOARD_DIR))
+        # TensorBoard then drops what earlier files hold of these steps.
+        begin = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=start + 1, session_log=begin))
         self._wandb = _init_wandb(wandb, start) if wandb else None
 
     def train(self, step: int, metrics: dict[str, Any]) -> None:
@@ -65,8 +71,8 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self._out / name} cannot be written: {error.strerror}") from None
         scalars = {f"{prefix}/{k}": v for k, v in metrics.items() if not isinstance(v, list)}
-        for key, value in scalars.items():
-            self._writer.add_scalar(key, value, step)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         for key, values in metrics.items():
             if isinstance(values, list):
                 scalars |= {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}

@@ -122,11 +122,15 @@ def make_train_step(
         shape = jax.eval_shape(gradient, state.trainable, base, first, counts)
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         (grads, sums), _ = jax.lax.scan(accumulate, start, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        new = TrainState(optax.apply_updates(state.trainable, updates), opt_state)
         metrics = objective.metrics(sums, counts) | {"grad_norm": optax.tree.norm(grads)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        return jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new), metrics
+
+        def update(state, grads):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            return TrainState(optax.apply_updates(state.trainable, updates), opt_state)
+
+        # A branch, not a `where` of old and new: that would hold two copies of the state.
+        return jax.lax.cond(finite, update, lambda state, _: state, state, grads), metrics
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding(mesh)))
