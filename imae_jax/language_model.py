@@ -1,16 +1,17 @@
 """A loaded model with its tokenizer: text in, text or scores out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.decode.loop import generate
-from imae_jax.decode.methods import Method, parse_method
+from imae_jax.decode.methods import Method, Resource, parse_method
 from imae_jax.decode.sampling import Sampler
 from imae_jax.decode.scoring import encode, score
+from imae_jax.decode.streams import Models, check
 from imae_jax.llama import Llama
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 
@@ -33,6 +34,19 @@ class BaseReference:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoadedResource:
+    """A method's resource in memory: a second model, or arrays that join the model's own weights.
+
+    Attributes:
+        second: the second model, or None.
+        weights: fields of `Weights` for a method's settings.
+    """
+
+    second: "LanguageModel | None" = None
+    weights: Callable[[Method], dict[str, Any]] = lambda method: {}
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """What `imae_jax.convert.load_model` returns.
 
@@ -42,6 +56,7 @@ class LanguageModel:
         eos_token_ids: tokens that end a text.
         base: where the base came from.
         imae: `imae_config.json` of an IMAE directory, else None.
+        load_resource: loads what a method's settings name; see `convert.references`.
     """
 
     model: Llama
@@ -49,10 +64,43 @@ class LanguageModel:
     eos_token_ids: tuple[int, ...]
     base: BaseReference
     imae: dict[str, Any] | None = None
+    load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
+    _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def config(self) -> LlamaConfig:
         return self.model.config
+
+    def prepare(self, method: str | Method, *, generating: bool) -> tuple[Models, Method]:
+        """A method, resolved for this model and task, and all that it runs on.
+
+        Second models, adapters and directions are loaded once and kept.
+
+        Args:
+            method: `expert`, `base`, `anti-expert`, a strength, or any decoding method.
+            generating: False for scoring given answers.
+
+        Raises:
+            UserError: a method that the model cannot run, or a resource that does not fit.
+        """
+        method, weights = parse_method(method), self.model.weights()
+        models = Models((weights,), (self.config,))
+        resource = method.resource
+        if resource is not None:
+            if resource not in self._loaded:
+                self._loaded[resource] = self.load_resource(self, resource)
+            loaded = self._loaded[resource]
+            if loaded.second is not None:
+                second = loaded.second
+                models = Models((weights, second.model.weights()), (self.config, second.config))
+            else:
+                models = Models((dataclasses.replace(weights, **loaded.weights(method)),), (self.config,))
+            method = method.with_resource(shared=loaded.second is None)
+        method = method.resolve(self.config, generating=generating)
+        check(models, method)
+        return models, method
 
     def generate(
         self,
@@ -84,11 +132,12 @@ class LanguageModel:
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
         ids = self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
+        models, method = self.prepare(method, generating=True)
         rows = generate(
-            self.model,
+            models,
             self.config,
             ids,
-            method=parse_method(method),
+            method=method,
             sampler=sampler,
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.eos_token_ids,
@@ -124,7 +173,8 @@ class LanguageModel:
             [lead + answer for answer in answers],
             add_special_tokens=adds_special_tokens(format),
         )
-        ((_, scores),) = score(self.model, self.config, [group], parse_method(method))
+        models, method = self.prepare(method, generating=False)
+        ((_, scores),) = score(models, self.config, [group], method)
         return [float(np.sum(s, dtype=np.float64)) for s in scores]
 
     def _new_text(self, prompt: list[int], new: list[int]) -> str:

@@ -75,12 +75,14 @@ class Weights:
             dict of stacked [L, …] arrays, or a tuple with one dict a layer.
         units: the anti-expert units in the same form as `layers`, or None.
         lora: low-rank deltas in the same form as `layers`, `{projection: {a, b}}`, or None.
+        shifts: [L, N, H] or a tuple with one [N, H] a layer: what ITI adds to the heads' outputs, or None.
         lora_scale: alpha / rank of the deltas; static.
     """
 
     base: dict[str, Any]
     units: Any = None
     lora: Any = None
+    shifts: Any = None
     lora_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
@@ -164,10 +166,12 @@ class Taps:
         hidden_layers: numbers of layers n, 0 ≤ n ≤ L, after which to return the residual stream,
             without the final norm; 0 is the embedding output.
         gates: the gate of every unit.
+        heads: the output of every attention head, before `o_proj`.
     """
 
     hidden_layers: tuple[int, ...] = ()
     gates: bool = False
+    heads: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -180,12 +184,14 @@ class ForwardOutput:
         cache: the updated cache, or None where none was given.
         hidden_layers: one [B, T, D] for each of `Taps.hidden_layers`.
         gates: float32 [L, B, T] with `Taps.gates`, else None.
+        heads: [L, B, T, N, H] with `Taps.heads`, else None.
     """
 
     hidden_states: jax.Array
     cache: KVCache | None
     hidden_layers: tuple[jax.Array, ...]
     gates: jax.Array | None
+    heads: jax.Array | None
 
 
 def forward(
@@ -198,6 +204,7 @@ def forward(
     attend: jax.Array | None = None,
     strength: float | jax.Array | None = None,
     adapter: float | jax.Array | None = None,
+    shift: jax.Array | None = None,
     cache: KVCache | None = None,
     taps: Taps = Taps(),
     remat: str = "none",
@@ -220,6 +227,8 @@ def forward(
             units, runs the base alone and costs nothing extra.
         adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base.
             None, or no deltas, leaves them out.
+        shift: float32 [B, T], factor of the heads' shifts at every position. None, or no shifts, leaves them
+            out.
         cache: the tokens before; this call's are appended to it. The caller sees to it that
             `cache.length + T` is within its capacity.
         taps: inner values to return.
@@ -252,6 +261,8 @@ def forward(
     if lora is not None:
         lora_scale = weights.lora_scale * per_row(adapter, B)
 
+    shifts = None if shift is None else weights.shifts
+
     if attention_mask is None:
         attention_mask = jnp.ones((B, T), bool)
     attention_mask = attention_mask.astype(bool)
@@ -278,7 +289,7 @@ def forward(
     x = constrain(x, "batch", "length", "act_embed")
     cos, sin = rope_tables(config, positions, x.dtype)
 
-    def block(x, layer, unit, deltas, kv):
+    def block(x, layer, unit, deltas, head_shift, kv):
         def linear(subscripts, x, name):
             y = jnp.einsum(subscripts, x, layer[name])
             if deltas is not None and name in deltas:
@@ -287,7 +298,12 @@ def forward(
 
         with jax.named_scope("attention"):
             h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
-            h, kv = _attention_block(linear, layer, h, cos, sin, attend_to, kv, start)
+            heads, kv = _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start)
+            if head_shift is not None:
+                heads = heads + (shift[..., None, None] * head_shift).astype(heads.dtype)
+            h = linear("BTNH,NHD->BTD", heads, "wo")
+            if "bo" in layer:
+                h = h + layer["bo"]
             x = constrain(x + h, "batch", "length", "act_embed")
         with jax.named_scope("mlp"):
             h = rms_norm(x, layer["norm_mlp"], config.rms_norm_eps)
@@ -296,25 +312,28 @@ def forward(
             with jax.named_scope("anti_expert"):
                 y, gate = unit_forward(unit, h, strength)
                 out = out + y
-        return constrain(x + out, "batch", "length", "act_embed"), kv, gate
+        taken = (gate if taps.gates else None, heads if taps.heads else None)
+        return constrain(x + out, "batch", "length", "act_embed"), kv, taken
 
     layers = weights.base["layers"]
-    hidden_layers, gates, keys, values = {0: x}, [], [], []
+    hidden_layers, taken, keys, values = {0: x}, [], [], []
     if isinstance(layers, dict) and cache is None:
-        x, (hidden_stack, gates) = _scan_layers(block, x, (layers, units, lora), taps, remat)
+        stacks = (layers, units, lora, shifts)
+        x, (hidden_stack, (gates, heads)) = _scan_layers(block, x, stacks, taps, remat)
         if taps.hidden_layers:
             hidden_layers |= {i + 1: hidden_stack[i] for i in range(config.num_layers)}
     else:
         for i in range(config.num_layers):
             kv = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer_{i}"):
-                x, kv, gate = block(x, _layer(layers, i), _layer(units, i), _layer(lora, i), kv)
+                of_layer = (_layer(stack, i) for stack in (layers, units, lora, shifts))
+                x, kv, taken_here = block(x, *of_layer, kv)
             hidden_layers[i + 1] = x
-            gates.append(gate)
+            taken.append(taken_here)
             if kv is not None:
                 keys.append(kv[0])
                 values.append(kv[1])
-        gates = jnp.stack(gates) if taps.gates and units is not None else None
+        gates, heads = (None if parts[0] is None else jnp.stack(parts) for parts in zip(*taken, strict=True))
     if cache is not None:
         cache = KVCache(tuple(keys), tuple(values), real, start + T)
     return ForwardOutput(
@@ -322,6 +341,7 @@ def forward(
         cache=cache,
         hidden_layers=tuple(hidden_layers[n] for n in taps.hidden_layers),
         gates=gates,
+        heads=heads,
     )
 
 
@@ -353,8 +373,8 @@ def _layer(stack: Any, i: int) -> Any:
 
 def _scan_layers(block, x, stacks, taps, remat):
     def body(x, of_layer):
-        x, _, gate = block(x, *of_layer, None)
-        return x, (x if taps.hidden_layers else None, gate if taps.gates else None)
+        x, _, taken = block(x, *of_layer, None)
+        return x, (x if taps.hidden_layers else None, taken)
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
@@ -362,7 +382,8 @@ def _scan_layers(block, x, stacks, taps, remat):
     return jax.lax.scan(body, x, stacks)
 
 
-def _attention_block(linear, layer, h, cos, sin, attend_to, kv, start):
+def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start):
+    """Every head's output [B, T, N, H], and the layer's keys and values."""
     q = linear("BTD,DNH->BTNH", h, "wq")
     k = linear("BTD,DKH->BTKH", h, "wk")
     v = linear("BTD,DKH->BTKH", h, "wv")
@@ -375,8 +396,7 @@ def _attention_block(linear, layer, h, cos, sin, attend_to, kv, start):
         k = jax.lax.dynamic_update_slice(kv[0], k, (0, 0, start, 0))
         v = jax.lax.dynamic_update_slice(kv[1], v, (0, 0, start, 0))
         kv = (k, v)
-    out = linear("BTNH,NHD->BTD", attend_to(q, k, v), "wo")
-    return (out + layer["bo"] if "bo" in layer else out), kv
+    return attend_to(q, k, v), kv
 
 
 def _mlp(linear, layer, h):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
 
-from imae_jax.cache import KVCache
 from imae_jax.config import RopeConfig
 from imae_jax.decode import Sampler, generate, parse_method, split_methods, streams
 from imae_jax.decode.loop import stream_tokens
-from imae_jax.decode.methods.contrast import InModelContrast
+from imae_jax.decode.methods import StreamLogits
 from imae_jax.decode.methods.imae import Strength
+from imae_jax.decode.methods.in_model_contrast import InModelContrast
 
 QUESTIONS = [
     "Q: What is the capital of France?\nA:",
@@ -132,13 +132,13 @@ def test_scores_do_not_depend_on_padding(tiny_units, side):
         tokens[i, place], mask[i, place] = prompt, True
 
     @jax.jit
-    def next_scores(weights, tokens, mask, cache):
-        hidden, cache = streams.run(weights, TINY, method, tokens, attention_mask=mask, cache=cache)
-        return streams.next_scores(weights, method, hidden), cache
+    def next_scores(models, tokens, mask, caches):
+        hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
+        return method.scores(streams.logits_of(models, method, hidden)), caches
 
-    method, empty = Strength(-1.0), KVCache.empty(TINY, 6, 40, jnp.float32)
-    scores, cache = next_scores(tiny_units, tokens, mask, empty)
-    step_scores, _ = next_scores(tiny_units, np.full((6, 1), 7), np.ones((6, 1), bool), cache)
+    method, models = Strength(-1.0), streams.Models.of(tiny_units, TINY)
+    scores, caches = next_scores(models, tokens, mask, streams.empty_caches(models, method, 6, 40))
+    step_scores, _ = next_scores(models, np.full((6, 1), 7), np.ones((6, 1), bool), caches)
     for i, prompt in enumerate(prompts):
         padded = np.asarray([prompt + [7] + [0] * (25 - len(prompt))])
         real = np.arange(26)[None] <= len(prompt)
@@ -344,7 +344,7 @@ def contrast(rows, beta=1.0, alpha=0.0, renormalize=False):
 METHODS = {
     "expert": (Strength(-1.0), [-1.0, 0.0], lambda rows: rows[0]),
     "0.4": (Strength(0.4), [0.4, 0.0], lambda rows: rows[0]),
-    "contrast": (InModelContrast(), [0.0, 1.0], contrast),
+    "contrast": (InModelContrast(alpha=0.0), [0.0, 1.0], contrast),
     "strong": (
         InModelContrast(beta=2.0, alpha=0.1, renormalize=True, anti_strength=1.5),
         [0.0, 1.5],
@@ -383,22 +383,23 @@ def test_contrast_scores(generating):
     random = np.random.default_rng(0)
     rows = random.normal(0, 3, (2, 5, 40)).astype(np.float32)
     for fields in (
-        {},
-        {"beta": 2.0},
+        {"alpha": 0.0},
+        {"alpha": 0.0, "beta": 2.0},
         {"alpha": 0.1},
         {"beta": 0.5, "alpha": 0.3, "renormalize": True},
     ):
         expected = np.stack([contrast(rows[:, i], **fields) for i in range(5)])
         masked = np.isneginf(expected)
-        assert masked.any() == ("alpha" in fields)
+        assert masked.any() == (fields["alpha"] > 0)
         if not generating:
             expected[masked] = -1000
-        method = InModelContrast(**fields)
-        actual = method.scores(tuple(jnp.asarray(rows)), generating=generating)
+        method = InModelContrast(**fields).resolve(TINY, generating=generating)
+        logits = tuple(StreamLogits(jnp.asarray(row)) for row in rows)
+        actual = method.scores(logits)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
         if not generating:
             tokens = random.integers(0, 40, 5)
-            chosen = method.token_scores(tuple(jnp.asarray(rows)), jnp.asarray(tokens))
+            chosen = method.token_scores(logits, jnp.asarray(tokens))
             np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], rtol=1e-5, atol=1e-5)
 
 
@@ -460,9 +461,9 @@ class Counted(Strength):
 
     traces: ClassVar[list] = []
 
-    def scores(self, logits, *, generating):
-        self.traces.append(logits[0].shape)
-        return super().scores(logits, generating=generating)
+    def scores(self, logits):
+        self.traces.append(logits[0].final.shape)
+        return super().scores(logits)
 
 
 def test_one_program_a_shape(tiny_units):

@@ -11,8 +11,8 @@ from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_
 
 from imae_jax.config import RopeConfig
 from imae_jax.decode import Continuation, encode, score
-from imae_jax.decode.methods.contrast import InModelContrast
 from imae_jax.decode.methods.imae import Strength
+from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.scoring import GROUPS_PER_WINDOW
 
 LENGTH = 48

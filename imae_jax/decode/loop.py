@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.sampling import Sampler
+from imae_jax.decode.streams import Models
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
 
@@ -27,14 +27,14 @@ class DecodeState:
     """What one step hands to the next.
 
     Attributes:
-        cache: of all streams, [S · B] rows.
+        caches: one a model, see `streams.empty_caches`.
         token: int32 [B], drawn last and not yet fed.
         done: bool [B], rows that have drawn an end-of-text token.
         key: of the whole generation.
         step: int32 [], number of tokens drawn.
     """
 
-    cache: KVCache
+    caches: streams.Caches
     token: jax.Array
     done: jax.Array
     key: jax.Array
@@ -42,7 +42,7 @@ class DecodeState:
 
 
 def generate(
-    model: Llama | Weights,
+    model: Llama | Weights | Models,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
     *,
@@ -59,7 +59,8 @@ def generate(
     A row's result does not depend on the other rows, nor on padding.
 
     Args:
-        model: with layers as separate arrays (`stacked=False`) for full speed.
+        model: with layers as separate arrays (`stacked=False`) for full speed; methods that need more than
+            it take what `LanguageModel.prepare` returns.
         config: of the base.
         prompts: token ids of every prompt.
         method: what scores the next token.
@@ -96,7 +97,7 @@ def generate(
 
 
 def stream_tokens(
-    model: Llama | Weights,
+    model: Llama | Weights | Models,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
     *,
@@ -109,8 +110,9 @@ def stream_tokens(
     padding_side: str = "left",
 ) -> Iterator[list[list[int]]]:
     """As `generate`, but yields every row's new tokens after the prefill and after every chunk."""
-    weights = model.weights() if isinstance(model, Llama) else model
-    streams.check(weights, method)
+    models = Models.of(model, config)
+    method = method.resolve(config, generating=True)
+    streams.check(models, method)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
     if not prompts:
@@ -121,12 +123,11 @@ def stream_tokens(
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
     state = _prefill(
-        weights,
+        models,
         jnp.asarray(tokens),
         jnp.asarray(mask),
         eos,
         jax.random.key(seed),
-        config=config,
         method=method,
         sampler=sampler,
         capacity=tokens.shape[1] + num_chunks * chunk_size,
@@ -148,39 +149,37 @@ def stream_tokens(
     for _ in range(num_chunks):
         if not open_rows.any():
             return
-        state, drawn = _decode_chunk(
-            weights, state, eos, config=config, method=method, sampler=sampler, length=chunk_size
-        )
+        state, drawn = _decode_chunk(models, state, eos, method=method, sampler=sampler, length=chunk_size)
         yield cut(np.asarray(drawn).T)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "sampler", "capacity"))
-def _prefill(weights, tokens, mask, eos, key, *, config, method, sampler, capacity):
+@functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
+def _prefill(models, tokens, mask, eos, key, *, method, sampler, capacity):
     B, T = tokens.shape
-    rows = streams.num_rows(method, B)
-    cache = KVCache.empty(config, rows, capacity, weights.dtype)
-    hidden, cache = streams.run(weights, config, method, tokens, attention_mask=mask, cache=cache)
+    caches = streams.empty_caches(models, method, B, capacity)
     last = T - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
-    hidden = jnp.take_along_axis(hidden, last[None, :, None, None], axis=2)[:, :, 0]
-    scores = streams.next_scores(weights, method, hidden)
+    answer = jnp.arange(T) == last[:, None]
+    hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
+    # [..., B, T, D] to [..., B, D].
+    hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
+    scores = method.scores(streams.logits_of(models, method, hidden))
     token = sampler.sample(scores, jax.random.fold_in(key, 0))
-    return DecodeState(cache, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32))
+    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "method", "sampler", "length"), donate_argnames="state"
-)
-def _decode_chunk(weights, state, eos, *, config, method, sampler, length):
+@functools.partial(jax.jit, static_argnames=("method", "sampler", "length"), donate_argnames="state")
+def _decode_chunk(models, state, eos, *, method, sampler, length):
     def step(state: DecodeState, _):
-        mask = jnp.ones((state.token.shape[0], 1), bool)
-        hidden, cache = streams.run(
-            weights, config, method, state.token[:, None], attention_mask=mask, cache=state.cache
+        every = jnp.ones((state.token.shape[0], 1), bool)
+        hidden, caches = streams.run(
+            models, method, state.token[:, None], attention_mask=every, answer=every, caches=state.caches
         )
-        scores = streams.next_scores(weights, method, hidden[:, :, 0])
+        hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
+        scores = method.scores(streams.logits_of(models, method, hidden))
         token = sampler.sample(scores, jax.random.fold_in(state.key, state.step))
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
-        return DecodeState(cache, token, done, state.key, state.step + 1), token
+        return DecodeState(caches, token, done, state.key, state.step + 1), token
 
     return jax.lax.scan(step, state, length=length)
 

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
+from imae_jax.decode.streams import Caches, Models
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
 
@@ -90,7 +90,7 @@ def encode(
 
 
 def score(
-    model: Llama | Weights,
+    model: Llama | Weights | Models,
     config: LlamaConfig,
     groups: Sequence[Sequence[Continuation]],
     method: Method,
@@ -101,7 +101,8 @@ def score(
     """Scores every continuation's tokens: `s_t(x_t)` of METHODS section 2, teacher-forced.
 
     Args:
-        model: with layers as separate arrays (`stacked=False`) for full speed.
+        model: with layers as separate arrays (`stacked=False`) for full speed; methods that need more than
+            it take what `LanguageModel.prepare` returns.
         config: of the base.
         groups: continuations that belong together (the answers of a question): what they share is
             computed once.
@@ -117,12 +118,13 @@ def score(
     Raises:
         UserError: a sequence over the context length, or a method that the model cannot run.
     """
-    weights = model.weights() if isinstance(model, Llama) else model
-    streams.check(weights, method)
+    models = Models.of(model, config)
+    method = method.resolve(config, generating=False)
+    streams.check(models, method)
     if not groups:
         return
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
-    limit = config.max_position_embeddings
+    limit = min(c.max_position_embeddings for c in models.configs)
     for i, group in enumerate(groups):
         for item in group:
             config.check_token_ids(item.tokens)
@@ -133,7 +135,7 @@ def score(
                 "shorten the prompt or the answer"
             )
     prefix = _common_prefix(c for group in groups for c in group)
-    prefix_cache = _prefix_cache(weights, config, method, prefix)
+    prefix_caches = _prefix_caches(models, method, prefix)
     batch_rows = rows_per_batch or ROWS_PER_BATCH.get(jax.default_backend(), 1)
 
     for window_start in range(0, len(groups), GROUPS_PER_WINDOW):
@@ -147,17 +149,8 @@ def score(
             length = -(-length // row_length) * row_length
             arrays = [row.arrays(length) for row in batch]
             arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
-            tokens, parents, depths, ancestors = (np.stack(a) for a in zip(*arrays, strict=True))
-            values = _score_nodes(
-                weights,
-                prefix_cache,
-                tokens,
-                parents,
-                depths,
-                ancestors,
-                config=config,
-                method=method,
-            )
+            stacked = (np.stack(a) for a in zip(*arrays, strict=True))
+            values = _score_nodes(models, prefix_caches, *stacked, method=method)
             for row, row_values in zip(batch, np.asarray(values), strict=False):
                 offset = 0
                 for tree in row.trees:
@@ -172,9 +165,13 @@ def score(
 
 
 class _TokenTree:
-    """Sequences merged where they begin alike; a node's score is its token's, given its ancestors."""
+    """Sequences merged where they begin alike; a node's score is its token's, given its ancestors.
 
-    def __init__(self):
+    Nodes from depth `first_predictor` on predict tokens that are scored.
+    """
+
+    def __init__(self, first_predictor: int):
+        self.first_predictor = first_predictor
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
@@ -214,21 +211,23 @@ class _Row:
     def length(self) -> int:
         return sum(len(tree.tokens) for tree in self.trees)
 
-    def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens, parents and depths int32 [T], and ancestors (self included) bool [T, T]."""
+    def arrays(self, length: int) -> tuple[np.ndarray, ...]:
+        """tokens, parents and depths int32 [T], predictors of answers' tokens bool [T], and ancestors (self
+        included) bool [T, T]."""
         tokens, parents, depths = (np.zeros(length, np.int32) for _ in range(3))
-        ancestors = np.zeros((length, length), bool)
+        answer, ancestors = np.zeros(length, bool), np.zeros((length, length), bool)
         offset = 0
         for tree in self.trees:
             part = slice(offset, offset + len(tree.tokens))
             tokens[part], depths[part] = tree.tokens, tree.depths
+            answer[part] = depths[part] >= tree.first_predictor
             for node, parent in enumerate(tree.parents, offset):
                 if parent >= 0:
                     parents[node] = parent + offset
                     ancestors[node] = ancestors[parent + offset]
                 ancestors[node, node] = True
             offset = part.stop
-        return tokens, parents, depths, ancestors
+        return tokens, parents, depths, answer, ancestors
 
 
 def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
@@ -250,17 +249,17 @@ def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
 
 
 def _pieces(groups: dict[int, Sequence[Continuation]], skip: int, length: int) -> list[_TokenTree]:
-    """One tree a group, or several where one would exceed `length`."""
+    """One tree a group, or several where one would exceed `length` or prompts differ in length."""
     trees = []
     for group, continuations in groups.items():
-        tree = _TokenTree()
+        tree = None
         for index, item in enumerate(continuations):
-            tokens = item.tokens[skip:]
-            if tree.tokens and len(tree.tokens) + tree.missing(tokens) > length:
+            tokens, predictor = item.tokens[skip:], item.start - skip - 1
+            full = tree is not None and len(tree.tokens) + tree.missing(tokens) > length
+            if tree is None or full or tree.first_predictor != predictor:
+                tree = _TokenTree(predictor)
                 trees.append(tree)
-                tree = _TokenTree()
             tree.add(tokens, group, index)
-        trees.append(tree)
     return trees
 
 
@@ -277,48 +276,52 @@ def _fill_rows(trees: Sequence[_TokenTree], length: int) -> list[_Row]:
     return rows
 
 
-def _prefix_cache(weights, config, method, prefix: Sequence[int]) -> KVCache:
+def _prefix_caches(models: Models, method: Method, prefix: Sequence[int]) -> Caches:
     length = -(-len(prefix) // PREFIX_BUCKET) * PREFIX_BUCKET
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(prefix)] = prefix
     mask = np.arange(length)[None] < len(prefix)
-    return _fill_prefix(weights, tokens, mask, config=config, method=method)
+    return _fill_prefix(models, tokens, mask, method=method)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
-def _fill_prefix(weights, tokens, mask, *, config, method):
-    rows = streams.num_rows(method, 1)
-    cache = KVCache.empty(config, rows, tokens.shape[1], weights.dtype)
+@functools.partial(jax.jit, static_argnames="method")
+def _fill_prefix(models, tokens, mask, *, method):
+    caches = streams.empty_caches(models, method, 1, tokens.shape[1])
     if tokens.shape[1] == 0:
-        return cache
-    return streams.run(weights, config, method, tokens, attention_mask=mask, cache=cache)[1]
+        return caches
+    nowhere = jnp.zeros_like(mask)
+    return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
-def _score_nodes(weights, prefix, tokens, parents, depths, ancestors, *, config, method):
-    """Scores [B, T] of every node's token from the hidden state of its parent."""
+@functools.partial(jax.jit, static_argnames="method")
+def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, method):
+    """Scores [B, T] of every node's token from the hidden states of its parent."""
     B, T = tokens.shape
-    seen = jnp.sum(prefix.real[0], dtype=jnp.int32)
-    cache = prefix.repeat_rows(B).with_capacity(prefix.capacity + T)
-    in_prefix = jnp.broadcast_to(prefix.real[0], (B, T, prefix.capacity))
+    real, capacity = prefix[0].real[0], prefix[0].capacity
+    in_prefix = jnp.broadcast_to(real, (B, T, capacity))
     hidden, _ = streams.run(
-        weights,
-        config,
+        models,
         method,
         tokens,
         attention_mask=jnp.ones((B, T), bool),
-        positions=seen + depths,
+        answer=answer,
+        positions=jnp.sum(real, dtype=jnp.int32) + depths,
         attend=jnp.concatenate([in_prefix, ancestors], axis=-1),
-        cache=cache,
+        caches=tuple(cache.repeat_rows(B).with_capacity(capacity + T) for cache in prefix),
     )
-    predictors = jnp.take_along_axis(hidden, parents[None, :, :, None], axis=2)
+
+    # Nothing of size B · T · V is ever built: [..., B, T, D] to [chunks, ..., positions, D].
+    limit = max(1, POSITIONS_PER_PROJECTION // streams.projections(method))
+    size = math.gcd(1 << (limit.bit_length() - 1), B * T)
+
+    def in_chunks(x):
+        of_parents = x[..., jnp.arange(B)[:, None], parents, :]
+        chunks = of_parents.reshape(*x.shape[:-3], -1, size, x.shape[-1])
+        return jnp.moveaxis(chunks, -3, 0)
 
     def of_chunk(chunk):
         hidden, tokens = chunk
-        return streams.token_scores(weights, method, jnp.moveaxis(hidden, 1, 0), tokens)
+        return method.token_scores(streams.logits_of(models, method, hidden), tokens)
 
-    # [S, B, T, D] to [chunks, positions, S, D]: nothing of size B · T · V is ever built.
-    S, D = hidden.shape[0], hidden.shape[-1]
-    size = math.gcd(POSITIONS_PER_PROJECTION, B * T)
-    flat = jnp.moveaxis(predictors.reshape(S, B * T, D), 0, 1).reshape(-1, size, S, D)
-    return jax.lax.map(of_chunk, (flat, tokens.reshape(-1, size))).reshape(B, T)
+    chunks = (jax.tree.map(in_chunks, hidden), tokens.reshape(-1, size))
+    return jax.lax.map(of_chunk, chunks).reshape(B, T)

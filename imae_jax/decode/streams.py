@@ -1,82 +1,172 @@
-"""Runs the streams of a method as rows of one batch, stream-major: row `s · B + b`."""
+"""Runs the streams of a method: those of one model as rows of one batch, stream-major (row `s · B + b`)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.methods import Method
+from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.errors import UserError
-from imae_jax.llama import Weights, forward, project
+from imae_jax.llama import Llama, Taps, Weights, final_norm, forward, project
 
 
-def check(weights: Weights, method: Method) -> None:
-    """Raises a `UserError` if the method needs units or deltas that the model lacks."""
-    if weights.units is None and any(stream.strength for stream in method.streams):
-        raise UserError(
-            f"method {method.name} needs a model with anti-expert units: give an IMAE directory as --model"
-        )
-    if weights.lora is None and any(stream.adapter for stream in method.streams):
-        raise UserError(f"method {method.name} needs low-rank deltas: give it an adapter")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a method's streams run on.
+
+    Attributes:
+        weights: of the model itself, and of the method's second model where it has one.
+        configs: theirs; static.
+    """
+
+    weights: tuple[Weights, ...]
+    configs: tuple[LlamaConfig, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: "Llama | Weights | Models", config: LlamaConfig) -> "Models":
+        if isinstance(model, Models):
+            return model
+        return cls((model.weights() if isinstance(model, Llama) else model,), (config,))
 
 
-def num_rows(method: Method, batch_size: int) -> int:
-    return len(method.streams) * batch_size
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamHidden:
+    """Hidden states of one stream.
+
+    Attributes:
+        final: [..., D], after the final norm.
+        exits: [n, ..., D], the residual stream after each of `Stream.exits`, normed if `Stream.exit_norm`;
+            None where there are none.
+    """
+
+    final: jax.Array
+    exits: jax.Array | None
 
 
-def tile(method: Method, x: jax.Array) -> jax.Array:
-    """[B, …] to the [S · B, …] rows of all streams."""
-    copies = len(method.streams)
-    return x if copies == 1 else jnp.concatenate([x] * copies)
+Caches = tuple[KVCache, ...]
+
+
+def check(models: Models, method: Method) -> None:
+    """Raises a `UserError` if the method needs units, deltas or models that are not there."""
+    needed = max(stream.model for stream in method.streams) + 1
+    if len(models.weights) < needed:
+        raise UserError(f"method {method.name} needs a second model: load it with LanguageModel.prepare")
+    for stream in method.streams:
+        weights = models.weights[stream.model]
+        if stream.strength and weights.units is None:
+            raise UserError(
+                f"method {method.name} needs a model with anti-expert units: give an IMAE directory as "
+                "--model"
+            )
+        if stream.adapter and weights.lora is None:
+            raise UserError(f"method {method.name} needs low-rank deltas: give it an adapter")
+        if stream.shift and weights.shifts is None:
+            raise UserError(f"method {method.name} needs shifts of heads: give it a file of directions")
+
+
+def empty_caches(models: Models, method: Method, batch_size: int, capacity: int) -> Caches:
+    """One cache a model, with a row for every stream and row of the batch."""
+    return tuple(
+        KVCache.empty(config, len(group) * batch_size, capacity, weights.dtype)
+        for group, weights, config in zip(_groups(method), models.weights, models.configs, strict=False)
+    )
 
 
 def run(
-    weights: Weights,
-    config: LlamaConfig,
+    models: Models,
     method: Method,
     tokens: jax.Array,
     *,
     attention_mask: jax.Array,
-    cache: KVCache,
+    answer: jax.Array,
+    caches: Caches,
     positions: jax.Array | None = None,
     attend: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[tuple[StreamHidden, ...], Caches]:
     """One forward pass of every stream over the same tokens.
 
     Args:
+        models: with what the method needs.
+        method: resolved.
         tokens, attention_mask, positions, attend: as in `llama.forward`, for [B, …] rows.
-        cache: with [S · B] rows.
+        answer: bool [B, T], positions that predict a token of an answer: where heads are shifted.
+        caches: from `empty_caches`.
 
     Returns:
-        Hidden states [S, B, T, D] for `scores`, and the new cache.
+        Hidden states [B, T, D] of every stream, in the method's order, and the new caches.
     """
-    batch_size = tokens.shape[0]
-    strengths = [stream.strength for stream in method.streams]
-    adapters = [stream.adapter for stream in method.streams]
+    B = tokens.shape[0]
+    hidden: list[StreamHidden | None] = [None] * len(method.streams)
+    new_caches = []
+    for model, (group, cache) in enumerate(zip(_groups(method), caches, strict=True)):
+        weights, config = models.weights[model], models.configs[model]
+        streams = [method.streams[i] for i in group]
 
-    def per_row(values):
-        return jnp.repeat(jnp.asarray(values), batch_size) if any(values) else None
+        def tile(x: jax.Array | None, copies: int = len(group)) -> Any:
+            return x if x is None or copies == 1 else jnp.concatenate([x] * copies)
 
-    output = forward(
-        weights,
-        config,
-        tile(method, tokens),
-        attention_mask=tile(method, attention_mask),
-        positions=None if positions is None else tile(method, positions),
-        attend=None if attend is None else tile(method, attend),
-        strength=per_row(strengths),
-        adapter=per_row(adapters),
-        cache=cache,
-    )
-    hidden = output.hidden_states
-    return hidden.reshape(len(strengths), batch_size, *hidden.shape[1:]), output.cache
+        def per_row(values: Sequence[float]) -> jax.Array | None:
+            return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
+
+        shift = per_row([stream.shift for stream in streams])
+        layers = tuple(sorted({layer for stream in streams for layer in stream.exits}))
+        output = forward(
+            weights,
+            config,
+            tile(tokens),
+            attention_mask=tile(attention_mask),
+            positions=tile(positions),
+            attend=tile(attend),
+            strength=per_row([stream.strength for stream in streams]),
+            adapter=per_row([stream.adapter for stream in streams]),
+            shift=None if shift is None else shift[:, None] * tile(answer),
+            cache=cache,
+            taps=Taps(hidden_layers=layers),
+        )
+        after = dict(zip(layers, output.hidden_layers, strict=True))
+        for place, i in enumerate(group):
+            rows, stream = slice(place * B, (place + 1) * B), method.streams[i]
+            exits = None
+            if stream.exits:
+                exits = jnp.stack([after[layer][rows] for layer in stream.exits])
+                exits = final_norm(weights, config, exits) if stream.exit_norm else exits
+            hidden[i] = StreamHidden(output.hidden_states[rows], exits)
+        new_caches.append(output.cache)
+    return tuple(hidden), tuple(new_caches)
 
 
-def next_scores(weights: Weights, method: Method, hidden_states: jax.Array) -> jax.Array:
-    """Scores [..., V] for generation from every stream's hidden states [S, ..., D]."""
-    return method.scores(tuple(project(weights, hidden_states)), generating=True)
+def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) -> tuple[StreamLogits, ...]:
+    """Logits of every stream. The streams of one model, early exits included, are projected in one matmul."""
+    logits: list[StreamLogits | None] = [None] * len(method.streams)
+    for model, group in enumerate(_groups(method)):
+        parts = []
+        for i in group:
+            parts.append(hidden[i].final[None])
+            if hidden[i].exits is not None:
+                parts.append(hidden[i].exits)
+        projected = project(models.weights[model], jnp.concatenate(parts))
+        start = 0
+        for i in group:
+            end = start + 1 + len(method.streams[i].exits)
+            exits = projected[start + 1 : end] if end > start + 1 else None
+            logits[i] = StreamLogits(projected[start], exits)
+            start = end
+    return tuple(logits)
 
 
-def token_scores(weights: Weights, method: Method, hidden_states: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Scores [...] of given tokens from every stream's hidden states [S, ..., D]."""
-    return method.token_scores(tuple(project(weights, hidden_states)), tokens)
+def projections(method: Method) -> int:
+    """Projections to the vocabulary at every position."""
+    return sum(1 + len(stream.exits) for stream in method.streams)
+
+
+def _groups(method: Method) -> list[list[int]]:
+    """Numbers of the streams of each model."""
+    streams: tuple[Stream, ...] = method.streams
+    models = max(stream.model for stream in streams) + 1
+    return [[i for i, stream in enumerate(streams) if stream.model == m] for m in range(models)]

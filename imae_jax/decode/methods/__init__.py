@@ -5,21 +5,37 @@ of it. A method is a frozen dataclass, one file each; `REGISTRY` lists them by n
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from imae_jax.anti_expert import MODES, parse_mode
-from imae_jax.decode.methods.contrast import InModelContrast
+from imae_jax.decode.methods.cd import CD
+from imae_jax.decode.methods.dola import DoLa, StaticDoLa
+from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
-from imae_jax.decode.methods.protocol import Method, Stream
+from imae_jax.decode.methods.in_model_contrast import InModelContrast
+from imae_jax.decode.methods.iti import ITI
+from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits
+from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
 
 REGISTRY: dict[str, type[Method]] = {
     "imae": Strength,
     "in-model-contrast": InModelContrast,
+    "icd": ICD,
+    "cd": CD,
+    "dola": DoLa,
+    "dola-static": StaticDoLa,
+    "sled": SLED,
+    "iti": ITI,
 }
 
-__all__ = ["REGISTRY", "Method", "Stream", "parse_method", "split_methods"]
+# Fields of methods that are found out when their resources are loaded.
+FOUND_OUT = {"shared"}
+
+__all__ = ["REGISTRY", "Method", "Resource", "Stream", "StreamLogits", "parse_method", "split_methods"]
 
 
 def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
@@ -55,12 +71,13 @@ def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
             known = [*MODES, "a number", *REGISTRY]
             raise UserError(f"method {name!r} does not exist or takes no settings: use {', '.join(known)}")
         return Strength(parse_mode(name))
-    types = {field.name: field.type for field in dataclasses.fields(method)}
+    kinds = typing.get_type_hints(method)
+    names = [field.name for field in dataclasses.fields(method) if field.name not in FOUND_OUT]
     values = {}
     for key, value in fields.items():
-        if key not in types:
-            raise UserError(f"method {name} has no setting {key!r}: it has {', '.join(types)}")
-        values[key] = _convert(name, key, types[key], value)
+        if key not in names:
+            raise UserError(f"method {name} has no setting {key!r}: it has {', '.join(names)}")
+        values[key] = _convert(name, key, kinds[key], value)
     return method(**values)
 
 
@@ -87,14 +104,26 @@ def _is_number(text: str) -> bool:
 
 
 def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
-    error = UserError(f"method {method}: {key}={value!r} is not a {getattr(kind, '__name__', kind)}")
-    if kind is bool:
+    """A setting's value from text or YAML."""
+    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType]
+    if value is None and len(kinds) < len(typing.get_args(kind)):
+        return None
+    names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+    error = UserError(f"method {method}: {key}={value!r} is not a {names}")
+    if isinstance(value, list) and any(typing.get_origin(k) is tuple for k in kinds):
+        value = tuple(value)
+        if all(isinstance(x, int) for x in value):
+            return value
+        raise error
+    if bool in kinds:
         if isinstance(value, bool):
             return value
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         raise error
+    if isinstance(value, bool | list | dict):
+        raise error
     try:
-        return kind(value)
+        return kinds[0](value)
     except (TypeError, ValueError):
         raise error from None

@@ -1,60 +1,55 @@
-"""In-model contrast: base mode against anti-expert mode of one IMAE model."""
+"""Contrasts of two distributions: in-model contrast, ICD, CD and DoLa differ in what they contrast."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method, Stream, plausible
+from imae_jax.config import LlamaConfig
+from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method, plausible
 from imae_jax.errors import UserError
 
+ALPHA_GENERATING = 0.1
 
-@dataclasses.dataclass(frozen=True)
-class InModelContrast(Method):
-    """`β · log p_base(v) − log p_anti(v)` on the plausible tokens: the contrast that IMAE's expert mode is
-    trained to imitate (IMAE, section 3.2, equation of p_target), formed explicitly.
 
-    Both modes run as two rows of one batch over the same weights.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast(Method):
+    """The settings that contrasts share.
 
     Attributes:
-        beta: weight of the base term.
-        alpha: plausibility threshold on p_base; 0 turns it off (as in the published TruthfulQA
-            settings of ICD).
-        renormalize: log-softmax of the contrast over the whole vocabulary, before implausible tokens are
-            masked, as the published scripts of contrastive methods do. Off, multiple choice sums a
-            likelihood ratio, which no single distribution over tokens can express: results must say which
-            was used.
-        anti_strength: strength of the anti-expert stream.
+        alpha: plausibility threshold on the stronger side's probabilities; 0 turns it off. Default: 0 in
+            multiple choice, as in the published TruthfulQA settings, and 0.1 when generating.
+        renormalize: log-softmax of the difference over the whole vocabulary, before implausible tokens
+            are masked, as the published scripts do it. Off, multiple choice sums a likelihood ratio, which
+            no single distribution over tokens can express: results must say which was used.
+        implausible: score of implausible tokens; default: -1000 in multiple choice, so that sums stay
+            finite, and -inf when generating.
     """
 
-    beta: float = 1.0
-    alpha: float = 0.0
+    alpha: float | None = None
     renormalize: bool = False
-    anti_strength: float = 1.0
+    implausible: float | None = None
 
     def __post_init__(self):
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"in-model-contrast: alpha={self.alpha} must be between 0 and 1")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"{self.name}: alpha={self.alpha} must be between 0 and 1")
+        if self.implausible is not None and not self.implausible < 0:
+            raise UserError(f"{self.name}: implausible={self.implausible} must be below 0")
 
-    @property
-    def name(self) -> str:
-        return "in-model-contrast"
+    def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
+        alpha, implausible = self.alpha, self.implausible
+        if alpha is None:
+            alpha = ALPHA_GENERATING if generating else 0.0
+        if implausible is None:
+            implausible = float("-inf") if generating else IMPLAUSIBLE_SCORE
+        return dataclasses.replace(self, alpha=alpha, implausible=implausible)
 
-    @property
-    def streams(self) -> tuple[Stream, ...]:
-        return Stream(), Stream(strength=self.anti_strength)
-
-    def scores(self, logits: Sequence[jax.Array], *, generating: bool) -> jax.Array:
-        base, anti = (jax.nn.log_softmax(x) for x in logits)
-        scores = self.beta * base - anti
+    def combine(self, difference: jax.Array, strong: jax.Array) -> jax.Array:
+        """Scores from a difference of log-probabilities, both float32 [..., V]; `strong` is the stronger
+        side's."""
         if self.renormalize:
-            scores = jax.nn.log_softmax(scores)
-        if self.alpha > 0:
-            floor = -jnp.inf if generating else IMPLAUSIBLE_SCORE
-            scores = jnp.where(plausible(base, self.alpha), scores, floor)
-        return scores
-
-    def settings(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self)}
+            difference = jax.nn.log_softmax(difference)
+        if self.alpha == 0:
+            return difference
+        return jnp.where(plausible(strong, self.alpha), difference, self.implausible)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.anti_expert import MODES, parse_mode
-from imae_jax.decode.methods.protocol import Method, Stream
+from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,13 @@ class Strength(Method):
     def streams(self) -> tuple[Stream, ...]:
         return (Stream(strength=self.strength),)
 
-    def scores(self, logits: Sequence[jax.Array], *, generating: bool) -> jax.Array:
-        return jax.nn.log_softmax(logits[0])
+    def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        return jax.nn.log_softmax(logits[0].final)
 
-    def token_scores(self, logits: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(logits[0], tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits[0], axis=-1)
+    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
+        final = logits[0].final
+        chosen = jnp.take_along_axis(final, tokens[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(final, axis=-1)
 
     def settings(self) -> dict[str, Any]:
         return {"name": "imae", "strength": self.strength}

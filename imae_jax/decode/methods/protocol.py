@@ -3,10 +3,12 @@
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+
+from imae_jax.config import LlamaConfig
 
 IMPLAUSIBLE_SCORE = -1000.0
 """Score of implausible tokens in multiple choice, so that a sum stays finite; -inf when generating."""
@@ -14,23 +16,62 @@ IMPLAUSIBLE_SCORE = -1000.0
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One forward pass. The streams of a method run as rows of one batch, so that weights that they
+    """One forward pass. The streams of one model run as rows of one batch, so that weights that they
     share are read once.
 
     Attributes:
+        model: 0 for the model itself, 1 for the method's second one.
         strength: the anti-expert units' `o`; 0 leaves them out.
         adapter: factor of the low-rank deltas; 0 leaves them out.
+        shift: factor of the heads' shifts; 0 leaves them out.
+        exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
+        exit_norm: whether the final norm comes before that projection.
     """
 
+    model: int = 0
     strength: float = 0.0
     adapter: float = 0.0
+    shift: float = 0.0
+    exits: tuple[int, ...] = ()
+    exit_norm: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamLogits:
+    """What a stream gives.
+
+    Attributes:
+        final: float32 [..., V].
+        exits: float32 [n, ..., V], one for each of `Stream.exits`; None where there are none.
+    """
+
+    final: jax.Array
+    exits: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resource:
+    """Something that a method's settings name and that is loaded before it runs.
+
+    Attributes:
+        kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
+            `directions`, shifts of heads.
+        reference: what to load.
+        setting: which setting named it, for errors.
+    """
+
+    kind: str
+    reference: str
+    setting: str
 
 
 class Method(abc.ABC):
     """A decoding method.
 
     Implementations are frozen dataclasses: hashable, since compiled functions take them as static
-    arguments.
+    arguments. A setting of None stands for the published default, which can differ between tasks and
+    models: `resolve` fills it in.
     """
 
     @property
@@ -44,25 +85,41 @@ class Method(abc.ABC):
         """The forward passes that `scores` needs, in its order."""
 
     @abc.abstractmethod
-    def scores(self, logits: Sequence[jax.Array], *, generating: bool) -> jax.Array:
-        """Next-token scores, float32 [..., V].
+    def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        """Next-token scores, float32 [..., V], of a method that is resolved, from every stream's logits."""
 
-        Args:
-            logits: one float32 [..., V] a stream.
-            generating: False when scoring given answers: implausible tokens then get a finite score.
-        """
-
-    def token_scores(self, logits: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
+    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
         """`scores` of given tokens alone: int32 [...] to float32 [...].
 
         To be overridden where that is cheaper than building [..., V].
         """
-        scores = self.scores(logits, generating=False)
+        scores = self.scores(logits)
         return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
 
-    @abc.abstractmethod
+    def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
+        """The method with every setting filled in for a model and a task.
+
+        Raises:
+            UserError: a setting contradicts the model.
+        """
+        return self
+
+    @property
+    def resource(self) -> "Resource | None":
+        """What the method needs besides the model, by the reference in its settings."""
+        return None
+
+    def with_resource(self, *, shared: bool) -> Self:
+        """The method once its resource is loaded.
+
+        Args:
+            shared: the resource joined the model's own weights; False: it is a second model.
+        """
+        return self
+
     def settings(self) -> dict[str, Any]:
         """What to write into results: enough to build the method again."""
+        return {"name": self.name, **dataclasses.asdict(self)}
 
 
 def plausible(log_probs: jax.Array, alpha: float) -> jax.Array:

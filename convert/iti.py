@@ -1,0 +1,71 @@
+"""Files of ITI's directions: safetensors with what was found for every attention head.
+
+directions  float32 [L, N, H]  θ, unit vectors: mean of true minus mean of false answers' activations
+sigma       float32 [L, N]     standard deviation of the activations along θ
+rank        int32 [L, N]       0 for the head whose probe is most accurate on validation questions
+accuracy    float32 [L, N]     of the probes
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from imae_jax.config import LlamaConfig
+from imae_jax.errors import UserError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """The fields of a file of directions, as in this module's docstring."""
+
+    directions: np.ndarray
+    sigma: np.ndarray
+    rank: np.ndarray
+    accuracy: np.ndarray
+
+    def shifts(self, heads: int) -> np.ndarray:
+        """`σ θ` of the best heads, 0 elsewhere: float32 [L, N, H].
+
+        Raises:
+            UserError: there are fewer heads.
+        """
+        if heads > self.rank.size:
+            raise UserError(f"iti: heads={heads} exceeds the model's {self.rank.size}")
+        chosen = self.rank < heads
+        return np.where(chosen[..., None], self.sigma[..., None] * self.directions, 0).astype(np.float32)
+
+
+def write_directions(path: Path, directions: Directions) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {k: np.ascontiguousarray(v) for k, v in dataclasses.asdict(directions).items()}
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def read_directions(path: Path, config: LlamaConfig) -> Directions:
+    """Reads a file of directions for a model.
+
+    Raises:
+        UserError: no such file, or one of another model.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"directions {path} cannot be read: {first_line(error)}") from None
+    heads = (config.num_layers, config.num_heads)
+    shapes = {"directions": (*heads, config.head_dim), "sigma": heads, "rank": heads, "accuracy": heads}
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = tensors[name].shape if name in tensors else "none"
+            raise UserError(
+                f"directions {path}: {name} of shape {shape} is needed for this model, found {found}"
+            )
+    return Directions(**{name: tensors[name] for name in shapes})

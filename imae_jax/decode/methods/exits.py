@@ -1,0 +1,60 @@
+"""Which layers' residual streams methods project early."""
+
+from collections.abc import Sequence
+
+from imae_jax.config import LlamaConfig
+from imae_jax.errors import UserError
+
+NAMED = ("low", "high", "all")
+# Up to this many layers a bucket holds every second layer of a half; above, 20 layers (Chuang et al., arXiv
+# 2309.03883, appendix).
+SMALL_MODEL = 40
+
+
+def candidate_layers(method: str, candidates: str | Sequence[int], config: LlamaConfig) -> tuple[int, ...]:
+    """Numbers of the candidate layers, ascending; 0 is the embedding's output.
+
+    Args:
+        method: for errors.
+        candidates: `low` or `high`, DoLa's buckets; `all` layers but the last; `a..b`, both included; or
+            numbers, in a sequence or with `+` between them.
+        config: of the model.
+
+    Raises:
+        UserError: no such bucket, or a layer that is not before the last.
+    """
+    N = config.num_layers
+    if candidates == "all":
+        layers = range(N)
+    elif candidates in ("low", "high"):
+        half = N // 2 if N <= SMALL_MODEL else None
+        if candidates == "low":
+            # With tied embeddings the embedding's output projects back onto the token itself.
+            start = 2 if config.tie_word_embeddings else 0
+            layers = range(start, half if half is not None else 20, 2)
+        else:
+            layers = range(half if half is not None else N - 20, N, 2)
+    else:
+        layers = _numbers(method, candidates)
+    if not layers:
+        raise UserError(f"{method}: candidates={candidates!r} holds no layer of a model with {N}")
+    for layer in layers:
+        if not 0 <= layer < N:
+            raise UserError(
+                f"{method}: layer {layer} is no early one: the model has 0 (the embedding) to {N - 1}"
+            )
+    return tuple(sorted(set(layers)))
+
+
+def _numbers(method: str, candidates: str | Sequence[int]) -> list[int]:
+    try:
+        if not isinstance(candidates, str):
+            return [int(layer) for layer in candidates]
+        first, dots, last = candidates.partition("..")
+        if dots:
+            return list(range(int(first), int(last) + 1))
+        return [int(layer) for layer in candidates.split("+")]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{method}: candidates={candidates!r}: use {', '.join(NAMED)}, a..b, or numbers such as 0+2+4"
+        ) from None
