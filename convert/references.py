@@ -201,6 +201,17 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     return _cut(LlamaConfig.from_hf(hf), num_layers, reference), dtype
 
 
+def fingerprint(reference: str) -> str:
+    """Hash of what a plain model or an adapter computes: its files and, of an adapter, its base's."""
+    directory = Path(reference if _exists(reference) else ".no-such-directory")
+    if peft.is_adapter(directory):
+        base = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
+        own = _fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])
+        return f"{own} on {fingerprint(base) if isinstance(base, str) and base != reference else base}"
+    resolved = _resolve(reference, None)
+    return f"{resolved.base.fingerprint} {resolved.config.num_layers} layers"
+
+
 def _resolve(reference: str, revision: str | None) -> _Resolved:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:

@@ -52,6 +52,8 @@ def initialize(
             raise UserError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
     elif not (detect or _in_a_step_of_several_tasks() or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return
+    # Its listener would take SIGTERM away from Python, and knows no other signal: see `agree`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *explicit,
@@ -82,6 +84,20 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agree(number: int) -> int:
+    """The largest of the numbers that the processes bring, on all of them. All must call it."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def decide(value: bool) -> bool:
+    """The main process's value on all processes, whose views of a file system may differ for a while."""
+    return bool(agree(int(value and is_main())))
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array on every process's host, wherever its shards lie. All processes must call it."""
     if x.is_fully_addressable or x.is_fully_replicated:
@@ -89,6 +105,25 @@ def to_host(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def gather_stacks(tree: Any) -> Any:
+    """A tree of stacked [L, …] arrays on the main process's host; None leaves elsewhere.
+
+    Devices hold one layer of one array more while it runs. All processes must call it.
+    """
+
+    def gather(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        layers = (to_host(x[i]) for i in range(x.shape[0]))
+        if is_main():
+            return np.stack(list(layers))
+        for _ in layers:
+            pass
+        return None
+
+    return jax.tree.map(gather, tree)
 
 
 def place(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
@@ -105,21 +140,21 @@ def end_together() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1 or isinstance(error, Stopped):
             raise
         name, code = f"process {jax.process_index()} of {jax.process_count()}", 1
         if isinstance(error, UserError):
-            print(f"error: {' '.join(str(error).split())} ({name})", file=sys.stderr)
-            code = 2
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            print(
-                f"error: {name} lost another one ({first_line(error)}): see that one's output, then start "
-                "all of them again with --resume",
-                file=sys.stderr,
-            )
+            message, code = " ".join(str(error).split()), 2
+        elif isinstance(error, KeyboardInterrupt):
+            message, code = "interrupted", 130
         else:
             traceback.print_exc()
+            message = (
+                f"{first_line(error)}: if another process has gone, see its output; start all of them again "
+                "with --resume"
+            )
+        print(f"error: {name}: {message}", file=sys.stderr)
         _say_goodbye()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -153,8 +188,3 @@ def _say_goodbye() -> None:
             _child.stdin.close()
         _child.wait()
         _child = None
-
-
-def gather_tree(tree: Any) -> Any:
-    """`to_host` of every array of a tree."""
-    return jax.tree.map(to_host, tree)

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what it does when something goes wrong while it trains."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of
+from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of, user_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imae_jax.convert import load_model
-from imae_jax.train import data
+from imae_jax.train import data, loop, token_filter
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import load_config
 
 HELD_OUT = ["data.held_out=4", "eval_every=4"]
+ICD = [
+    *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=4"),
+    *("icd.optimizer.learning_rate=2e-2", "filter.gamma=0.1"),
+]
 
 
 def evaluations(out: Path) -> list[dict]:
@@ -121,6 +126,8 @@ def test_rows_without_tokens_are_skipped_and_counted(smollm2, monkeypatch):
     assert [example.row for example in tokenized.train] == [2]
     assert tokenized.statistics["skipped"]["a text without tokens"] == 2
     assert "2 skipped (a text without tokens)" in data.describe(tokenized.statistics)[0]
+    with user_error("all 2 rows have a text without tokens"):
+        data.tokenize(rows[:2], tokenizer, data.DataConfig(format="plain"))
 
 
 def start(settings: list[str], *arguments: str) -> subprocess.Popen:
@@ -156,6 +163,79 @@ def test_a_signal_saves_and_stops(settings, tmp_path, number):
     assert [line["step"] for line in losses_of(tmp_path / "run")][: int(saved.name) + 1] == list(
         range(1, int(saved.name) + 2)
     )
+
+
+def test_a_signal_between_stages_is_not_lost(settings, tmp_path, monkeypatch, capfd):
+    """It comes while the adapter is written: the units are not begun."""
+    write = loop.write_adapter
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "write_adapter", interrupted)
+    assert main([*settings, *ICD, "--quiet"]) == 128 + signal.SIGTERM
+    assert "go on with --resume" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    assert main([*settings, *ICD, "--resume", "--quiet"]) == 0
+    assert len(losses_of(tmp_path / "run" / "icd")) == 4
+
+
+def test_a_damaged_checkpoint_of_the_first_stage(settings, tmp_path, capfd):
+    run = [*settings, *ICD, "--quiet"]
+    assert main(["icd", *run]) == 0
+    icd = tmp_path / "run" / "icd"
+    expected = losses_of(icd)
+    for path in ("adapter", "finished.json"):
+        shutil.rmtree(icd / path) if (icd / path).is_dir() else (icd / path).unlink()
+    damage(icd / "checkpoints" / "4", "truncated")
+    assert main([*run, "--resume"]) == 2
+    assert "--from-step 3 goes on" in capfd.readouterr().err
+    assert main([*run, "--from-step", "3"]) == 0
+    assert losses_of(icd) == expected
+    assert len(losses_of(tmp_path / "run")) == 8
+    assert main(["icd", *run, "--from-step", "3"]) == 2
+    assert "stage icd in" in capfd.readouterr().err
+    assert main([*run, "--resume", "--overwrite"]) == 2
+
+
+def test_an_adapter_of_other_data_is_not_used(settings, tmp_path, capfd):
+    rows = Path(settings[2].partition("=")[2])
+    assert main(["icd", *settings, *ICD, "--quiet"]) == 0
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    assert main([*settings, *ICD, "--resume", "--quiet"]) == 2
+    assert "belongs to another base or other data" in capfd.readouterr().err
+
+
+def test_gamma_may_be_changed_until_units_are_trained(settings, tmp_path, monkeypatch):
+    """And the log-ratios, whose computation is the long part, are those from before."""
+    nothing = [*settings, *ICD, "--quiet", "filter.gamma=99"]
+    assert main(nothing) == 2
+    (stored,) = (tmp_path / "run" / "token_filter").iterdir()
+    monkeypatch.setattr(token_filter, "_log_ratios", None)
+    assert main([*nothing, "filter.gamma=0.1", "--resume"]) == 0
+    assert list((tmp_path / "run" / "token_filter").iterdir()) == [stored]
+    assert main([*nothing, "--resume"]) == 2
+
+
+def test_a_run_that_begins_again_logs_step_0_once(settings, tmp_path):
+    late = [s.replace("save_every=3", "save_every=100") for s in [*settings, *HELD_OUT]]
+    assert main([*late, "--quiet"]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main([*late, "--resume", "--quiet"]) == 0
+    assert [e["step"] for e in evaluations(tmp_path / "run")] == [0, 4, 8]
+    assert [step for step, _ in scalars(tmp_path / "run")["held_out/loss"]] == [0, 4, 8]
+
+
+def test_overwriting_spares_what_no_run_wrote(settings, tmp_path, capfd):
+    precious = tmp_path / "run" / "checkpoints" / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    (tmp_path / "run" / "config.yaml").write_text("hello")
+    assert main([*settings, "--overwrite", "--quiet"]) == 2
+    assert "choose another out" in capfd.readouterr().err
+    assert precious.read_text() == "mine"
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -256,6 +336,21 @@ def test_a_full_disk_costs_the_new_checkpoint_only(settings, tmp_path):
     lines = run.stdout.split()
     assert lines[0] == "3", "the half-written one is gone"
     assert "imae_config.json" in lines
+
+
+@pytest.mark.skipif(not (shutil.which("unshare") and can_mount()), reason="no private mounts on this machine")
+def test_a_full_disk_while_logging_is_one_line(settings, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    settings = [s.replace(f"out={tmp_path}", f"out={small}") for s in settings]
+    arguments = " ".join(["-m", "imae_jax.train", *settings, "optimizer.steps=2000", "save_every=9999"])
+    script = (
+        f"mount -t tmpfs -o size=200k none {small} && {sys.executable} {arguments} --quiet; ls -a {small}"
+    )
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    assert run.stderr.startswith(f"error: logs cannot be written to {small}/run")
+    assert run.stderr.count("\n") == 1
+    assert run.stdout.split() == [".", ".."], "nothing to go on from stays behind"
 
 
 def test_icd_may_start_from_another_base(settings, tiny, tmp_path, capfd):

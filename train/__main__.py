@@ -85,7 +85,7 @@ def train_command(argv: Sequence[str]) -> None:
         path = train(
             config,
             only_icd=only_icd,
-            resume=args.resume or args.from_step is not None,
+            resume=args.resume,
             from_step=args.from_step,
             overwrite=args.overwrite,
             quiet=args.quiet,

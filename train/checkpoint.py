@@ -1,5 +1,6 @@
 """Checkpoints of a stage: the trainable state and the step, never the frozen base."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,10 @@ class Checkpoints:
                 self._checkpointer.delete(step)
 
     def close(self) -> None:
-        """Waits for what is being written. Raises as `save` does."""
-        self.wait()
-        self._checkpointer.close()
+        """Lets go of the directory; `wait` before, to know that all is written."""
+        # What went wrong has been raised already, or an error is on its way that must not be replaced.
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
 
     def _not_written(self, error: Exception) -> UserError:
         kept = f"; step {self.steps[-1]} is kept" if self.steps else ""

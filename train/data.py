@@ -187,6 +187,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     parts = [text for row in rows for text in (row.question, row.right_answer, row.hallucinated_answer)]
     lengths = [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]]
     numbers = np.flatnonzero(np.array(lengths).reshape(-1, 3).min(axis=1) > 0)
+    if not len(numbers):
+        raise UserError(f"all {len(rows)} rows have a text without tokens: check the data and the tokenizer")
     prompts = [render(tokenizer, rows[i].question, format) for i in numbers]
 
     def with_answers(answers):

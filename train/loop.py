@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from tqdm import tqdm
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
 from imae_jax.convert import LanguageModel, load_model
+from imae_jax.convert.hf import read_json
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
-from imae_jax.distributed import barrier, gather_tree, is_main
+from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main
 from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.llama import Weights
@@ -47,10 +50,12 @@ from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, sh
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
+FINISHED_FILE = "finished.json"
 ICD_DIR, ADAPTER_DIR, FILTER_DIR = "icd", "adapter", "token_filter"
 LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
 RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, ICD_DIR, FILTER_DIR, *LOG_FILES)
-# Settings that may change between a run and its continuation: they do not alter what a step computes.
+# Settings that may change between a run and its continuation: they do not alter what a step computes, but
+# for the order in which devices and kernels add up.
 FREE_ON_RESUME = {"out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb"}
 FREE_ON_RESUME |= {"attention"}
 
@@ -67,8 +72,8 @@ def train(
     """Trains anti-expert units and writes `OUT/imae`; with `icd.enabled` the anti-expert LLM before.
 
     Beside it: `config.yaml`, `environment.json` (versions, git state, devices), `metrics.jsonl` (one
-    object a step), `evaluation.jsonl` (held-out rows), `training.png`, `tensorboard/`, `checkpoints/`, and
-    `icd/` with the same and `adapter/`.
+    object every `log_every` steps), `evaluation.jsonl` (held-out rows), `training.png`, `tensorboard/`,
+    `checkpoints/`, and `icd/` with the same and `adapter/`.
 
     Args:
         config: of the run.
@@ -87,6 +92,9 @@ def train(
     """
     out = Path(config.out)
     quiet = quiet or not is_main()
+    if overwrite and (resume or from_step is not None):
+        raise UserError("--overwrite begins anew: it goes neither with --resume nor with --from-step")
+    resume = resume or from_step is not None
     rows = data.load_rows(config.data)
     mesh = run_mesh(config, only_icd or config.icd.enabled)
     _check_output(out, config, resume, overwrite)
@@ -115,15 +123,23 @@ def train(
         _record_environment(out / ENVIRONMENT_FILE)
     barrier("output created")
     run_id = json.loads((out / ENVIRONMENT_FILE).read_text(encoding="utf-8"))[0]["run_id"]
-    run = Run(config, out, run_id, mesh, model, tokenized, resume, from_step, quiet)
     try:
-        anti_expert_llm = config.filter.anti_expert_llm
-        if only_icd or config.icd.enabled:
-            adapter = _train_icd(run, lora)
-            anti_expert_llm = anti_expert_llm or str(adapter)
-        return adapter if only_icd else _train_units(run, anti_expert, anti_expert_llm)
+        with _stop_signals() as stop:
+            run = Run(config, out, run_id, mesh, model, tokenized, resume, from_step, quiet, stop)
+            anti_expert_llm = config.filter.anti_expert_llm
+            if only_icd or config.icd.enabled:
+                adapter, trained = _train_icd(run, lora)
+                anti_expert_llm = anti_expert_llm or str(adapter)
+                if only_icd and not trained and from_step is not None:
+                    raise UserError(f"stage icd in {out} is finished: --from-step goes with unfinished ones")
+                if only_icd:
+                    return adapter
+                if trained:
+                    run = dataclasses.replace(run, from_step=None)
+            return _train_units(run, anti_expert, anti_expert_llm)
     except UserError:
-        if is_main() and not any(out.glob(f"**/{CHECKPOINT_DIR}/[0-9]*")):
+        results = [f"**/{CHECKPOINT_DIR}/[0-9]*", f"{FILTER_DIR}/*", f"{ICD_DIR}/{ADAPTER_DIR}"]
+        if is_main() and not any(any(out.glob(pattern)) for pattern in results):
             _remove_run(out)  # There is nothing to go on from.
         raise
 
@@ -142,6 +158,7 @@ class Run:
         resume: go on from checkpoints.
         from_step: go on from this checkpoint instead of the newest.
         quiet: no progress bars and no reports.
+        stop: the number of the signal that asks the run to stop, or 0. All processes must call it.
     """
 
     config: TrainConfig
@@ -153,21 +170,34 @@ class Run:
     resume: bool
     from_step: int | None
     quiet: bool
+    stop: Callable[[], int]
 
-    def progress(self, items: list, label: str) -> Iterable:
-        return tqdm(items, desc=label, unit="batch", disable=self.quiet)
+    def progress(self, items: list, label: str) -> Iterator:
+        for item in tqdm(items, desc=label, unit="batch", disable=self.quiet):
+            self.check_stop(f"stopped in the {label}")
+            yield item
+
+    def check_stop(self, message: str) -> None:
+        """Raises `Stopped` if a signal asks for it. All processes must call it."""
+        number = self.stop()
+        if number:
+            raise Stopped(f"{message}: go on with --resume", number)
 
 
-def _train_icd(run: Run, lora: LoraConfig) -> Path:
-    """Stage 1, the anti-expert LLM: returns its adapter, which a finished stage has written already."""
+def _train_icd(run: Run, lora: LoraConfig) -> tuple[Path, bool]:
+    """Stage 1, the anti-expert LLM: returns its adapter, and whether it was trained now or before."""
     icd, out = run.config.icd, run.out / ICD_DIR
-    path = out / ADAPTER_DIR
-    if is_adapter(path):
-        return path
+    path, finished = out / ADAPTER_DIR, out / FINISHED_FILE
     model = run.model
     if icd.model is not None:
         model = load_model(icd.model, dtype=run.config.dtype, stacked=True, mesh=run.mesh)
         check_same_vocabulary(run.model, model, icd.model, run.data.train)
+        _check_context(run.data, model.config)
+    identity = _identity(model, run.data)
+    if decide(is_adapter(path) and finished.is_file()):
+        if read_json(finished) != identity:
+            raise UserError(f"{path} belongs to another base or other data: restore them, or start anew")
+        return path, False
     optimizer = icd.optimizer
     if icd.epochs is not None:
         steps = max(1, round(icd.epochs * len(run.data.train) / icd.batch_size))
@@ -183,9 +213,17 @@ def _train_icd(run: Run, lora: LoraConfig) -> Path:
     )
     if is_main():
         reference, revision = model.base.reference, model.base.revision
-        write_adapter(path, deltas, model.config, lora, base_reference=reference, revision=revision)
+        write_adapter(
+            path, deltas, model.config, lora, base_reference=reference, revision=revision, overwrite=True
+        )
+        write_text(finished, json.dumps(identity, indent=2) + "\n")
     barrier("adapter written")
-    return path
+    return path, True
+
+
+def _identity(model: LanguageModel, tokenized: data.TokenizedData) -> dict[str, str]:
+    """What a stage's results belong to."""
+    return {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": tokenized.fingerprint}
 
 
 def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
@@ -276,15 +314,15 @@ def run_stage(
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     measure = _Measurement(llama, objective, mesh, tokenized, schedule.batch_size // schedule.accumulation)
     base = model.model.weights().base
-    state = init_state(llama, objective, optimizer, shardings, config.seed)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     barrier(f"{name} begins")
-    identity = {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": tokenized.fingerprint}
-    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep, identity)
+    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep, _identity(model, tokenized))
     start = _start_of(checkpoints, run, out)
-    if start:
-        state = checkpoints.load(start, jax.eval_shape(lambda: state), shardings)
+
+    begin = functools.partial(init_state, llama, objective, optimizer, shardings, config.seed)
+    # Never both at once: optimizer states are large.
+    state = checkpoints.load(start, jax.eval_shape(begin), shardings) if start else begin()
     checkpoints.delete_after(start)
 
     steps = schedule.optimizer.steps
@@ -299,11 +337,10 @@ def run_stage(
         if log is not None:
             stack.callback(log.close)
         stack.enter_context(bar)
-        stop = stack.enter_context(_stop_signals())
 
-        def evaluate(done: int, limit: int | None) -> None:
+        def evaluate(trainable: Any, done: int, limit: int | None) -> None:
             if tokenized.held_out:
-                metrics = measure(state.trainable, base, limit)
+                metrics = measure(trainable, base, limit)
                 if log is not None:
                     log.evaluation(done, metrics)
 
@@ -312,8 +349,9 @@ def run_stage(
             batch = data.make_batch([tokenized.train[i] for i in chosen], schedule.accumulation)
             return batch, chosen, place_batch(batch, mesh)
 
+        run.check_stop(f"stopped before stage {name}")
         if start == 0:
-            evaluate(0, config.eval_rows)
+            evaluate(state.trainable, 0, config.eval_rows)
         clock, tokens = time.perf_counter(), 0
         following = batch_of(start) if start < steps else None
         for done in range(start + 1, steps + 1):
@@ -344,16 +382,22 @@ def run_stage(
             bar.update()
             if done % config.eval_every == 0 or done == steps:
                 began = time.perf_counter()
-                evaluate(done, None if done == steps else config.eval_rows)
+                evaluate(state.trainable, done, None if done == steps else config.eval_rows)
                 clock += time.perf_counter() - began
-            signal_number = stop(done)
-            if done % config.save_every == 0 or done == steps or signal_number:
+            stop = run.stop()
+            if done % config.save_every == 0 or done == steps or stop:
                 checkpoints.save(done, state)
-            if signal_number:
+            if stop:
                 checkpoints.wait()
                 message = f"stopped after step {done} of stage {name}, saved in {out}: go on with --resume"
-                raise Stopped(message, signal_number)
-    return gather_tree(state.trainable)
+                raise Stopped(message, stop)
+        checkpoints.wait()
+        if log is not None:
+            log.plot()
+    run.check_stop(f"stopped after stage {name}, saved in {out}")
+    trainable = state.trainable
+    del state  # Adam's moments make room.
+    return gather_stacks(trainable)
 
 
 class _Measurement:
@@ -402,17 +446,12 @@ def _start_of(checkpoints: Checkpoints, run: Run, out: Path) -> int:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """Yields a function of the step: the signal that asks the run to save and stop, or None.
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that tells which signal asks the run to save and stop, or 0.
 
-    Where there are several processes JAX makes them agree on the step, and listens to SIGTERM alone. A
+    All processes call it at the same places and get the same answer, whichever of them was signalled. A
     second Ctrl-C interrupts at once.
     """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
-        return
     received = []
 
     def remember(number, frame):
@@ -420,13 +459,12 @@ def _stop_signals() -> Iterator[Any]:
             raise KeyboardInterrupt
         received.append(number)
 
-    try:
+    before = {}
+    # Only the main thread may listen.
+    if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # Only the main thread may listen.
-        yield lambda step: None
-        return
     try:
-        yield lambda step: received[0] if received else None
+        yield lambda: agree(received[0] if received else 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -486,6 +524,9 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
                 f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
             ) from None
         now = config.to_dict()
+        # γ only thresholds: until a step of the units is saved, another may be tried.
+        if not any((out / CHECKPOINT_DIR).glob("[0-9]*")) and isinstance(before.get("filter"), dict):
+            before["filter"] = before["filter"] | {"gamma": now["filter"]["gamma"]}
         changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != before.get(key)]
         if changed:
             raise UserError(
@@ -499,7 +540,14 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
 
 
 def _remove_run(out: Path) -> None:
-    """Removes what a run has written, and nothing else."""
+    """Removes what a run has written, and nothing else.
+
+    Raises:
+        UserError: it holds files of these names that no run wrote.
+    """
+    there = [name for name in RUN_FILES if (out / name).exists()]
+    if there and not _is_config_of_a_run(out / CONFIG_FILE):
+        raise UserError(f"{out} holds {', '.join(there)}, but no {CONFIG_FILE} of a run: choose another out")
     for name in RUN_FILES:
         path = out / name
         if path.is_dir():
@@ -508,6 +556,14 @@ def _remove_run(out: Path) -> None:
             path.unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
+
+
+def _is_config_of_a_run(path: Path) -> bool:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and {"model", "units", "optimizer"} <= config.keys()
 
 
 def _create_output(out: Path) -> None:

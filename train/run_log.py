@@ -1,7 +1,9 @@
 """What a stage writes down while it trains: JSONL, TensorBoard, Weights & Biases, a picture."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.train.plots import training_plot
 
@@ -34,50 +36,65 @@ class RunLog:
         self._lines: dict[str, list[dict[str, Any]]] = {}
         for name in (METRICS_FILE, EVALUATION_FILE):
             self._lines[name] = _cut(out / name, start)
-        self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
-        self._writer = EventFileWriter(str(out / TENSORBOARD_DIR))
-        # TensorBoard then drops what earlier files hold of these steps.
-        begin = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=start + 1, session_log=begin))
-        self._wandb = _init_wandb(wandb, start) if wandb else None
+        with self._writing():
+            self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
+            self._writer = EventFileWriter(str(out / TENSORBOARD_DIR))
+            # TensorBoard then drops what earlier files hold of these steps.
+            begin = SessionLog(status=SessionLog.START)
+            first = start + 1 if start else 0
+            self._writer.add_event(Event(wall_time=time.time(), step=first, session_log=begin))
+        self._wandb = _init_wandb(wandb) if wandb else None
 
     def train(self, step: int, metrics: dict[str, Any]) -> None:
         self._write(METRICS_FILE, "train", step, metrics)
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         self._write(EVALUATION_FILE, "held_out", step, metrics)
-        self._plot()
+        self.plot()
 
-    def close(self) -> None:
-        self._plot()
-        self._writer.close()
-        for file in self._files.values():
-            file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-    def _plot(self) -> None:
+    def plot(self) -> None:
+        """Draws `training.png` anew."""
         if self._lines[METRICS_FILE]:
             temporary = self._out / f".{PLOT_FILE}"
-            training_plot(self._lines[METRICS_FILE], temporary, self._lines[EVALUATION_FILE])
-            temporary.replace(self._out / PLOT_FILE)
+            try:
+                with self._writing():
+                    training_plot(self._lines[METRICS_FILE], temporary, self._lines[EVALUATION_FILE])
+                    temporary.replace(self._out / PLOT_FILE)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        # Every line has been flushed; an error that is on its way must not be replaced.
+        with contextlib.suppress(Exception):
+            self._writer.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        if self._wandb is not None:
+            with contextlib.suppress(Exception):
+                self._wandb.finish()
 
     def _write(self, name: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
         line = {"step": step, **metrics}
         self._lines[name].append(line)
-        try:
-            self._files[name].write(json.dumps(line) + "\n")
-            self._files[name].flush()
-        except OSError as error:
-            raise UserError(f"{self._out / name} cannot be written: {error.strerror}") from None
         scalars = {f"{prefix}/{k}": v for k, v in metrics.items() if not isinstance(v, list)}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        with self._writing():
+            self._files[name].write(json.dumps(line) + "\n")
+            self._files[name].flush()
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         for key, values in metrics.items():
             if isinstance(values, list):
                 scalars |= {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"logs cannot be written to {self._out}: {error.strerror or error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -93,14 +110,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, steps_done: int) -> list[dict[str, Any]]:
-    """Drops the lines of steps that are done again after a resume."""
-    lines = [line for line in read_lines(path) if line["step"] <= steps_done]
+    """Drops the lines of steps that are done again after a resume, and all of a run that begins."""
+    lines = [line for line in read_lines(path) if 0 <= line["step"] <= steps_done > 0]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
-def _init_wandb(arguments: dict[str, Any], start: int) -> Any:
+def _init_wandb(arguments: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
@@ -108,5 +125,8 @@ def _init_wandb(arguments: dict[str, Any], start: int) -> Any:
             "wandb is set but the package wandb is not installed: pip install 'imae-jax[wandb]', or leave "
             "the setting out"
         ) from None
-    # A run that is resumed goes on under its id.
-    return wandb.init(**arguments, resume="must" if start else None)
+    try:
+        # A run that is resumed goes on under its id.
+        return wandb.init(**arguments, resume="allow")
+    except wandb.Error as error:
+        raise UserError(f"wandb={arguments['project']} does not work: {first_line(error)}") from None

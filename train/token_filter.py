@@ -16,7 +16,8 @@ import numpy as np
 from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import adapter_of, read_adapter
-from imae_jax.distributed import barrier, is_main, to_host
+from imae_jax.convert.references import fingerprint
+from imae_jax.distributed import decide, is_main, to_host
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 from imae_jax.llama import Weights, forward
@@ -68,10 +69,9 @@ def filter_tokens(
     if anti_expert_llm is None:
         return list(examples), {"kept_share": 1.0}
     path = cache / _key(examples, base, anti_expert_llm)
-    stored = path.exists()
-    barrier("token filter looked up")
+    stored = decide(path.exists())
     if stored:
-        ratios = [np.asarray(r) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
+        ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
     else:
         ratios = _log_ratios(examples, base, anti_expert_llm, mesh, batch_size, progress)
     if not stored and is_main():
@@ -130,7 +130,7 @@ def _log_ratios(
         def ratio(batch):
             return compiled(weights, config, batch)
     else:
-        llm = load_model(anti_expert_llm, stacked=True, mesh=mesh)
+        llm = load_model(anti_expert_llm, dtype=base.base.dtype, stacked=True, mesh=mesh)
         check_same_vocabulary(base, llm, anti_expert_llm, examples)
         compiled = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
 
@@ -212,12 +212,8 @@ def show_filtered(examples: Sequence[Example], tokenizer: Any, statistics: dict[
 def _key(examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str) -> str:
     """Hash of everything that determines the log-ratios."""
     digest = hashlib.sha256()
-    digest.update(json.dumps([base.base.fingerprint, base.base.dtype, anti_expert_llm]).encode())
-    directory = Path(anti_expert_llm)
-    if directory.is_dir():
-        for path in sorted(directory.glob("*.safetensors")):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    models = [base.base.fingerprint, base.base.dtype, fingerprint(anti_expert_llm)]
+    digest.update(json.dumps(models).encode())
     for example in examples:
         digest.update(json.dumps([example.start, example.tokens]).encode())
     return digest.hexdigest()[:16]
