@@ -4,29 +4,47 @@ This command and those of the other rooms are the only modules that see both the
 `imae_jax.convert`.
 """
 
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
+from imae_jax.files import write_text
+
+if TYPE_CHECKING:
+    from imae_jax.decode import Method
+    from imae_jax.language_model import LanguageModel
+
+# Of the columns of --compare; what differs from the first column's text is bold.
+COLORS = ("white", "green", "cyan", "magenta", "yellow")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.generate",
-        description="Continues prompts with a model, in one mode or in several side by side.",
+        description="Continues prompts with a model, in one mode or method or in several side by side.",
     )
     add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", required=True, help="may be given repeatedly")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="may be given repeatedly")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='JSONL file of {"prompt": …}, with --out'
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write, or to go on with")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts of FILE at a time (default: 8)")
     parser.add_argument(
         "--mode",
-        default=None,
-        help="expert, base, anti-expert, a number (the strength), or a method (default: expert where "
-        "the model has anti-expert units, else base)",
+        "--method",
+        dest="mode",
+        help="expert, base, anti-expert, a number (the strength), or a method, such as "
+        "dola:candidates=low (default: expert where the model has anti-expert units, else base)",
     )
     parser.add_argument(
         "--compare",
@@ -42,47 +60,142 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model's chat template (default: raw)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="print text as it comes")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.compare is not None and args.mode is not None:
         raise UserError("--compare and --mode exclude each other: give one of them")
+    if (args.prompts is None) != (args.out is None):
+        raise UserError("--prompts FILE and --out FILE go together")
+    if args.compare is not None and (args.stream or args.out):
+        raise UserError("--compare goes neither with --stream nor with --out")
+    if args.stream and (args.out or len(args.prompt) > 1):
+        raise UserError("--stream goes with one --prompt")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
 
     runtime.set_up()
     from imae_jax.convert import load_model
     from imae_jax.decode import Sampler, parse_method, split_methods
 
-    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     names = split_methods(args.compare) if args.compare else [args.mode]
     methods = [parse_method(name) for name in names if name is not None]
     lm = load_model(args.model, **model_arguments(args))
     if not methods:
         methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
+    options = {
+        "format": args.format,
+        "sampler": sampler,
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "seed": args.seed,
+    }
+    if args.out is not None:
+        _continue_file(lm, args.prompts, args.out, methods[0], args.batch_size, options)
+        return
 
     columns, notes = [], []
     for method in methods:
         start = time.perf_counter()
-        columns.append(
-            lm.generate(
-                args.prompt,
-                method,
-                format=args.format,
-                sampler=sampler,
-                max_new_tokens=args.max_new_tokens,
-                seed=args.seed,
-            )
-        )
+        if args.stream:
+            print(args.prompt[0] if args.format == "raw" else "", end="", flush=True)
+            for (piece,) in lm.stream(args.prompt, method, **options):
+                print(piece, end="", flush=True)
+            print()
+        else:
+            columns.append(lm.generate(args.prompt, method, **options))
         notes.append(f"{method.name}: {time.perf_counter() - start:.1f} s")
     if args.compare is not None:
         _print_side_by_side(args.prompt, [method.name for method in methods], columns)
-    else:
+    elif not args.stream:
         for prompt, text in zip(args.prompt, columns[0], strict=True):
             print(prompt + text if args.format == "raw" else text.strip())
     print(", ".join(notes) + ", compilation included", file=sys.stderr)
+
+
+def _continue_file(
+    lm: "LanguageModel", source: Path, out: Path, method: "Method", batch_size: int, options: dict[str, Any]
+) -> None:
+    """Continues the prompts of a JSONL file; lines that OUT has already are not done again.
+
+    Raises:
+        UserError: after all others are done, names the lines that could not be.
+    """
+    from tqdm import tqdm
+
+    try:
+        lines = source.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from None
+    settings = json.loads(json.dumps({"method": method.settings(), **options}, default=dataclasses.asdict))
+    done = _done(out, settings)
+    prompts, bad = {}, {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                prompts[number] = _prompt_of(lm, line, options)
+            except UserError as error:
+                bad[number] = str(error)
+    # Cut from all lines, those done too: what is drawn depends on a row's place in its batch.
+    batches = [list(prompts)[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    with out.open("a", encoding="utf-8") as file:
+        for place, batch in enumerate(tqdm(batches, unit="batch")):
+            if done.issuperset(batch):
+                continue
+            seeded = options | {"seed": (options["seed"] + place) % 2**31}
+            texts = lm.generate([prompts[number] for number in batch], method, **seeded)
+            for number, text in zip(batch, texts, strict=True):
+                if number not in done:
+                    line = {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{out} holds {len(prompts)} lines, {len(done)} of them from before", file=sys.stderr)
+    if bad:
+        shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
+        raise UserError(f"{len(bad)} lines of {source} were left out: {shown}")
+
+
+def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any]) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError('no JSON object with "prompt"') from None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("prompt is empty or no text")
+    (tokens,) = lm.encode_prompts([prompt], options["format"])
+    length = len(tokens) + options["max_new_tokens"]
+    if length > lm.config.context_length:
+        raise UserError(f"prompt and new tokens are {length}, the context is {lm.config.context_length}")
+    return prompt
+
+
+def _done(out: Path, settings: dict[str, Any]) -> set[int]:
+    """Numbers of the lines that OUT has; an unfinished last one is removed."""
+    if not out.exists():
+        return set()
+    done, kept = set(), []
+    for line in out.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            number, used = entry["line"], entry["settings"]
+        except (ValueError, KeyError, TypeError):
+            if not line.endswith("\n"):
+                break  # A killed process left it.
+            raise UserError(f"{out} was not written by this command: choose another --out") from None
+        if used != settings:
+            raise UserError(f"{out} was written with other settings: choose another --out")
+        done.add(number)
+        kept.append(line)
+    write_text(out, "".join(kept))
+    return done
 
 
 def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list[str]]) -> None:
@@ -91,11 +204,18 @@ def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list
     from rich.text import Text
 
     table = Table(show_lines=True)
-    for title in ("prompt", *names):
-        table.add_column(title, overflow="fold", ratio=1)
-    for row in zip(prompts, *columns, strict=True):
+    table.add_column("prompt", overflow="fold", ratio=1)
+    for number, title in enumerate(names):
+        table.add_column(title, overflow="fold", ratio=1, style=COLORS[number % len(COLORS)])
+    for prompt, *texts in zip(prompts, *columns, strict=True):
         # Text, since a model's output may hold what rich would read as markup.
-        cells: list[Any] = [Text(cell.strip()) for cell in row]
+        cells = [Text(prompt)]
+        for text in texts:
+            pairs = enumerate(zip(text, texts[0], strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(texts[0])))
+            cell = Text(text[:same])
+            cell.append(text[same:], style="bold")
+            cells.append(cell)
         table.add_row(*cells)
     Console().print(table)
 

@@ -1,19 +1,22 @@
 """A loaded model with its tokenizer: text in, text or scores out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.loop import generate
+from imae_jax.decode.loop import stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
 from imae_jax.decode.sampling import Sampler
 from imae_jax.decode.scoring import encode, score
 from imae_jax.decode.streams import Models, check
+from imae_jax.errors import UserError
 from imae_jax.llama import Llama
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
+
+CHUNK_SIZE, STREAMED_CHUNK_SIZE = 32, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ class LanguageModel:
         format: str = "raw",
         sampler: Sampler = Sampler(),
         max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
         """Continues texts.
@@ -121,6 +125,7 @@ class LanguageModel:
                 model's chat template.
             sampler: greedy by default.
             max_new_tokens: upper bound per prompt.
+            stop: strings that end a text; they are not part of it.
             seed: of the sampler.
 
         Returns:
@@ -129,11 +134,61 @@ class LanguageModel:
         Raises:
             UserError: a prompt that is empty or too long, or a method that the model cannot run.
         """
-        format = resolve_format(self.tokenizer, format, allow_raw=True)
-        texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
-        ids = self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
+        texts = [""] * len(prompts)
+        for pieces in self.stream(
+            prompts,
+            method,
+            format=format,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            chunk_size=CHUNK_SIZE,
+        ):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        method: str | Method = "base",
+        *,
+        format: str = "raw",
+        sampler: Sampler = Sampler(),
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        chunk_size: int = STREAMED_CHUNK_SIZE,
+    ) -> Iterator[list[str]]:
+        """As `generate`, but yields every prompt's next piece of text as it comes.
+
+        Args:
+            chunk_size: tokens between pieces.
+        """
+        if not all(stop):
+            raise UserError("a stop string is empty: leave it out")
         models, method = self.prepare(method, generating=True)
-        rows = generate(
+        ids = self.encode_prompts(prompts, format)
+        rows: list[list[int]] = [[] for _ in prompts]
+        shown, closed = [0] * len(prompts), [False] * len(prompts)
+        # What may be the beginning of a stop string is held back.
+        held_back = max(map(len, stop), default=1) - 1
+
+        def pieces(last: bool) -> list[str]:
+            new = []
+            for i, row in enumerate(rows):
+                text = "" if closed[i] else self._new_text(ids[i], row)
+                ends = [place for place in (text.find(string) for string in stop) if place >= 0]
+                if ends:
+                    text, closed[i] = text[: min(ends)], True
+                elif not last:
+                    # A character of several tokens is still incomplete.
+                    text = text[: len(text) - held_back].rstrip("\ufffd")
+                new.append(text[shown[i] :])
+                shown[i] = max(shown[i], len(text))
+            return new
+
+        for tokens in stream_tokens(
             models,
             self.config,
             ids,
@@ -142,8 +197,20 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.eos_token_ids,
             seed=seed,
-        )
-        return [self._new_text(prompt, row) for prompt, row in zip(ids, rows, strict=True)]
+            chunk_size=chunk_size,
+        ):
+            for row, new in zip(rows, tokens, strict=True):
+                row += new
+            yield pieces(last=False)
+            if all(closed):
+                return
+        yield pieces(last=True)
+
+    def encode_prompts(self, prompts: Sequence[str], format: str) -> list[list[int]]:
+        """Token ids of prompts in a format; see `generate`."""
+        format = resolve_format(self.tokenizer, format, allow_raw=True)
+        texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
+        return self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
 
     def score(
         self,

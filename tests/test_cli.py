@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMOLLM2, hf_logits, random_tokens, run_python
+from conftest import SMOLLM2, hf_logits, log_softmax, random_tokens, run_python
 
+from imae_jax import decode
 from imae_jax.convert.__main__ import main as convert
+from imae_jax.decode import Sampler
 from imae_jax.generate import main as generate
 
 ROOT = Path(__file__).parents[1]
@@ -193,3 +195,93 @@ def test_commands_run_from_a_checkout_that_is_not_installed(tmp_path, module):
     run = run_python(["-c", script], checkout)
     assert run.returncode == 0, run.stderr
     assert module in run.stdout
+
+
+def write_prompts(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_file_of_prompts(checkpoint, tmp_path, capfd):
+    """Bad lines are named and left out; lines that are there already are not done again."""
+    prompts = write_prompts(
+        tmp_path / "in.jsonl",
+        *(
+            '{"prompt": "t5 t6"}',
+            "",
+            '{"prompt": ""}',
+            '{"text": "t7"}',
+            '{"prompt": "t7"}',
+            '{"prompt": "t8"}',
+        ),
+        json.dumps({"prompt": " ".join(["t9"] * 80)}),
+    )
+    out = tmp_path / "out.jsonl"
+    command = ["--model", str(checkpoint.directory), "--prompts", str(prompts), "--out", str(out)]
+    command += ["--max-new-tokens", "6", "--batch-size", "2", "--temperature", "1.5"]
+    assert generate(command) == 2
+    error = capfd.readouterr().err
+    assert f"error: 3 lines of {prompts} were left out: line 3: prompt is empty" in error
+    assert "line 4: no JSON object" in error
+    assert "line 7: prompt and new tokens are" in error
+    lines = out.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["line"] for line in lines] == [1, 5, 6]
+    # Cut off in the middle of a line, as a kill leaves it: the same lines come again.
+    out.write_text(lines[0] + lines[1][:20])
+    assert generate(command) == 2
+    assert out.read_text() == "".join(lines)
+    assert generate([*command, "--seed", "3"]) == 2
+    assert "was written with other settings" in capfd.readouterr().err
+    assert out.read_text() == "".join(lines)
+    # A row's text is that of the prompt alone.
+    alone = checkpoint.load().generate(["t5 t6"], sampler=Sampler(1.5), max_new_tokens=6)
+    assert json.loads(lines[0])["text"] == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "x.jsonl"], "--prompts FILE and --out FILE go together"),
+        (["--prompt", "a", "--prompt", "b", "--stream"], "--stream goes with one --prompt"),
+        (["--prompt", "a", "--compare", "--stream"], "--compare goes neither"),
+        (["--prompt", "a", "--stop", ""], "a stop string is empty"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty 0.0 must be above 0"),
+        (["--prompt", "a", "--mode", "dola:candidates=2+9"], "dola: layer 9 is no early one"),
+        (["--prompt", "a", "--mode", "iti"], "iti needs directions=FILE"),
+        (["--prompt", "a", "--mode", "cd:amateur=nowhere"], "nowhere"),
+    ],
+)
+def test_contradictions_are_named(checkpoint, capfd, arguments, message):
+    assert generate(["--model", str(checkpoint.directory), *arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_streamed_text_is_the_generated_text(smollm2):
+    prompt, options = ["Once upon a time"], {"max_new_tokens": 24}
+    whole = smollm2.generate(prompt, **options)
+    pieces = [piece for (piece,) in smollm2.stream(prompt, **options)]
+    assert "".join(pieces) == whole[0]
+    assert sum(map(bool, pieces)) > 3
+    # Stop strings end the text before them, also where several tokens make them.
+    stop = whole[0][20:27]
+    cut = whole[0][: whole[0].index(stop)]
+    assert smollm2.generate(prompt, stop=[stop, "never"], **options) == [cut]
+    assert "".join(piece for (piece,) in smollm2.stream(prompt, stop=[stop], **options)) == cut
+
+
+def test_repetition_penalty_equals_recomputation(checkpoint):
+    """On log-probabilities of transformers."""
+    prompt, penalty = [5, 6, 7], 1.7
+    expected = list(prompt)
+    for _ in range(8):
+        scores = log_softmax(hf_logits(checkpoint.hf, np.array([expected])))[0, -1]
+        seen = np.unique(expected)
+        scores[seen] *= penalty
+        expected.append(int(scores.argmax()))
+    lm = checkpoint.load()
+    sampler = Sampler(repetition_penalty=penalty)
+    rows = decode.generate(lm.model, lm.config, [prompt, [9] * 5], sampler=sampler, max_new_tokens=8)
+    assert rows[0] == expected[3:]
+    assert rows[0] != decode.generate(lm.model, lm.config, [prompt], max_new_tokens=8)[0]

@@ -32,6 +32,7 @@ class DecodeState:
         done: bool [B], rows that have drawn an end-of-text token.
         key: of the whole generation.
         step: int32 [], number of tokens drawn.
+        seen: bool [B, V], tokens of prompt and new text, where the sampler needs them; else None.
     """
 
     caches: streams.Caches
@@ -39,6 +40,7 @@ class DecodeState:
     done: jax.Array
     key: jax.Array
     step: jax.Array
+    seen: jax.Array | None
 
 
 def generate(
@@ -106,7 +108,7 @@ def stream_tokens(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     seed: int,
-    chunk_size: int,
+    chunk_size: int = 32,
     padding_side: str = "left",
 ) -> Iterator[list[list[int]]]:
     """As `generate`, but yields every row's new tokens after the prefill and after every chunk."""
@@ -163,8 +165,16 @@ def _prefill(models, tokens, mask, eos, key, *, method, sampler, capacity):
     # [..., B, T, D] to [..., B, D].
     hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
     scores = method.scores(streams.logits_of(models, method, hidden))
-    token = sampler.sample(scores, jax.random.fold_in(key, 0))
-    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32))
+    seen = None
+    if sampler.needs_seen:
+        seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens].max(mask)
+    token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
+    seen = _with_token(seen, token)
+    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen)
+
+
+def _with_token(seen, token):
+    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "length"), donate_argnames="state")
@@ -176,10 +186,11 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
         scores = method.scores(streams.logits_of(models, method, hidden))
-        token = sampler.sample(scores, jax.random.fold_in(state.key, state.step))
+        token = sampler.sample(scores, jax.random.fold_in(state.key, state.step), state.seen)
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
-        return DecodeState(caches, token, done, state.key, state.step + 1), token
+        seen = _with_token(state.seen, token)
+        return DecodeState(caches, token, done, state.key, state.step + 1, seen), token
 
     return jax.lax.scan(step, state, length=length)
 

@@ -16,11 +16,15 @@ class Sampler:
         temperature: 0 takes the arg-max.
         top_k: keep the k best tokens; 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches p; 1 keeps all.
+        repetition_penalty: divides positive and multiplies negative scores of tokens that the prompt or the
+            new text holds already (CTRL, Keskar et al., arXiv 1909.05858); 1 is off. It acts on the method's
+            scores, which are log-probabilities or contrasts of them, not on raw logits.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -29,18 +33,28 @@ class Sampler:
             raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1 (off)")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 is off")
 
-    def sample(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+    @property
+    def needs_seen(self) -> bool:
+        return self.repetition_penalty != 1
+
+    def sample(self, scores: jax.Array, key: jax.Array, seen: jax.Array | None = None) -> jax.Array:
         """Draws one token a row.
 
         Args:
             scores: float32 [B, V].
             key: one key for the step. Row i's draw depends on the key, i and its own scores alone, not
                 on how many rows there are.
+            seen: bool [B, V], tokens that the text holds; where `needs_seen`.
 
         Returns:
             int32 [B].
         """
+        if self.needs_seen:
+            penalty = self.repetition_penalty
+            scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.temperature == 0:
             return jnp.argmax(scores, axis=-1).astype(jnp.int32)
         scores = scores / self.temperature
