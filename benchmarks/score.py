@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from imae_jax import runtime
 from imae_jax.convert import load_model
 from imae_jax.convert.hf import save_hf
-from imae_jax.decode import encode, parse_method, score
+from imae_jax.decode import encode, score
 from imae_jax.evaluate.protocols import get_protocol, load_primer
 from imae_jax.evaluate.truthfulqa import read_questions
 
@@ -47,10 +47,10 @@ def main() -> None:
         groups.append(encode(lm.tokenizer, [prompt] * len(answers), continuations))
     num_answers = sum(map(len, groups))
 
-    method = parse_method(args.method)
-    list(score(lm.model, lm.config, groups[:2], method))
+    models, method = lm.prepare(args.method, generating=False)
+    list(score(models, lm.config, groups[:2], method))
     start = time.perf_counter()
-    sums = {i: [float(s.sum()) for s in scores] for i, scores in score(lm.model, lm.config, groups, method)}
+    sums = {i: [float(s.sum()) for s in scores] for i, scores in score(models, lm.config, groups, method)}
     ours = 1e3 * (time.perf_counter() - start) / num_answers
 
     with tempfile.TemporaryDirectory() as directory:
