@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)"
     )
+    export.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
+    export.add_argument("--iti-alpha", type=float, default=15.0, help="strength (default: 15)")
+    export.add_argument("--iti-heads", type=int, default=48, help="number of heads (default: 48)")
     export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     if args.max_shard_gb <= 0:
@@ -29,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime.set_up()
     from imae_jax.convert import load_model
     from imae_jax.convert.hf import save_hf
+    from imae_jax.convert.iti import bake_into, read_directions
 
     with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
         lm = load_model(args.model, **model_arguments(args))
@@ -37,8 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.model} holds anti-expert units, which a plain Llama checkpoint cannot: export "
                 f"its base ({lm.base.reference}) instead"
             )
+        model = lm.model
+        if args.iti is not None:
+            directions = read_directions(Path(args.iti), lm.config)
+            model = bake_into(model, directions, args.iti_alpha, args.iti_heads)
         save_hf(
-            lm.model,
+            model,
             lm.tokenizer,
             out,
             eos_token_ids=lm.eos_token_ids,

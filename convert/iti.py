@@ -9,12 +9,15 @@ accuracy    float32 [L, N]     of the probes
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from imae_jax.config import LlamaConfig
 from imae_jax.errors import UserError, first_line
+from imae_jax.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,31 @@ class Directions:
             raise UserError(f"iti: heads={heads} exceeds the model's {self.rank.size}")
         chosen = self.rank < heads
         return np.where(chosen[..., None], self.sigma[..., None] * self.directions, 0).astype(np.float32)
+
+
+def bake_into(model: Llama, directions: Directions, alpha: float, heads: int) -> Llama:
+    """A plain model whose `o_proj` biases are `W_o · (α σ θ)`, so that any Llama implementation runs it.
+
+    A bias acts at every position, the prompt's too, where ITI shifts only what predicts an answer's tokens.
+    The other projections of attention get biases of zero: transformers has all of them or none.
+    """
+    shifts = alpha * directions.shifts(heads)
+    config = dataclasses.replace(model.config, qkv_bias=True, o_bias=True)
+    dtype = model.weights().dtype
+    biased = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), stacked=model.stacked, dtype=dtype))
+    graphdef, state = nnx.split(biased)
+    present = dict(nnx.to_flat_state(nnx.state(model)))
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        value = present[path].get_value() if path in present else jnp.zeros(variable.shape, dtype)
+        if path[-1] == "bo":
+            layer = next((part for part in path if isinstance(part, int)), None)
+            wo = present[(*path[:-1], "wo")].get_value().astype(jnp.float32)
+            of_layer = shifts if layer is None else shifts[layer]
+            added = jnp.einsum("...NHD,...NH->...D", wo, of_layer, precision="highest")
+            value = (value.astype(jnp.float32) + added).astype(dtype)
+        leaves.append((path, variable.replace(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def write_directions(path: Path, directions: Directions) -> None:
