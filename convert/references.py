@@ -161,10 +161,7 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
     if second.config.vocab_size != lm.config.vocab_size or (
         second.tokenizer(_PROBE)["input_ids"] != lm.tokenizer(_PROBE)["input_ids"]
     ):
-        raise UserError(
-            f"{resource.setting} {resource.reference} has another vocabulary than {lm.base.reference}: both "
-            "need the same"
-        )
+        raise UserError(f"it has another vocabulary than {lm.base.reference}, and both need the same")
     return LoadedResource(second=second)
 
 

@@ -96,13 +96,13 @@ def _full_stop(answer: str) -> str:
 
 
 def mc_metrics(true: Sequence[float], false: Sequence[float], best: int) -> dict[str, float]:
-    """MC1, MC2 and MC3 of one question, each in 0..1; NaN where a score is NaN.
+    """MC1, MC2 and MC3 of one question, each in 0..1; NaN where a score is NaN or infinite.
 
     Args:
         true, false: summed scores of the answers.
         best: index of the best answer in `true`.
     """
-    if any(map(math.isnan, (*true, *false))):
+    if not all(map(math.isfinite, (*true, *false))):
         return dict.fromkeys(METRICS, math.nan)
     top_false, top = max(false), max(*true, *false)
     mass_true = sum(math.exp(score - top) for score in true)

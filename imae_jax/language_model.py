@@ -93,7 +93,11 @@ class LanguageModel:
         resource = method.resource
         if resource is not None:
             if resource not in self._loaded:
-                self._loaded[resource] = self.load_resource(self, resource)
+                try:
+                    self._loaded[resource] = self.load_resource(self, resource)
+                except UserError as error:
+                    name = f"{method.name}: {resource.setting}={resource.reference}"
+                    raise UserError(f"{name}: {error}") from None
             loaded = self._loaded[resource]
             if loaded.second is not None:
                 second = loaded.second

@@ -33,6 +33,18 @@ def test_commands_and_snippets_of_the_readme_run(smollm2, tmp_path):
     assert len(run.stdout.splitlines()) == 2
 
 
+def test_snippets_of_the_methods_run(smollm2, tmp_path):
+    """Each is a file of its own."""
+    snippets = blocks((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), "python")
+    assert snippets
+    for i, snippet in enumerate(snippets):
+        path = tmp_path / f"snippet{i}.py"
+        path.write_text(snippet, encoding="utf-8")
+        run = run_python([path], tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert len(run.stdout.splitlines()) == snippet.count("\nprint(")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_documents_point_to_exists(document):
     text = document.read_text(encoding="utf-8")

@@ -120,7 +120,8 @@ def stream_tokens(
     if not prompts:
         return
     tokens, mask = _pad(prompts, padding_side)
-    _check_prompts(prompts, max_new_tokens, config)
+    for each in models.configs:
+        _check_prompts(prompts, max_new_tokens, each)
 
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)

@@ -5,6 +5,7 @@ of it. A method is a frozen dataclass, one file each; `REGISTRY` lists them by n
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ REGISTRY: dict[str, type[Method]] = {
     "iti": ITI,
 }
 
+MAY_BE_INFINITE = {"implausible"}
 # Fields of methods that are found out when their resources are loaded.
 FOUND_OUT = {"shared"}
 
@@ -110,7 +112,7 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
         return None
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
     error = UserError(f"method {method}: {key}={value!r} is not a {names}")
-    if isinstance(value, list) and any(typing.get_origin(k) is tuple for k in kinds):
+    if isinstance(value, list | tuple) and any(typing.get_origin(k) is tuple for k in kinds):
         value = tuple(value)
         if all(isinstance(x, int) for x in value):
             return value
@@ -121,9 +123,14 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         raise error
-    if isinstance(value, bool | list | dict):
+    if isinstance(value, bool | list | tuple | dict):
         raise error
     try:
-        return kinds[0](value)
-    except (TypeError, ValueError):
+        converted = kinds[0](value)
+    except (TypeError, ValueError, OverflowError):
         raise error from None
+    if isinstance(value, float) and converted != value:
+        raise error  # A fraction where a whole number is needed, or NaN.
+    if isinstance(converted, float) and not math.isfinite(converted) and key not in MAY_BE_INFINITE:
+        raise UserError(f"method {method}: {key}={value} must be finite")
+    return converted

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 
@@ -49,6 +49,9 @@ class ICD(Contrast):
 
     def with_resource(self, *, shared: bool) -> Self:
         return dataclasses.replace(self, shared=shared)
+
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in super().settings().items() if key != "shared"}
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)

@@ -39,8 +39,8 @@ class SLED(Method):
         scale: k. Published for TruthfulQA: 75 (7B), 50 (13B chat, 70B, 8B-Instruct), 100 (13B, Llama-3-8B).
         steps: default: 10 in multiple choice, 1 when generating, as in the published code.
         lower_bound: logit of tokens outside of I; default: -100 in multiple choice, -1000 when generating.
-        renormalize: off sums raw `z`, as the published script does on multiple choice; MC2's exponentials
-            of such sums overflow there.
+        renormalize: off sums raw `z`, as the published script does on multiple choice, where its MC2 then
+            overflows.
         early_exit_norm: apply the final norm before early exits; the published code does not.
     """
 
