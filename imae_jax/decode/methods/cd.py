@@ -12,7 +12,7 @@ from imae_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CD(Contrast):
-    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097, equation 2).
+    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097).
 
     Cost: two models with two caches.
 

@@ -13,8 +13,7 @@ from imae_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ICD(Contrast):
-    """`β · log p_base(v) − log p_antiLLM(v)` on plausible(p_base, α) (Zhang et al., arXiv 2312.15710,
-    equations 4 and 5).
+    """`β · log p_base(v) − log p_antiLLM(v)` on plausible(p_base, α) (Zhang et al., arXiv 2312.15710).
 
     Cost: with a LoRA adapter of the same base, two rows of one batch over the same weights; with any other
     anti-expert LLM, a second model.
