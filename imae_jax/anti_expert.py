@@ -13,7 +13,7 @@ from flax import nnx
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import swiglu
+from imae_jax.layers import matmul, swiglu
 from imae_jax.params import AntiExpertParam, normal, weight, zeros
 from imae_jax.sharding import constrain
 
@@ -72,14 +72,11 @@ def unit_forward(
         The contribution [B, T, D] in the dtype of `h`, and the gate `a`, float32 [B, T].
     """
     unit = {name: array.astype(h.dtype) for name, array in unit.items()}
-    gate_logits = jnp.einsum("BTD,DG->BTG", h, unit["gate"], preferred_element_type=jnp.float32)
+    gate_logits = matmul(h, unit["gate"], preferred_element_type=jnp.float32)
     a = jax.nn.softmax(gate_logits + unit["gate_bias"].astype(jnp.float32), axis=-1)[..., 0]
     gated = a[..., None].astype(h.dtype) * h
-    inner = swiglu(
-        jnp.einsum("BTD,DA->BTA", gated, unit["w_gate"]),
-        jnp.einsum("BTD,DA->BTA", gated, unit["w_up"]),
-    )
+    inner = swiglu(matmul(gated, unit["w_gate"]), matmul(gated, unit["w_up"]))
     inner = constrain(inner, "batch", "length", "act_mlp")
-    y = jnp.einsum("BTA,AD->BTD", inner, unit["w_down"])
+    y = matmul(inner, unit["w_down"])
     o = strength[:, None, None]
     return jnp.where(o == 0, 0, o.astype(h.dtype) * y), a

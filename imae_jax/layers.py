@@ -4,12 +4,17 @@ Casts follow transformers' Llama: norms and softmax in float32, everything else 
 dtype, so that bfloat16 results agree with the reference as closely as float32 ones do.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
+
+
+FEW_ROWS = (2,)
+"""So many rows XLA multiplies with a matrix faster one by one than at once, on CPU: 0.83 × the time of two."""
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -88,6 +93,32 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, attend: jax.Array) -> ja
     out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=jnp.float32)
     out = (out.reshape(B, K, G, T, H) / total).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, *, num_inputs: int = 1, preferred_element_type: jnp.dtype | None = None
+) -> jax.Array:
+    """A linear map: x [..., inputs…] and a weight [inputs…, outputs…] to [..., outputs…].
+
+    Args:
+        num_inputs: how many axes are inputs. They are flattened: XLA otherwise transposes a weight with
+            several of them (`o_proj`) at every call.
+        preferred_element_type: of the result.
+    """
+    batch, outputs = x.shape[: x.ndim - num_inputs], weight.shape[num_inputs:]
+    x = x.reshape(*batch, -1)
+    weight = weight.reshape(x.shape[-1], -1)
+    multiply = functools.partial(jnp.matmul, preferred_element_type=preferred_element_type)
+
+    def one_by_one(x, weight):
+        rows = x.reshape(-1, x.shape[-1])
+        return jnp.stack([multiply(row, weight) for row in rows]).reshape(*batch, -1)
+
+    if math.prod(batch) in FEW_ROWS:
+        y = jax.lax.platform_dependent(x, weight, cpu=one_by_one, default=multiply)
+    else:
+        y = multiply(x, weight)
+    return y.reshape(*batch, *outputs)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
