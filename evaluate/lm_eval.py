@@ -259,7 +259,7 @@ class IMAEJaxLM(TemplateLM):
     def _continuation(
         self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
     ) -> "Continuation":
-        """What is scored, cut on the left; the last token predicts nothing and needs no place in the context."""
+        """What is scored, cut on the left; the last token, which predicts nothing, is not counted."""
         from imae_jax.decode import Continuation
 
         if not context or not continuation:
