@@ -456,10 +456,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
-    _find_huggingface_evaluate()
 
     with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
+        _find_huggingface_evaluate()
         from imae_jax.convert import load_model
         from imae_jax.decode import parse_method
 
