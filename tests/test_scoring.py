@@ -248,11 +248,15 @@ def test_a_continuation_starts_inside_its_tokens(start):
 def test_sequences_over_the_context_are_refused(weights, rope):
     """`dynamic` RoPE generates beyond, but with other frequencies for every length."""
     config = dataclasses.replace(TINY, rope=rope)
-    fits = continuations(PRIMER, numbers(44, 1))
-    ((_, (scores,)),) = score(weights, config, [fits], Strength(0.0), row_length=24)
-    assert len(scores) == 44
-    too_long = continuations(PRIMER, (5,), numbers(45, 1))
-    with user_error("group 1", "65", "64"):
+    shorter, fits = (continuations(PRIMER, numbers(45, 1)[:n]) for n in (44, 45))
+    (fewer,), (scores,) = (
+        next(score(weights, config, [group], Strength(0.0), row_length=24))[1] for group in (shorter, fits)
+    )
+    assert len(scores) == 45
+    # The 65th token is only predicted: it takes no place in the context and stretches nothing.
+    np.testing.assert_allclose(scores[:44], fewer, atol=1e-5)
+    too_long = continuations(PRIMER, (5,), numbers(46, 1))
+    with user_error("group 1", "66", "64"):
         list(score(weights, config, [fits, too_long], Strength(0.0)))
 
 

@@ -118,6 +118,27 @@ def score(
     Raises:
         UserError: a sequence over the context length, or a method that the model cannot run.
     """
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=False):
+        yield i, [scores for (scores,) in scored]
+
+
+def score_greedy(
+    model: Llama | Weights | Models,
+    config: LlamaConfig,
+    groups: Sequence[Sequence[Continuation]],
+    method: Method,
+    *,
+    row_length: int = ROW_LENGTH,
+    rows_per_batch: int | None = None,
+) -> Iterator[tuple[int, list[np.ndarray], list[np.ndarray]]]:
+    """As `score`, but also yields which tokens are the method's arg-max: one bool array per continuation."""
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=True):
+        yield i, [scores for scores, _ in scored], [greedy for _, greedy in scored]
+
+
+def _score(
+    model, config, groups, method, row_length, rows_per_batch, *, greedy: bool
+) -> Iterator[tuple[int, list[tuple[np.ndarray, ...]]]]:
     models = Models.of(model, config)
     method = method.resolve(config, generating=False)
     streams.check(models, method)
@@ -129,7 +150,8 @@ def score(
         for item in group:
             config.check_token_ids(item.tokens)
         longest = max((len(c.tokens) for c in group), default=0)
-        if longest > limit:
+        # A sequence's last token predicts nothing, so that it needs no place in the context.
+        if longest > limit + 1:
             raise UserError(
                 f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
                 "shorten the prompt or the answer"
@@ -142,7 +164,7 @@ def score(
         window = range(window_start, min(window_start + GROUPS_PER_WINDOW, len(groups)))
         pieces = _pieces({i: groups[i] for i in window}, len(prefix), row_length)
         rows = _fill_rows(pieces, row_length)
-        node_scores: dict[int, np.ndarray] = {}
+        of_nodes: dict[int, tuple[np.ndarray, ...]] = {}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
             length = max(row_length, *(row.length for row in batch))
@@ -150,17 +172,18 @@ def score(
             arrays = [row.arrays(length) for row in batch]
             arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
             stacked = (np.stack(a) for a in zip(*arrays, strict=True))
-            values = _score_nodes(models, prefix_caches, *stacked, method=method)
-            for row, row_values in zip(batch, np.asarray(values), strict=False):
+            values = _score_nodes(models, prefix_caches, *stacked, method=method, greedy=greedy)
+            for row, *row_values in zip(batch, *map(np.asarray, values), strict=False):
                 offset = 0
                 for tree in row.trees:
-                    node_scores[id(tree)] = row_values[offset : offset + len(tree.tokens)]
-                    offset += len(tree.tokens)
-        results = {i: [np.empty(0, np.float32)] * len(groups[i]) for i in window}
+                    part = slice(offset, offset + len(tree.tokens))
+                    of_nodes[id(tree)] = tuple(v[part] for v in row_values)
+                    offset = part.stop
+        results: dict[int, list[tuple[np.ndarray, ...]]] = {i: [()] * len(groups[i]) for i in window}
         for tree in pieces:
             for group, index, nodes in tree.members:
                 first = groups[group][index].start - len(prefix)
-                results[group][index] = node_scores[id(tree)][nodes[first:]]
+                results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
         yield from results.items()
 
 
@@ -293,10 +316,12 @@ def _fill_prefix(models, tokens, mask, *, method):
     return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, method):
-    """Scores [B, T] of every node's token from the hidden states of its parent."""
+@functools.partial(jax.jit, static_argnames=("method", "greedy"))
+def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, method, greedy):
+    """Scores [B, T] of every node's token from the hidden states of its parent; with `greedy` also whether
+    the token is the arg-max there, bool [B, T]."""
     B, T = tokens.shape
+    last_position = min(config.max_position_embeddings for config in models.configs) - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
     hidden, _ = streams.run(
@@ -305,7 +330,8 @@ def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, 
         tokens,
         attention_mask=jnp.ones((B, T), bool),
         answer=answer,
-        positions=jnp.sum(real, dtype=jnp.int32) + depths,
+        # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
+        positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + depths, last_position),
         attend=jnp.concatenate([in_prefix, ancestors], axis=-1),
         caches=tuple(cache.repeat_rows(B).with_capacity(capacity + T) for cache in prefix),
     )
@@ -321,7 +347,9 @@ def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, 
 
     def of_chunk(chunk):
         hidden, tokens = chunk
-        return method.token_scores(streams.logits_of(models, method, hidden), tokens)
+        logits = streams.logits_of(models, method, hidden)
+        scores = method.token_scores(logits, tokens)
+        return (scores, jnp.argmax(method.scores(logits), axis=-1) == tokens) if greedy else (scores,)
 
     chunks = (jax.tree.map(in_chunks, hidden), tokens.reshape(-1, size))
-    return jax.lax.map(of_chunk, chunks).reshape(B, T)
+    return tuple(x.reshape(B, T) for x in jax.lax.map(of_chunk, chunks))
