@@ -7,7 +7,6 @@ rows of the base and rows of the adapted model, and reads each base weight once.
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from imae_jax.config import LlamaConfig, LoraConfig

@@ -399,7 +399,7 @@ def test_contrast_scores(generating):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
         if not generating:
             tokens = random.integers(0, 40, 5)
-            chosen = method.token_scores(logits, jnp.asarray(tokens))
+            chosen = method.token_scores(logits, jnp.arange(5), jnp.asarray(tokens))
             np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], rtol=1e-5, atol=1e-5)
 
 

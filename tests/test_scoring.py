@@ -167,9 +167,9 @@ def test_bfloat16_models_are_scored_in_float32(weights):
 def test_one_shape_for_a_benchmark(weights):
     @dataclasses.dataclass(frozen=True)
     class Counted(Strength):
-        def token_scores(self, logits, tokens):
+        def token_scores(self, logits, positions, tokens):
             traces.append(tokens.shape)
-            return super().token_scores(logits, tokens)
+            return super().token_scores(logits, positions, tokens)
 
     traces = []
     list(score(weights, TINY, questions(PRIMER, n=70, answers=5), Counted(0.0), row_length=24))

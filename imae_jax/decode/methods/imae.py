@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
@@ -38,10 +37,11 @@ class Strength(Method):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
 
-    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
+    def token_scores(
+        self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
         final = logits[0].final
-        chosen = jnp.take_along_axis(final, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(final, axis=-1)
+        return final[positions, tokens] - jax.nn.logsumexp(final, axis=-1)[positions]
 
     def settings(self) -> dict[str, Any]:
         return {"name": "imae", "strength": self.strength}

@@ -88,13 +88,19 @@ class Method(abc.ABC):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         """Next-token scores, float32 [..., V], of a method that is resolved, from every stream's logits."""
 
-    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
-        """`scores` of given tokens alone: int32 [...] to float32 [...].
+    def token_scores(
+        self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
+        """`scores` of some tokens alone, float32 [Q].
 
-        To be overridden where that is cheaper than building [..., V].
+        To be overridden where that is cheaper than building [P, V].
+
+        Args:
+            logits: of P positions.
+            positions: int32 [Q], in front of which of them a token comes.
+            tokens: int32 [Q].
         """
-        scores = self.scores(logits)
-        return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+        return self.scores(logits)[positions, tokens]
 
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         """The method with every setting filled in for a model and a task.
