@@ -8,6 +8,7 @@
   const MINUS = "\u2212";
   const main = document.getElementById("main");
   const details = document.getElementById("details");
+  const hint = [...details.childNodes];
   const controls = document.getElementById("controls").elements;
   const state = { colour: "gate", layer: -1, mode: EXPERT, scale: "fitted", current: null, kept: false };
 
@@ -54,21 +55,21 @@
     return Float64Array.from({ length: e.T }, (_, i) => gateAt(e, state.mode, state.layer, i));
   }
 
-  /** The 1st and 99th percentile. */
-  function fitted(numbers) {
+  function quantile(numbers, share) {
     const sorted = Float64Array.from(numbers).sort();
-    const at = (share) => sorted[Math.round(share * (sorted.length - 1))];
-    const [low, high] = [at(0.01), at(0.99)];
-    return low < high ? [low, high] : [low - 0.5, low + 0.5];
+    return sorted[Math.round(share * (sorted.length - 1))];
   }
 
+  const wide = (low, high) => (low < high ? [low, high] : [Math.max(0, low - 0.5), low + 0.5]);
+
+  /** The scale of the tokens' colours. */
   function limitsOf(all) {
     const numbers = all.flatMap((of) => Array.from(of.subarray(1)));
     if (state.colour === "gain") {
-      const most = fitted(numbers.map(Math.abs))[1];
+      const most = quantile(numbers.map(Math.abs), 0.95) || 1;
       return [-most, most];
     }
-    return state.scale === "full" ? [0, 1] : fitted(numbers);
+    return state.scale === "full" ? [0, 1] : wide(quantile(numbers, 0.01), quantile(numbers, 0.99));
   }
 
   /** The scale of the heat maps, by counting the 256 values that a gate may have. */
@@ -86,8 +87,7 @@
       let seen = 0;
       return counts.findIndex((count) => (seen += count) > share * (total - 1)) / 255;
     };
-    const [low, high] = [at(0.01), at(0.99)];
-    return low < high ? [low, high] : [Math.max(0, low - 0.5), low + 0.5];
+    return wide(at(0.01), at(0.99));
   }
 
   const unit = (value, [low, high]) => Math.min(1, Math.max(0, (value - low) / (high - low)));
@@ -157,11 +157,12 @@
     e.sheet.style.height = `${Math.max(90, Math.min(480, cell * L))}px`;
     e.sheet.style.minWidth = `${3 * e.T}px`;
     e.sheet.style.maxWidth = `${24 * e.T}px`;
-    e.readout = element("div", { class: "across" });
+    e.readout = element("div", { class: "across", role: "status" });
     e.caption = element("figcaption");
     const axis = element("div", { class: "axis" }, element("span", {}, "layer 1"), element("span", {}, `${L}`));
-    const plane = element("div", { class: "plane", tabindex: "0", role: "group", "aria-label": "Heat map of gates" }, e.sheet);
-    const figure = element("figure", {}, e.caption, element("div", { class: "map" }, axis, plane, e.readout));
+    const label = { tabindex: "0", role: "group", "aria-label": "Heat map of gates" };
+    e.plane = element("div", { class: "plane", ...label }, e.sheet);
+    const figure = element("figure", {}, e.caption, element("div", { class: "map" }, axis, e.plane, e.readout));
 
     const keys = [];
     if (e.start !== null) keys.push(element("span", { class: "key answer" }, "answer"));
@@ -236,7 +237,7 @@
     document.getElementById("high").textContent = (full ? "" : "≥ ") + high;
     legend.classList.toggle("gain", gain);
     legend.setAttribute("aria-label", `Colours from ${low} to ${high}`);
-    for (const label of document.querySelectorAll(".of-gate")) label.hidden = gain && label.textContent.includes("Layer");
+    controls.layer.closest("label").hidden = gain;
   }
 
   function drawMaps() {
@@ -350,6 +351,7 @@
     if (e.start !== null) kinds.push(i >= e.start ? "answer" : "prompt");
     if (e.facts?.has(i)) kinds.push("T_fact");
     const parts = [
+      element("button", { type: "button", class: "close", "aria-label": "Close" }, "×"),
       element("div", { class: "text" }, visible(page.texts[e.tokens[i]])),
       element("div", { class: "where" }, kinds.join(" · ")),
     ];
@@ -425,14 +427,20 @@
     return parts;
   }
 
+  function unpoint() {
+    if (!state.current) return;
+    const { e, i } = state.current;
+    e.spans[i].classList.remove("current");
+    e.spans[i].removeAttribute("aria-selected");
+    e.box.removeAttribute("aria-activedescendant");
+    e.column.style.display = "none";
+    e.readout.textContent = "";
+    state.current = null;
+    details.replaceChildren(...hint);
+  }
+
   function point(e, i, layer = -1) {
-    const before = state.current;
-    if (before) {
-      before.e.spans[before.i].classList.remove("current");
-      before.e.spans[before.i].removeAttribute("aria-selected");
-      before.e.column.style.display = "none";
-      before.e.readout.textContent = "";
-    }
+    unpoint();
     state.current = { e, i };
     e.spans[i].classList.add("current");
     e.spans[i].setAttribute("aria-selected", "true");
@@ -443,6 +451,23 @@
     e.readout.textContent = `token ${i} ${visible(textOf(e, i))}`;
     if (layer >= 0 && i > 0) e.readout.textContent += ` · layer ${layer + 1} · gate ${number(gateAt(e, state.mode, layer, i), 2)}`;
     details.replaceChildren(...describe(e, i));
+  }
+
+  /** Scrolls an excerpt's own boxes, not the page, to the token pointed at. */
+  function reveal(box, start, size) {
+    const vertical = box.classList.contains("tokens");
+    const [scroll, extent] = vertical ? ["scrollTop", "clientHeight"] : ["scrollLeft", "clientWidth"];
+    if (start < box[scroll]) box[scroll] = start - size;
+    else if (start + size > box[scroll] + box[extent]) box[scroll] = start + 2 * size - box[extent];
+  }
+
+  function revealToken({ e, i }) {
+    reveal(e.box, e.spans[i].offsetTop, e.spans[i].offsetHeight);
+  }
+
+  function revealColumn({ e, i }) {
+    const width = e.sheet.offsetWidth / e.T;
+    reveal(e.plane, i * width, width);
   }
 
   function keep(kept) {
@@ -489,11 +514,15 @@
   const container = document.getElementById("excerpts");
   container.addEventListener("pointerover", (event) => {
     const token = tokenOf(event.target);
-    if (token && !state.kept) point(...token);
+    if (!token || state.kept) return;
+    point(...token);
+    revealColumn(state.current);
   });
   container.addEventListener("pointermove", (event) => {
     const cell = cellOf(event);
-    if (cell && !state.kept) point(...cell);
+    if (!cell || state.kept) return;
+    point(...cell);
+    revealToken(state.current);
   });
   container.addEventListener("click", (event) => {
     const hit = tokenOf(event.target) ?? cellOf(event);
@@ -512,7 +541,8 @@
     if (event.key in places) {
       const i = Math.min(e.T - 1, Math.max(0, places[event.key]));
       point(e, i);
-      e.spans[i].scrollIntoView({ block: "nearest" });
+      revealToken(state.current);
+      revealColumn(state.current);
     } else if (event.key in layers) chooseLayer(Math.min(L - 1, Math.max(-1, layers[event.key])));
     else if (event.key === "Enter" || event.key === " ") keep(state.current !== null);
     else if (event.key === "Escape") keep(false);
@@ -520,6 +550,10 @@
     event.preventDefault();
   });
   details.addEventListener("click", (event) => {
+    if (event.target.closest(".close")) {
+      keep(false);
+      unpoint();
+    }
     const item = event.target.closest("[data-layer]");
     if (item) chooseLayer(Number(item.dataset.layer) === state.layer ? -1 : Number(item.dataset.layer));
   });

@@ -444,7 +444,9 @@ def render_page(
                 "title": excerpt.title,
                 "length": len(excerpt.tokens),
                 "start": excerpt.start,
-                "facts": None if excerpt.fact is None else np.flatnonzero(excerpt.regions()["T_fact"]).tolist(),
+                "facts": None
+                if excerpt.fact is None
+                else np.flatnonzero(excerpt.regions()["T_fact"]).tolist(),
                 "shown": cut_characters(tokenizer, excerpt.tokens, texts),
                 "tokens": _pack(np.array(excerpt.tokens), "<u4"),
                 "gates": _pack(np.rint(255 * inspection.gates), "u1"),
@@ -480,6 +482,10 @@ def render_page(
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
     )
+
+
+def _fact_places(excerpt: Excerpt) -> list[int] | None:
+    return None if excerpt.fact is None else np.flatnonzero(excerpt.regions()["T_fact"]).tolist()
 
 
 def _pack(array: np.ndarray, dtype: str) -> str:
@@ -521,7 +527,7 @@ def _row_numbers(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.evaluate.inspector",
-        description="Writes an HTML page of the gates and predictions of an IMAE model on every token of texts.",
+        description="Writes an HTML page of an IMAE model's gates and predictions on every token of texts.",
     )
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -575,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {"data": f"{args.data}, T_fact with γ = {gamma:g}"}
     count = sum(len(excerpt.tokens) for excerpt in excerpts)
     if count > MOST_TOKENS:
-        raise UserError(f"{count} tokens are more than one page holds ({MOST_TOKENS}): give fewer texts or rows")
+        raise UserError(f"{count} tokens are more than a page holds ({MOST_TOKENS}): give less text or rows")
     inspections = inspect(
         lm,
         excerpts,
@@ -593,9 +599,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "commit": git and git["commit"] + (" with changes" if git["dirty"] else ""),
     }
     shown = {name: value for name, value in settings.items() if value is not None}
-    write_text(
-        args.html, render_page(lm.tokenizer, excerpts, inspections, model=args.model, settings=shown)
-    )
+    write_text(args.html, render_page(lm.tokenizer, excerpts, inspections, model=args.model, settings=shown))
     print(f"wrote {args.html}: {count} tokens, {args.html.stat().st_size / 1e6:.1f} MB")
 
 
