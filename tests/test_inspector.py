@@ -5,13 +5,25 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
-from conftest import EVEN_SIZES, TINY, UNIT_SIZE, jit_forward, log_softmax, logits, tiny_llama, user_error
+from conftest import (
+    EVEN_SIZES,
+    TINY,
+    UNIT_SIZE,
+    jit_forward,
+    log_softmax,
+    logits,
+    tiny_llama,
+    user_error,
+    with_random_units,
+    write_rows,
+)
 from transformers import PreTrainedTokenizerFast
 
 from imae_jax.anti_expert import MODES
@@ -22,8 +34,13 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.evaluate import inspector
 from imae_jax.evaluate.inspector import MODE_NAMES, Excerpt, Inspection, inspect, main, render_page
 from imae_jax.llama import Taps
-from imae_jax.train.__main__ import main as train
+from imae_jax.sharding import make_mesh
+from imae_jax.train import data
+from imae_jax.train.config import load_config
+from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
+from imae_jax.train.token_filter import filter_tokens
 
+ROOT = Path(__file__).parents[1]
 CONTEXT = TINY.max_position_embeddings
 # Half a step of 1/255, and the rounding of 255 · gate in float32.
 GATE_STEP = 0.5 / 255 + 1e-6
@@ -119,9 +136,9 @@ def test_windows_cover_every_token_once(window):
 def page_data(html: str) -> dict:
     """What the page's script reads."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    data = json.loads(text)
-    M, L, K = len(data["modes"]), data["layers"], data["top"]
-    for packed in data["excerpts"]:
+    page = json.loads(text)
+    M, L, K = len(page["modes"]), page["layers"], page["top"]
+    for packed in page["excerpts"]:
         T = packed["length"]
 
         def unpack(name, dtype, *shape, packed=packed):
@@ -133,12 +150,12 @@ def page_data(html: str) -> dict:
         packed["topTokens"] = unpack("topTokens", "<u4", M, T, K)
         packed["topLogProbs"] = unpack("topLogProbs", "<f4", M, T, K)
         packed["context"] = unpack("context", "<u4", T)
-    return data
+    return page
 
 
-def shown_text(data: dict, packed: dict) -> str:
+def shown_text(page: dict, packed: dict) -> str:
     return "".join(
-        packed["shown"].get(str(i), data["texts"][str(token)]) for i, token in enumerate(packed["tokens"])
+        packed["shown"].get(str(i), page["texts"][str(token)]) for i, token in enumerate(packed["tokens"])
     )
 
 
@@ -154,18 +171,18 @@ def text_page(models, tmp_path_factory) -> Path:
 
 
 def test_page_of_a_text_holds_what_was_computed(text_page, lm):
-    data = page_data(text_page.read_text(encoding="utf-8"))
-    (packed,) = data["excerpts"]
+    page = page_data(text_page.read_text(encoding="utf-8"))
+    (packed,) = page["excerpts"]
     tokens = tuple(lm.tokenizer(TEXT)["input_ids"])
     assert packed["tokens"].tolist() == list(tokens)
-    assert shown_text(data, packed) == TEXT, "characters of several tokens are whole"
+    assert shown_text(page, packed) == TEXT, "characters of several tokens are whole"
     assert (packed["title"], packed["start"], packed["facts"]) == (HOSTILE_NAME, None, None)
     (found,) = inspect(lm, [Excerpt("", tokens)], window=40)
     np.testing.assert_allclose(packed["gates"], found.gates, atol=GATE_STEP)
     np.testing.assert_allclose(packed["logProbs"], found.log_probs, atol=1e-6)
     np.testing.assert_array_equal(packed["topTokens"], found.top_tokens)
     np.testing.assert_array_equal(packed["context"], found.context)
-    (summary,) = data["summary"]
+    (summary,) = page["summary"]
     assert summary["tokens"] == len(tokens) - 1
     np.testing.assert_allclose(summary["layers"], found.gates[:, :, 1:].mean(axis=2), atol=1e-6)
 
@@ -185,37 +202,64 @@ def test_page_of_prompts_with_answers(models, lm, tmp_path):
     source.write_text("\n\n".join(map(json.dumps, lines)))
     command = ["--model", models / "imae", "--text", source, "--html", path, "--quiet"]
     assert main([*map(str, command), "--format", "plain"]) == 0
-    data = page_data(path.read_text())
-    answered, alone = data["excerpts"]
-    assert [e["title"] for e in data["excerpts"]] == ["line 1", "line 3"]
-    assert shown_text(data, answered) == "Q: Why?\nA: So.</s>"
+    page = page_data(path.read_text())
+    answered, alone = page["excerpts"]
+    assert [e["title"] for e in page["excerpts"]] == ["line 1", "line 3"]
+    assert shown_text(page, answered) == "Q: Why?\nA: So.</s>"
     assert answered["start"] == len("Q: Why?\nA:")
     assert alone["start"] is None
-    assert shown_text(data, alone) == "Q: Just this\nA:"
+    assert shown_text(page, alone) == "Q: Just this\nA:"
     (found,) = inspect(lm, [Excerpt("", tuple(answered["tokens"].tolist()))])
-    regions = {row["region"]: row for row in data["summary"]}
+    regions = {row["region"]: row for row in page["summary"]}
     assert list(regions) == ["all tokens", "prompt", "answer"]
     assert regions["answer"]["tokens"] == len(" So.") + 1
     answer = found.log_probs[:, answered["start"] :]
     np.testing.assert_allclose(regions["answer"]["log_probs"], answer.mean(axis=1), atol=1e-5)
     # An own page may be replaced, raw is the default.
     assert main([*map(str, command), "--overwrite"]) == 0
-    data = page_data(path.read_text())
-    assert shown_text(data, data["excerpts"][0]) == "Why?So."
+    page = page_data(path.read_text())
+    assert shown_text(page, page["excerpts"][0]) == "Why?So."
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def anti_expert_llm(tiny):
+    """Another random model does for one trained on hallucinations."""
     return tiny("gqa", initializer_range=0.2, seed=1, **EVEN_SIZES).directory
 
 
-@pytest.fixture
-def run(settings, anti_expert_llm, tmp_path):
-    """A training run of one step with a token filter; another random model serves as anti-expert LLM."""
-    few = ["optimizer.steps=1", "optimizer.warmup_steps=0", "data.held_out=4"]
-    token_filter = [f"filter.anti_expert_llm={anti_expert_llm}", f"filter.gamma={GAMMA}"]
-    assert train([*settings, *few, *token_filter, "--quiet"]) == 0
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
+    """What the inspector reads of a training run, written as `train.loop` writes it; units are random."""
+    out = tmp_path_factory.mktemp("run")
+    rows = write_rows(out / "rows.jsonl")
+    config = load_config(
+        None,
+        [
+            *(f"model={checkpoint.directory}", f"out={out}", f"data.source={rows}", "data.held_out=4"),
+            *(f"filter.anti_expert_llm={anti_expert_llm}", f"filter.gamma={GAMMA}"),
+        ],
+    )
+    mesh = make_mesh(8)
+    base = load_model(config.model, stacked=True, mesh=mesh)
+    tokenized = data.tokenize(data.load_rows(config.data), base.tokenizer, config.data)
+    _, kept = filter_tokens(
+        tokenized.train + tokenized.held_out,
+        base,
+        config.filter.anti_expert_llm,
+        config.filter.gamma,
+        out / FILTER_DIR,
+        mesh=mesh,
+        batch_size=8,
+    )
+    write_imae_dir(
+        out / IMAE_DIR,
+        with_random_units(base.model.weights(), base.config),
+        base.config,
+        AntiExpertConfig(UNIT_SIZE),
+        base=dataclasses.asdict(base.base),
+        training={"config": config.to_dict(), "data": tokenized.statistics | kept},
+    )
+    return out
 
 
 def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert_llm, tmp_path, capfd):
@@ -223,13 +267,13 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
     command = ["--model", run / "imae", "--data", run, "--html", path, "--quiet", "--overwrite"]
     command = [*map(str, command)]
     assert main(command) == 0
-    data = page_data(path.read_text())
+    page = page_data(path.read_text())
     lm = load_model(str(run / "imae"))
     held_out = lm.imae["training"]["data"]["held_out_rows"]
-    assert [e["title"] for e in data["excerpts"]] == [f"row {row}, held out" for row in held_out]
+    assert [e["title"] for e in page["excerpts"]] == [f"row {row}, held out" for row in held_out]
     base, anti = (load_model(str(directory)) for directory in (checkpoint.directory, anti_expert_llm))
     marks, ratios = [], []
-    for packed in data["excerpts"]:
+    for packed in page["excerpts"]:
         tokens, start = packed["tokens"], packed["start"]
         of_base, of_anti = (
             log_softmax(logits(m.model.weights(), m.config, tokens[None].astype(np.int32))[0])
@@ -242,21 +286,47 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
     clear = np.abs(ratios - GAMMA) > 1e-4
     np.testing.assert_array_equal(marks[clear], ratios[clear] >= GAMMA)
     assert 0 < marks.sum() < len(marks)
-    rows = {row["region"]: row["tokens"] for row in data["summary"]}
+    rows = {row["region"]: row["tokens"] for row in page["summary"]}
     assert (rows["T_fact"], rows["answer outside T_fact"]) == (marks.sum(), (~marks).sum())
 
     trained = next(row for row in range(12) if row not in held_out)
     assert main([*command, "--rows", f"{held_out[1]},{trained}"]) == 0
-    data = page_data(path.read_text())
-    assert [e["title"] for e in data["excerpts"]] == [
+    page = page_data(path.read_text())
+    assert [e["title"] for e in page["excerpts"]] == [
         f"row {held_out[1]}, held out",
         f"row {trained}, trained on",
     ]
     before = path.read_bytes()
     assert f"{run} has no row 12, 99" in error_of(capfd, *command, "--rows", "3,12,99")
-    shutil.rmtree(run / "token_filter")
-    assert "holds 0 sets of log-ratios" in error_of(capfd, *command)
+    unfiltered = tmp_path / "run"
+    shutil.copytree(run / "imae", unfiltered / "imae")
+    assert "holds 0 sets of log-ratios" in error_of(capfd, *command, "--data", unfiltered)
+    config = json.loads((unfiltered / "imae" / "imae_config.json").read_text())
+    config["base"]["fingerprint"] = "other"
+    (unfiltered / "imae" / "imae_config.json").write_text(json.dumps(config))
+    assert "was trained on another base" in error_of(capfd, *command, "--data", unfiltered)
     assert path.read_bytes() == before
+
+
+def test_commands_of_the_document_run(run, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "inspector.md").read_text(encoding="utf-8")
+
+    def blocks(language):
+        return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "first").symlink_to(run)
+    (lines,) = blocks("json")
+    Path("answers.jsonl").write_text(lines, encoding="utf-8")
+    Path("text.txt").write_text("t5 t6 t7 " * 40)
+    (commands,) = blocks("bash")
+    for command in commands.replace("\\\n", " ").splitlines():
+        *program, module = shlex.split(command)[:3]
+        assert [*program, module] == ["python", "-m", "imae_jax.evaluate.inspector"]
+        arguments = shlex.split(command)[3:]
+        assert main([*arguments, "--quiet"]) == 0, command
+        assert Path(arguments[arguments.index("--html") + 1]).stat().st_size > 0
 
 
 def error_of(capfd, *arguments) -> str:
@@ -429,8 +499,8 @@ def test_browser_shows_text_as_text(browser, text_page, lm):
 
 def test_browser_shows_what_was_computed_where_the_pointer_is(browser, text_page):
     open_page(browser, text_page)
-    data = page_data(text_page.read_text(encoding="utf-8"))
-    (packed,) = data["excerpts"]
+    page = page_data(text_page.read_text(encoding="utf-8"))
+    (packed,) = page["excerpts"]
     i = 9  # "c" of "script": the 8 tokens before are in view as well
     hover(browser, tokens_of(browser)[i])
     text = details_of(browser)
@@ -448,7 +518,7 @@ def test_browser_shows_what_was_computed_where_the_pointer_is(browser, text_page
             assert float(probability) == pytest.approx(
                 np.exp(packed["topLogProbs"][mode, i, k]), abs=6e-4, rel=0.5
             )
-            token = data["texts"][str(packed["topTokens"][mode, i, k])]
+            token = page["texts"][str(packed["topTokens"][mode, i, k])]
             if token.isprintable() and not token.isspace():
                 assert name == token
 
