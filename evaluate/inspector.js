@@ -168,11 +168,14 @@
     if (e.start !== null) keys.push(element("span", { class: "key answer" }, "answer"));
     if (e.facts) keys.push(element("span", { class: "key fact" }, "T_fact: about facts"));
     e.means = element("span", {});
+    const contexts = e.context.filter((context, i) => context < i);
+    const windows = `Longer than a window: computed in windows that overlap by half, so that a token sees at least ${Math.min(...contexts)} tokens before it.`;
     return element(
       "section",
       { class: "excerpt", id: `excerpt-${e.number + 1}` },
       element("h2", {}, e.title, element("small", {}, small)),
       element("p", { class: "note" }, ...keys, e.means),
+      ...(contexts.length ? [element("p", { class: "note" }, windows)] : []),
       e.box,
       figure,
     );
@@ -182,7 +185,9 @@
     if (excerpts.length < 2) return;
     const list = document.querySelector("#contents ol");
     for (const e of excerpts) {
-      const start = Array.from({ length: Math.min(e.T, 40) }, (_, i) => textOf(e, i)).join("");
+      // Of a prompt with an answer, what stands around the answer: prompts may all begin alike.
+      const first = Math.max(0, (e.start ?? 0) - 24);
+      const start = (first ? "…" : "") + Array.from({ length: Math.min(e.T - first, 48) }, (_, i) => textOf(e, first + i)).join("");
       list.append(
         element(
           "li",

@@ -382,6 +382,17 @@ def cut_characters(tokenizer: Any, tokens: Sequence[int], texts: dict[int, str])
     return shown
 
 
+def byte_name(token: str) -> str:
+    """A token that holds part of a character, by its bytes as SentencePiece names them: `<0xE6><0x9D>`."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    # Byte-level BPE writes every byte as a character of its own.
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if not all(character in byte_of for character in token) or token.startswith("<0x"):
+        return token
+    return "".join(f"<0x{byte_of[character]:02X}>" for character in token)
+
+
 def summarize(excerpts: Sequence[Excerpt], inspections: Sequence[Inspection]) -> list[dict[str, Any]]:
     """Means over each region of all excerpts that have it.
 
@@ -432,6 +443,10 @@ def render_page(
     ids = {int(i) for x in inspections for i in np.unique(x.top_tokens)}
     ids = sorted(ids.union(*(excerpt.tokens for excerpt in excerpts)))
     texts = dict(zip(ids, token_texts(tokenizer, [[i] for i in ids]), strict=True))
+    shown = [cut_characters(tokenizer, excerpt.tokens, texts) for excerpt in excerpts]
+    texts |= {
+        i: byte_name(tokenizer.convert_ids_to_tokens(i)) for i, text in texts.items() if INCOMPLETE in text
+    }
     summary = summarize(excerpts, inspections)
     data = {
         "modes": MODE_NAMES,
@@ -447,7 +462,7 @@ def render_page(
                 "facts": None
                 if excerpt.fact is None
                 else np.flatnonzero(excerpt.regions()["T_fact"]).tolist(),
-                "shown": cut_characters(tokenizer, excerpt.tokens, texts),
+                "shown": whole_texts,
                 "tokens": _pack(np.array(excerpt.tokens), "<u4"),
                 "gates": _pack(np.rint(255 * inspection.gates), "u1"),
                 "logProbs": _pack(inspection.log_probs, "<f4"),
@@ -455,7 +470,7 @@ def render_page(
                 "topLogProbs": _pack(inspection.top_log_probs, "<f4"),
                 "context": _pack(inspection.context, "<u4"),
             }
-            for excerpt, inspection in zip(excerpts, inspections, strict=True)
+            for excerpt, inspection, whole_texts in zip(excerpts, inspections, shown, strict=True)
         ],
     }
     environment = jinja2.Environment(

@@ -58,17 +58,13 @@ def models(tmp_path_factory) -> Path:
     byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = tokenizers.decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="</s>")
-    model = tiny_llama(dataclasses.replace(TINY, vocab_size=len(vocab)), units=True)
+    model = tiny_llama(dataclasses.replace(TINY, vocab_size=len(vocab)))
     root = tmp_path_factory.mktemp("models")
-    plain = tiny_llama(model.config)
     (root / "base").mkdir()
-    save_hf(plain, tokenizer, root / "base")
-    base = load_model(str(root / "base")).base
-    weights = dataclasses.replace(plain.weights(), units=model.weights().units)
-    unit_sizes = AntiExpertConfig(UNIT_SIZE)
-    write_imae_dir(
-        root / "imae", weights, model.config, unit_sizes, base=dataclasses.asdict(base), training={}
-    )
+    save_hf(model, tokenizer, root / "base")
+    base = dataclasses.asdict(load_model(str(root / "base")).base)
+    weights, units = with_random_units(model.weights(), model.config), AntiExpertConfig(UNIT_SIZE)
+    write_imae_dir(root / "imae", weights, model.config, units, base=base, training={})
     return root
 
 
@@ -176,6 +172,7 @@ def test_page_of_a_text_holds_what_was_computed(text_page, lm):
     tokens = tuple(lm.tokenizer(TEXT)["input_ids"])
     assert packed["tokens"].tolist() == list(tokens)
     assert shown_text(page, packed) == TEXT, "characters of several tokens are whole"
+    assert page["texts"][str(tokens[TEXT.index("東")])] == "<0xE6>", "and their parts are bytes"
     assert (packed["title"], packed["start"], packed["facts"]) == (HOSTILE_NAME, None, None)
     (found,) = inspect(lm, [Excerpt("", tokens)], window=40)
     np.testing.assert_allclose(packed["gates"], found.gates, atol=GATE_STEP)
