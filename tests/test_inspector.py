@@ -84,9 +84,11 @@ def assert_values(lm, found: Inspection, tokens: tuple[int, ...], places: range,
     row = np.array([tokens[start : places.stop]])
     predicting = np.array(places) - 1 - start
     for m, mode in enumerate(MODE_NAMES):
-        gates = jit_forward(weights, config, row, strength=MODES[mode], taps=Taps(gates=True)).gates
-        np.testing.assert_allclose(found.gates[m][:, places], np.asarray(gates)[:, 0, predicting], atol=2e-5)
-        expected = log_softmax(logits(weights, config, row, strength=MODES[mode])[0])[predicting]
+        output = jit_forward(weights, config, row, strength=MODES[mode], taps=Taps(gates=True))
+        gates = np.asarray(output.gates)[:, 0, predicting]
+        np.testing.assert_allclose(found.gates[m][:, places], gates, atol=2e-5)
+        logits_here = np.asarray(output.hidden_states)[0] @ np.asarray(weights.base["unembed"])
+        expected = log_softmax(logits_here)[predicting]
         targets = np.array(tokens)[places]
         rows = np.arange(len(places))
         np.testing.assert_allclose(found.log_probs[m, places], expected[rows, targets], atol=1e-4)
