@@ -104,7 +104,8 @@
 
   /** White space that would not be seen by itself. */
   function visible(text) {
-    return text.replaceAll("\n", "⏎").replaceAll("\r", "␍").replaceAll("\t", "⇥").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+    const signs = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
+    return text.replace(/[\n\r\t]/g, (c) => signs[c]).replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
   }
 
   function element(tag, attributes = {}, ...children) {
@@ -114,6 +115,11 @@
     }
     node.append(...children);
     return node;
+  }
+
+  function heading(names) {
+    const cells = names.map((name) => element("th", { scope: "col" }, name));
+    return element("thead", {}, element("tr", {}, ...cells));
   }
 
   function svg(tag, attributes, text) {
@@ -142,7 +148,8 @@
 
   function buildExcerpt(e) {
     const small = `${e.T} tokens` + (e.start === null ? "" : `, answer from token ${e.start}`);
-    e.box = element("div", { class: "tokens", role: "listbox", tabindex: "0", "aria-label": `Tokens of ${e.title}` });
+    const box = { class: "tokens", role: "listbox", tabindex: "0", "aria-label": `Tokens of ${e.title}` };
+    e.box = element("div", box);
     e.box.dataset.excerpt = e.number;
     e.spans = Array.from({ length: e.T }, (_, i) => tokenSpan(e, i));
     e.box.append(...e.spans);
@@ -159,17 +166,20 @@
     e.sheet.style.maxWidth = `${24 * e.T}px`;
     e.readout = element("div", { class: "across", role: "status" });
     e.caption = element("figcaption");
-    const axis = element("div", { class: "axis" }, element("span", {}, "layer 1"), element("span", {}, `${L}`));
+    const ends = ["layer 1", `${L}`].map((text) => element("span", {}, text));
+    const axis = element("div", { class: "axis" }, ...ends);
     const label = { tabindex: "0", role: "group", "aria-label": "Heat map of gates" };
     e.plane = element("div", { class: "plane", ...label }, e.sheet);
-    const figure = element("figure", {}, e.caption, element("div", { class: "map" }, axis, e.plane, e.readout));
+    const map = element("div", { class: "map" }, axis, e.plane, e.readout);
 
     const keys = [];
     if (e.start !== null) keys.push(element("span", { class: "key answer" }, "answer"));
     if (e.facts) keys.push(element("span", { class: "key fact" }, "T_fact: about facts"));
     e.means = element("span", {});
     const contexts = e.context.filter((context, i) => context < i);
-    const windows = `Longer than a window: computed in windows that overlap by half, so that a token sees at least ${Math.min(...contexts)} tokens before it.`;
+    const windows =
+      "Longer than a window: computed in windows that overlap by half, so that after the first one a token " +
+      `sees at least ${Math.min(...contexts)} tokens before it.`;
     return element(
       "section",
       { class: "excerpt", id: `excerpt-${e.number + 1}` },
@@ -177,7 +187,7 @@
       element("p", { class: "note" }, ...keys, e.means),
       ...(contexts.length ? [element("p", { class: "note" }, windows)] : []),
       e.box,
-      figure,
+      element("figure", {}, e.caption, map),
     );
   }
 
@@ -187,7 +197,8 @@
     for (const e of excerpts) {
       // Of a prompt with an answer, what stands around the answer: prompts may all begin alike.
       const first = Math.max(0, (e.start ?? 0) - 24);
-      const start = (first ? "…" : "") + Array.from({ length: Math.min(e.T - first, 48) }, (_, i) => textOf(e, first + i)).join("");
+      const texts = Array.from({ length: Math.min(e.T - first, 48) }, (_, i) => textOf(e, first + i));
+      const start = (first ? "…" : "") + texts.join("").replace(/\s+/g, " ");
       list.append(
         element(
           "li",
@@ -196,7 +207,7 @@
             "a",
             { href: `#excerpt-${e.number + 1}` },
             element("span", { class: "title" }, e.title),
-            element("span", { class: "start" }, start.replace(/\s+/g, " ")),
+            element("span", { class: "start" }, start),
             element("span", { class: "number" }, `${e.T} tokens`),
           ),
         ),
@@ -248,7 +259,7 @@
   function drawMaps() {
     const colours = ramp();
     const limits = mapLimits();
-    const table = Uint32Array.from({ length: 256 }, (_, g) => colours[Math.round(255 * unit(g / 255, limits))]);
+    const table = colours.map((_, gate) => colours[Math.round(255 * unit(gate / 255, limits))]);
     for (const e of excerpts) {
       const image = new ImageData(e.T, L);
       const pixels = new Uint32Array(image.data.buffer);
@@ -310,7 +321,8 @@
     const [low, high] = state.scale === "full" ? [0, 1] : [Math.max(0, bottom - pad), Math.min(1, top + pad)];
     const x = (layer) => left + ((W - left - right) * layer) / Math.max(1, L - 1);
     const y = (gate) => up + ((H - up - down) * (high - gate)) / (high - low);
-    const drawing = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Mean gate of every layer" });
+    const label = "Mean gate of every layer";
+    const drawing = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label });
     for (const share of [0, 0.25, 0.5, 0.75, 1]) {
       const gate = low + share * (high - low);
       drawing.append(
@@ -328,11 +340,11 @@
       drawing.append(svg("polyline", { class: `series-${n % 3}`, points }));
     });
     document.getElementById("chart").replaceChildren(drawing);
-    document
-      .getElementById("chart-key")
-      .replaceChildren(...chosen.flatMap((region, n) => [element("span", { class: `swatch series-${n % 3}` }), region]));
+    const swatch = (n) => element("span", { class: `swatch series-${n % 3}` });
+    const key = chosen.flatMap((region, n) => [swatch(n), region]);
+    document.getElementById("chart-key").replaceChildren(...key);
 
-    const head = element("tr", {}, ...["layer", ...rows.map((row) => row.region)].map((name) => element("th", { scope: "col" }, name)));
+    const head = heading(["layer", ...rows.map((row) => row.region)]);
     const body = Array.from({ length: L }, (_, layer) =>
       element(
         "tr",
@@ -341,7 +353,7 @@
         ...rows.map((row) => element("td", {}, number(row.layers[state.mode][layer], 3))),
       ),
     );
-    document.getElementById("layer-table").replaceChildren(element("thead", {}, head), element("tbody", {}, ...body));
+    document.getElementById("layer-table").replaceChildren(head, element("tbody", {}, ...body));
   }
 
   // ---- the token pointed at
@@ -362,7 +374,8 @@
     ];
     if (i === 0) return [...parts, element("p", { class: "hint" }, "Nobody predicts the first token.")];
     if (e.context[i] < i) {
-      parts.push(element("div", { class: "where" }, `computed from the ${e.context[i]} tokens before it (windows)`));
+      const seen = `computed from the ${e.context[i]} tokens before it (windows)`;
+      parts.push(element("div", { class: "where" }, seen));
     }
 
     const gain = gainAt(e, i);
@@ -371,7 +384,7 @@
       element(
         "table",
         {},
-        element("thead", {}, element("tr", {}, ...[...modes, `expert ${MINUS} base`].map((m) => element("th", { scope: "col" }, m)))),
+        heading([...modes, `expert ${MINUS} base`]),
         element(
           "tbody",
           {},
@@ -389,12 +402,14 @@
     const mean = gates.reduce((a, b) => a + b) / L;
     const bars = element("div", { class: "bars", "aria-hidden": "true" });
     gates.forEach((gate, layer) => {
-      const bar = element("i", { class: layer === state.layer && "chosen", title: `layer ${layer + 1}: ${number(gate, 2)}` });
+      const title = `layer ${layer + 1}: ${number(gate, 2)}`;
+      const bar = element("i", { class: layer === state.layer && "chosen", title });
       bar.style.setProperty("--v", gate.toFixed(3));
       bars.append(bar);
     });
     const numbers = gates.map((gate, layer) => {
-      const item = element("li", { class: layer === state.layer && "chosen" }, element("span", {}, `${layer + 1}`), number(gate, 2));
+      const name = element("span", {}, `${layer + 1}`);
+      const item = element("li", { class: layer === state.layer && "chosen" }, name, number(gate, 2));
       item.dataset.layer = layer;
       return item;
     });
@@ -425,7 +440,7 @@
       element(
         "table",
         { class: "predictions" },
-        element("thead", {}, element("tr", {}, ...modes.map((m) => element("th", { scope: "col" }, m)))),
+        heading(modes),
         element("tbody", {}, ...rows),
       ),
     );
@@ -454,7 +469,10 @@
     e.column.style.left = `${(100 * i) / e.T}%`;
     e.column.style.width = `${100 / e.T}%`;
     e.readout.textContent = `token ${i} ${visible(textOf(e, i))}`;
-    if (layer >= 0 && i > 0) e.readout.textContent += ` · layer ${layer + 1} · gate ${number(gateAt(e, state.mode, layer, i), 2)}`;
+    if (layer >= 0 && i > 0) {
+      const gate = number(gateAt(e, state.mode, layer, i), 2);
+      e.readout.textContent += ` · layer ${layer + 1} · gate ${gate}`;
+    }
     details.replaceChildren(...describe(e, i));
   }
 
@@ -512,8 +530,9 @@
     if (event.target.tagName !== "CANVAS") return null;
     const e = excerpts[Number(event.target.dataset.excerpt)];
     const box = event.target.getBoundingClientRect();
-    const share = (at, size, count) => Math.min(count - 1, Math.max(0, Math.floor((at / size) * count)));
-    return [e, share(event.clientX - box.left, box.width, e.T), share(event.clientY - box.top, box.height, L)];
+    const place = (at, size, count) => Math.min(count - 1, Math.max(0, Math.floor((at / size) * count)));
+    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+    return [e, place(x, box.width, e.T), place(y, box.height, L)];
   }
 
   const container = document.getElementById("excerpts");

@@ -32,6 +32,7 @@ from imae_jax.language_model import LanguageModel
 from imae_jax.llama import Taps, Weights, forward, project
 
 MODE_NAMES = ("base", "expert", "anti-expert")
+BASE, EXPERT = 0, 1
 TOP = 5
 WINDOW = 2048
 TOKENS_PER_BATCH, LENGTH_BUCKET, POSITIONS_PER_PROJECTION = 2048, 64, 128
@@ -398,7 +399,8 @@ def summarize(excerpts: Sequence[Excerpt], inspections: Sequence[Inspection]) ->
 
     Returns:
         For each region: `region`, `tokens` (how many), and by mode `gates` [M], `log_probs` [M] and
-        `layers` [M, L], the mean gate of every layer.
+        `layers` [M, L], the mean gate of every layer; `gain`, by how much the expert's log-probabilities
+        exceed the base's.
     """
     gathered: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for excerpt, inspection in zip(excerpts, inspections, strict=True):
@@ -416,6 +418,7 @@ def summarize(excerpts: Sequence[Excerpt], inspections: Sequence[Inspection]) ->
                     "gates": gates.mean(axis=(1, 2)).tolist(),
                     "log_probs": log_probs.mean(axis=1).tolist(),
                     "layers": gates.mean(axis=2).tolist(),
+                    "gain": float((log_probs[EXPERT] - log_probs[BASE]).mean()),
                 }
             )
     return rows

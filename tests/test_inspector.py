@@ -184,6 +184,7 @@ def test_page_of_a_text_holds_what_was_computed(text_page, lm):
     (summary,) = page["summary"]
     assert summary["tokens"] == len(tokens) - 1
     np.testing.assert_allclose(summary["layers"], found.gates[:, :, 1:].mean(axis=2), atol=1e-6)
+    assert summary["gain"] == pytest.approx((found.log_probs[1] - found.log_probs[0])[1:].mean(), abs=1e-5)
 
 
 def test_nothing_of_a_text_is_markup(text_page):
@@ -549,6 +550,8 @@ def test_browser_recolours_tokens(browser, text_page):
     assert background() != of_mean
     choose(browser, "mode", str(MODE_NAMES.index("anti-expert")))
     np.testing.assert_allclose(shares(browser)[1:], fitted(gates[2, 2]), atol=6e-4)
+    script = "return [...document.querySelectorAll('#layer-table td')].map(cell => Number(cell.textContent))"
+    np.testing.assert_allclose(browser.execute_script(script), gates[2].mean(axis=1), atol=GATE_STEP + 6e-4)
     choose(browser, "scale", "full")
     np.testing.assert_allclose(shares(browser)[1:], gates[2, 2], atol=6e-4)
     choose(browser, "colour", "gain")
