@@ -187,6 +187,22 @@ def test_page_of_a_text_holds_what_was_computed(text_page, lm):
     assert summary["gain"] == pytest.approx((found.log_probs[1] - found.log_probs[0])[1:].mean(), abs=1e-5)
 
 
+def test_texts_of_tokens_as_sentencepiece_writes_them():
+    """Spaces begin words, and bytes are tokens of their own."""
+    decoders = tokenizers.decoders
+    vocab = {name: i for i, name in enumerate(("▁a", "▁b", "<0xE6>", "<0x9D>", "<0xB1>", "<unk>"))}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+    texts = inspector.token_texts(tokenizer, [[i] for i in range(5)])
+    assert texts == [" a", " b", "\ufffd", "\ufffd", "\ufffd"]
+    shown = inspector.cut_characters(tokenizer, [0, 2, 3, 4, 1, 2], dict(enumerate(texts)))
+    assert shown == {1: "東", 2: "", 3: ""}, "the last one stays cut"
+    assert inspector.byte_name("<0xE6>") == inspector.byte_name("æ") == "<0xE6>"
+
+
 def test_nothing_of_a_text_is_markup(text_page):
     html = text_page.read_text(encoding="utf-8")
     assert html.count("<script") == html.count("</script") == 2
