@@ -203,6 +203,7 @@ def forward(
     positions: jax.Array | None = None,
     attend: jax.Array | None = None,
     strength: float | jax.Array | None = None,
+    gate_threshold: float | jax.Array | None = None,
     adapter: float | jax.Array | None = None,
     shift: jax.Array | None = None,
     cache: KVCache | None = None,
@@ -225,6 +226,7 @@ def forward(
             causal, padding excluded.
         strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
             units, runs the base alone and costs nothing extra.
+        gate_threshold: gates below it count as closed, a number or [B]. None leaves all as they are.
         adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base.
             None, or no deltas, leaves them out.
         shift: float32 [B, T], factor of the heads' shifts at every position. None, or no shifts, leaves them
@@ -257,6 +259,7 @@ def forward(
         raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
     else:
         strength = per_row(strength, B)
+        gate_threshold = None if gate_threshold is None else per_row(gate_threshold, B)
     lora = None if adapter is None else weights.lora
     if lora is not None:
         lora_scale = weights.lora_scale * per_row(adapter, B)
@@ -310,7 +313,7 @@ def forward(
             out, gate = _mlp(linear, layer, h), None
         if unit is not None:
             with jax.named_scope("anti_expert"):
-                y, gate = unit_forward(unit, h, strength)
+                y, gate = unit_forward(unit, h, strength, gate_threshold)
                 out = out + y
         taken = (gate if taps.gates else None, heads if taps.heads else None)
         return constrain(x + out, "batch", "length", "act_embed"), kv, taken

@@ -452,6 +452,18 @@ def test_lists_of_methods_are_cut_between_methods():
         split_methods(" , ")
 
 
+def test_braces_in_lists_of_methods_stand_for_several_values():
+    assert split_methods("base,iti:directions=d,alpha={5, 15},heads={1,2},expert,dola:candidates={low}") == [
+        "base",
+        *(f"iti:directions=d,alpha={alpha},heads={heads}" for alpha in (5, 15) for heads in (1, 2)),
+        "expert",
+        "dola:candidates=low",
+    ]
+    for text in ("iti:alpha={5,15", "iti:alpha=5}", "iti:alpha={{5}}"):
+        with user_error("braces"):
+            split_methods(text)
+
+
 # Compilation
 
 

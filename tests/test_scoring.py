@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
+from conftest import (
+    TINY,
+    hf_logits,
+    import_torch,
+    log_softmax,
+    logits,
+    random_tokens,
+    tiny_llama,
+    user_error,
+)
 
 from imae_jax.config import RopeConfig
-from imae_jax.decode import Continuation, encode, score
+from imae_jax.decode import Continuation, encode, score, windows
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.scoring import GROUPS_PER_WINDOW
@@ -279,3 +288,37 @@ def test_no_groups_and_empty_groups(weights):
     assert results.keys() == {0, 1, 2}
     assert results[0] == results[2] == []
     assert len(results[1]) == 4
+
+
+# Texts
+
+
+@pytest.mark.parametrize(("n", "length"), [(2, 8), (8, 8), (9, 8), (31, 8), (31, 7), (5, 2)])
+def test_windows_score_every_token_but_the_first_once(n, length):
+    tokens = random_tokens(n).tolist()
+    found = windows(tokens, length)
+    scored = [token for window in found for token in window.tokens[window.start :]]
+    assert scored == tokens[1:]
+    assert all(len(window.tokens) <= length for window in found)
+    assert all(window.start >= length // 2 for window in found[1:])
+    for few, size in (([1], 8), ([], 8), ([1, 2], 1)):
+        with user_error("two"):
+            windows(few, size)
+
+
+def test_perplexity_is_that_of_transformers(tiny):
+    import_torch()
+    checkpoint = tiny()
+    lm = checkpoint.load()
+    texts = ["t8 t9 t10 t11 t40", "t30 t31"]
+    for text, actual in zip(texts, lm.perplexity(texts), strict=True):
+        ids = lm.tokenizer(text)["input_ids"]
+        log_probs = log_softmax(hf_logits(checkpoint.hf, np.asarray([ids])))[0]
+        expected = np.exp(-np.mean([log_probs[i, token] for i, token in enumerate(ids[1:])]))
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    (whole,), (cut,) = lm.perplexity(texts[:1]), lm.perplexity(texts[:1], window=2)
+    assert whole != cut
+    with user_error("perplexity", "dola", "renormalize"):
+        lm.perplexity(texts, "dola:candidates=low")
+    with user_error("two"):
+        lm.perplexity(["t3"])

@@ -88,6 +88,25 @@ def encode(
     return encoded
 
 
+def windows(tokens: Sequence[int], length: int) -> list[Continuation]:
+    """Windows of a text that overlap by half: every token but the text's first is scored once.
+
+    All but the first window's tokens have at least `length // 2` tokens before them.
+
+    Raises:
+        UserError: fewer than two tokens, or windows of less than two.
+    """
+    if len(tokens) < 2 or length < 2:
+        raise UserError(f"a text of {len(tokens)} tokens in windows of {length}: both need at least two")
+    stride, scored, found = length // 2, 1, []
+    for start in range(0, len(tokens), stride):
+        part = tuple(tokens[start : start + length])
+        if start + len(part) > scored:
+            found.append(Continuation(part, scored - start))
+            scored = start + len(part)
+    return found
+
+
 def score(
     model: Llama | Weights | Models,
     config: LlamaConfig,
