@@ -251,7 +251,7 @@ class LanguageModel:
     def perplexity(
         self, texts: Sequence[str], method: str | Method = "base", *, window: int | None = None
     ) -> list[float]:
-        """Perplexity of every text: exp of its tokens' mean negative log-probability, each given those before.
+        """Perplexity of every text: exp of the mean negative log-probability of its tokens.
 
         The first token is only context. A text longer than a window goes in windows that overlap by half.
 

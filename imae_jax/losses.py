@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from imae_jax.errors import UserError
 from imae_jax.llama import Weights, project
+from imae_jax.plausibility import FORMS, plausible
 
-VALID_FORMS = ("probability", "logit")
 MEANS = ("token", "example")
 
 
@@ -25,11 +25,8 @@ class LossConfig:
 
     Attributes:
         beta: weight of the base's term in p_target.
-        valid_form: which tokens V_valid the contrast may touch. `probability`:
-            `p_base(x) ≥ δ · max p_base`, as the code of ICD, CD and DoLa computes it. `logit`:
-            `logit_base(x) ≥ δ · max logit_base`, as the paper writes it; its δ = 1.0, taken literally,
-            keeps the arg-max alone, and a ratio of logits changes when a constant is added to all of
-            them, hence the default.
+        valid_form: form of V_valid, the tokens that the contrast may touch: see `plausibility`. The paper
+            writes `logit`, whose result changes when a constant is added to all logits, hence the default.
         delta: δ.
         gate_weight: factor of L_gate; the paper's is 1, 0 trains without it.
         mean: `token`, the mean over all tokens of the batch, or `example`, the mean over rows of each
@@ -43,8 +40,8 @@ class LossConfig:
     mean: str = "token"
 
     def __post_init__(self):
-        if self.valid_form not in VALID_FORMS:
-            raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(VALID_FORMS)}")
+        if self.valid_form not in FORMS:
+            raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(FORMS)}")
         if self.mean not in MEANS:
             raise UserError(f"loss.mean {self.mean!r}: use {' or '.join(MEANS)}")
         if not (math.isfinite(self.beta) and 0 <= self.gate_weight < math.inf):
@@ -60,11 +57,7 @@ def target_log_probs(logits_base: jax.Array, logits_anti: jax.Array, settings: L
     """
     log_base = jax.nn.log_softmax(logits_base)
     log_anti = jax.nn.log_softmax(logits_anti)
-    if settings.valid_form == "probability":
-        valid = log_base >= jnp.max(log_base, axis=-1, keepdims=True) + jnp.log(settings.delta)
-    else:
-        top = jnp.max(logits_base, axis=-1, keepdims=True)
-        valid = (logits_base >= settings.delta * top) | (logits_base >= top)
+    valid = plausible(logits_base, settings.delta, settings.valid_form)
     scores = settings.beta * log_base - log_anti
     return jax.nn.log_softmax(jnp.where(valid, scores, -jnp.inf))
 

@@ -46,25 +46,28 @@ def softmax(x):
     return np.exp(log_softmax(x))
 
 
-def contrast(strong, weak, *, weight=1.0, alpha=0.0, renormalize=False, implausible=-1000.0):
-    """Of log-probabilities: `weight · strong − weak`, renormalized, then masked."""
-    difference = weight * strong - weak
+def contrast(
+    strong, weak, *, weight=1.0, alpha=0.0, plausibility="probability", renormalize=False, implausible=-1000.0
+):
+    """Of logits and log-probabilities: `weight · log p_strong − weak`, renormalized, then masked."""
+    difference = weight * log_softmax(strong) - weak
     if renormalize:
         difference = log_softmax(difference)
-    p = np.exp(strong)
-    return np.where(p >= alpha * p.max(axis=-1, keepdims=True), difference, implausible)
+    p = softmax(strong) if plausibility == "probability" else np.float64(strong)
+    kept = p >= alpha * p.max(axis=-1, keepdims=True)
+    return np.where(kept if alpha else True, difference, implausible)
 
 
 def icd(base, anti, *, beta=1.0, **settings):
-    return contrast(log_softmax(base), log_softmax(anti), weight=beta, **settings)
+    return contrast(base, log_softmax(anti), weight=beta, **settings)
 
 
 def cd(expert, amateur, *, temperature=1.0, **settings):
-    return contrast(log_softmax(expert), log_softmax(np.float64(amateur) / temperature), **settings)
+    return contrast(expert, log_softmax(np.float64(amateur) / temperature), **settings)
 
 
 def static_dola(final, exits, **settings):
-    return contrast(log_softmax(final), log_softmax(exits[0]), **settings)
+    return contrast(final, log_softmax(exits[0]), **settings)
 
 
 def dola(final, exits, *, divergence="published", **settings):
@@ -118,6 +121,8 @@ MASKS = [
     {"alpha": 0.1, "renormalize": True},
     {"alpha": 0.3, "implausible": -50.0},
     {"alpha": 1.0},
+    {"alpha": 0.6, "plausibility": "logit"},
+    {"alpha": 1.0, "plausibility": "logit", "renormalize": True},
 ]
 
 
@@ -830,6 +835,7 @@ def test_buckets_of_layers(layers, tied, low, high):
         ("in-model-contrast:anti_strength=inf", ["in-model-contrast", "anti_strength=", "inf"]),
         ("dola:alpha=much", ["dola", "alpha", "'much'"]),
         ("dola:implausible=0", ["dola", "implausible=0"]),
+        ("dola:plausibility=odds", ["dola", "'odds'", "probability", "logit"]),
         ("dola:divergence=kl", ["dola", "'kl'", "published", "jensen-shannon"]),
         ("cd:amateur=m,temperature=0", ["cd", "temperature=0"]),
         ("sled:scale=0", ["sled", "scale=0"]),

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method, plausible
+from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method
 from imae_jax.errors import UserError
+from imae_jax.plausibility import FORMS, plausible
 
 ALPHA_GENERATING = 0.1
 
@@ -18,8 +19,9 @@ class Contrast(Method):
     """The settings that contrasts share.
 
     Attributes:
-        alpha: plausibility threshold on the stronger side's probabilities; 0 turns it off. Default: 0 in
-            multiple choice, as in the published TruthfulQA settings, and 0.1 when generating.
+        alpha: plausibility threshold on the stronger side; 0 turns it off. Default: 0 in multiple choice, as
+            in the published TruthfulQA settings, and 0.1 when generating.
+        plausibility: form of the constraint, `probability` or `logit`; see `imae_jax.plausibility`.
         renormalize: log-softmax of the difference over the whole vocabulary, before implausible tokens
             are masked, as the published scripts do it. Off, multiple choice sums a likelihood ratio, which
             no single distribution over tokens can express: results must say which was used.
@@ -28,12 +30,15 @@ class Contrast(Method):
     """
 
     alpha: float | None = None
+    plausibility: str = "probability"
     renormalize: bool = False
     implausible: float | None = None
 
     def __post_init__(self):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"{self.name}: alpha={self.alpha} must be between 0 and 1")
+        if self.plausibility not in FORMS:
+            raise UserError(f"{self.name}: plausibility={self.plausibility!r}: use {' or '.join(FORMS)}")
         if self.implausible is not None and not self.implausible < 0:
             raise UserError(f"{self.name}: implausible={self.implausible} must be below 0")
 
@@ -49,11 +54,11 @@ class Contrast(Method):
             implausible = float("-inf") if generating else IMPLAUSIBLE_SCORE
         return dataclasses.replace(self, alpha=alpha, implausible=implausible)
 
-    def combine(self, difference: jax.Array, strong: jax.Array) -> jax.Array:
-        """Scores from a difference of log-probabilities, both float32 [..., V]; `strong` is the stronger
-        side's."""
+    def combine(self, difference: jax.Array, strong_logits: jax.Array) -> jax.Array:
+        """Scores from a difference of log-probabilities and the stronger side's logits, float32 [..., V]."""
         if self.renormalize:
             difference = jax.nn.log_softmax(difference)
         if self.alpha == 0:
             return difference
-        return jnp.where(plausible(strong, self.alpha), difference, self.implausible)
+        kept = plausible(strong_logits, self.alpha, self.plausibility)
+        return jnp.where(kept, difference, self.implausible)

@@ -34,4 +34,4 @@ class InModelContrast(Contrast):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)
-        return self.combine(self.beta * base - anti, base)
+        return self.combine(self.beta * base - anti, logits[0].final)

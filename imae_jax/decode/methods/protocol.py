@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
 
@@ -133,14 +132,3 @@ class Method(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """What to write into results: enough to build the method again."""
         return {"name": self.name, **dataclasses.asdict(self)}
-
-
-def plausible(log_probs: jax.Array, alpha: float) -> jax.Array:
-    """The adaptive plausibility constraint: `{v : p(v) ≥ α · max_w p(w)}` as bool [..., V].
-
-    Args:
-        log_probs: [..., V]; logits do as well, since the maximum is subtracted.
-        alpha: 0 < α ≤ 1. For α = 0 the constraint is off: callers skip it.
-    """
-    top = jnp.max(log_probs, axis=-1, keepdims=True)
-    return log_probs >= top + jnp.log(alpha)
