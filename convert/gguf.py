@@ -78,6 +78,7 @@ class GGUFSource:
         self.shapes = {
             name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
+        self.dtypes = dict.fromkeys(self.shapes, self.dtype)
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
