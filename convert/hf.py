@@ -29,7 +29,7 @@ IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 MAX_NAMES_IN_ERROR = 8
 # By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 # What the model types of exported IMAE models begin with.
 IMAE_PREFIX = "imae_"
@@ -418,6 +418,11 @@ def write_config(
     """
     with _quiet_tokenizers():
         tokenizer.save_pretrained(directory)
+    settings = read_json(directory / TOKENIZER_FILE)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # Its name before transformers 5, which knows both.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (directory / TOKENIZER_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     eos = list(eos_token_ids)
     eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}

@@ -68,6 +68,11 @@ class OpenedModel:
     unit_source: TensorSource | None = None
     imae: dict[str, Any] | None = None
 
+    @property
+    def is_export(self) -> bool:
+        """Whether the units lie in the base's own files."""
+        return self.unit_source is not None and self.unit_source.location == self.source.location
+
     def load(
         self,
         *,
@@ -91,11 +96,13 @@ class OpenedModel:
         """The model's transformers tokenizer, or that in another directory or hub repository."""
         if override is None and isinstance(self.source, GGUFSource):
             return self.source.tokenizer()
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         location = override or self.directory
+        # It would read config.json, whose type needs code that is not run here.
+        known = {"config": AutoConfig.for_model(self.config.to_hf()["model_type"])} if self.is_export else {}
         try:
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **known)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
             reason = first_line(error)
             raise UserError(

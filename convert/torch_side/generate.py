@@ -50,21 +50,14 @@ def generate(
             return scores
         return scores.masked_fill(base < base.amax(-1, keepdim=True) + math.log(alpha), -math.inf)
 
-    def contrast(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        attention_mask=None,
-        **model_kwargs,
-    ):
+    def contrast(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         if generation_config.num_beams > 1:
             raise ValueError("in-model contrast searches no beams: set num_beams=1")
         input_ids = input_ids.to(model.device)
         rows = input_ids.shape[0]
         mode = torch.tensor([0.0, anti_strength], device=input_ids.device).repeat_interleave(rows)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
         open_rows = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         tokens, cache, kept = input_ids, None, ()
         while open_rows.any():
@@ -100,5 +93,5 @@ def generate(
             return GenerateDecoderOnlyOutput(sequences=input_ids, scores=kept or None, past_key_values=cache)
         return input_ids
 
-    # Not `model.generate`, which some versions of transformers replace by this function.
+    # Not `model.generate`, which transformers replaces by this function in models that do not mind.
     return GenerationMixin.generate(model, *args, custom_generate=contrast, streamer=streamer, **kwargs)

@@ -149,11 +149,15 @@ class ImaeForCausalLMMixin:
         strength = parse_mode(mode)
         return None if strength == 0 else torch.full((rows,), strength, device=self.device)
 
-    def adjust_generation_fn(self, *args, **kwargs):
-        # Called by `from_pretrained`. It would put the contrast of `custom_generate/` in the place of
-        # `generate`; here, only `generate(custom_generate=DIRECTORY)` asks for it.
-        super().adjust_generation_fn(*args, **kwargs)
-        vars(self).pop("generate", None)
+    @property
+    def generate(self):
+        # `from_pretrained` assigns the contrast of `custom_generate/` to this name. Here, only a call with
+        # `custom_generate=DIRECTORY` gets it.
+        return super().generate
+
+    @generate.setter
+    def generate(self, function):
+        pass
 
 
 class ImaeLlamaDecoderLayer(ImaeDecoderLayerMixin, LlamaDecoderLayer):
