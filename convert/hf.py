@@ -420,9 +420,11 @@ def write_config(
         tokenizer.save_pretrained(directory)
     settings = read_json(directory / TOKENIZER_FILE)
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        # Its name before transformers 5, which knows both.
+        # Its name before transformers 5, which knows both; and what it gives, which was more there.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (directory / TOKENIZER_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        settings["model_input_names"] = tokenizer.model_input_names
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     eos = list(eos_token_ids)
     eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}

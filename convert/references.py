@@ -96,11 +96,11 @@ class OpenedModel:
         """The model's transformers tokenizer, or that in another directory or hub repository."""
         if override is None and isinstance(self.source, GGUFSource):
             return self.source.tokenizer()
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer, PretrainedConfig
 
         location = override or self.directory
-        # It would read config.json, whose type needs code that is not run here.
-        known = {"config": AutoConfig.for_model(self.config.to_hf()["model_type"])} if self.is_export else {}
+        # It would read config.json, whose type asks for code that is not run here.
+        known = {"config": PretrainedConfig()} if self.is_export and override is None else {}
         try:
             return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **known)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
