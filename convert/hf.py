@@ -112,7 +112,7 @@ class SafetensorsSource:
             self._handle = safe_open(path, framework="numpy")
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing: download the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             reason = first_line(error)
             raise UserError(
                 f"{path} is damaged or not a safetensors file ({reason}): download it again"
@@ -186,8 +186,8 @@ def _weight_files(directory: Path) -> list[str]:
             raise UserError(f"{index} has no weight_map: download it again")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if Path(file).name != file:
-                raise UserError(f"{index} points outside of its directory: {file!r}")
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index} points to no safetensors file in its directory: {file!r}")
         return files
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise UserError(
@@ -328,6 +328,12 @@ def _place(row: Row, layer: int | None, variable: Any, source: TensorSource, mes
 
 
 def check_tensors(rows: list[Row], config, source: TensorSource, num_source_layers: int | None) -> None:
+    """Raises a `UserError` that lists what is missing, unexpected and of a wrong shape in a source."""
+    if config.num_layers > len(source.shapes):
+        raise UserError(
+            f"the config has {config.num_layers} layers, but {source.location} holds only "
+            f"{len(source.shapes)} tensors"
+        )
     expected = {row.hf_name(i): row.hf_shape for row, i in expand(rows, config.num_layers)}
     allowed = set(expected)
     if num_source_layers is not None:

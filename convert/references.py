@@ -118,7 +118,7 @@ class OpenedModel:
             for name in ("generation_config.json", "config.json"):
                 if (self.directory / name).is_file():
                     value = read_json(self.directory / name).get("eos_token_id")
-                    ids |= set(value) if isinstance(value, list) else {value}
+                    ids |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
         return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 

@@ -237,7 +237,7 @@ def test_device_map(exported, tmp_path):
     placed |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
     hf = in_transformers(directory, device_map=placed, offload_folder=tmp_path)
     assert_bitwise(hf_logits_of(hf, tokens, {}, "expert"), expected)
-    assert list(hf._no_split_modules) == ["ImaeLlamaDecoderLayer"]
+    assert "ImaeLlamaDecoderLayer" in hf._no_split_modules
 
 
 def test_saved_again_by_transformers(exported, tmp_path):
