@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from conftest import (
 from safetensors.numpy import load_file, save_file
 from test_cli import error_of, output_of
 from test_convert import tensors_of
+from test_docs import ROOT, blocks
 
 from imae_jax import decode
 from imae_jax.anti_expert import MODES
@@ -704,3 +707,25 @@ def test_dry_run_lists_what_would_be_pushed(imae_dir, tmp_path, capfd, monkeypat
     assert "org/name cannot be pushed" in error
     assert "hf_secret" not in error + text
     assert (tmp_path / "out" / "config.json").exists()
+
+
+# The documentation
+
+
+def test_commands_and_snippets_of_the_documentation_run(imae_dir, tmp_path):
+    """In their order; what training and an evaluation would have written is there."""
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    shutil.copytree(imae_dir(), tmp_path / "out" / "first" / "imae")
+    (tmp_path / "out" / "first-tqa").mkdir()
+    scores = {"methods": {"base": {"mc1": 1.0, "mc2": 2.0, "mc3": 3.0}}}
+    (tmp_path / "out" / "first-tqa" / "results.json").write_text(json.dumps(scores))
+    (commands,) = blocks(text, "bash")
+    for line in commands.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "python"
+        run = run_python(arguments, tmp_path)
+        assert run.returncode == 0, f"{line}\n{run.stderr}"
+    snippets = blocks(text, "python")
+    (tmp_path / "snippets.py").write_text("".join(snippets))
+    run = run_python([tmp_path / "snippets.py"], tmp_path)
+    assert run.returncode == 0, run.stderr
