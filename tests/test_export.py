@@ -6,9 +6,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -25,7 +25,6 @@ from conftest import (
     log_softmax,
     logits,
     random_tokens,
-    run_python,
     user_error,
     with_random_units,
 )
@@ -42,6 +41,7 @@ from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.hf import SafetensorsSource, save_hf, write_safetensors
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import open_model
+from imae_jax.generate import main as generate
 from imae_jax.sharding import make_mesh
 
 PARITY = 2e-4
@@ -520,12 +520,10 @@ def test_model_card(imae_dir, tmp_path, capfd):
     assert "results.json" in error_of(capfd, convert, *command, "--overwrite")
 
 
-def test_the_cards_snippet_runs(exported, tmp_path):
+def test_the_cards_snippet_runs(exported):
     card = (exported() / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0].replace('"model"', repr(str(exported())))
-    (tmp_path / "snippet.py").write_text(snippet.replace("max_new_tokens=32", "max_new_tokens=3"))
-    run = run_python([tmp_path / "snippet.py"], tmp_path)
-    assert run.returncode == 0, run.stderr
+    exec(snippet.replace("max_new_tokens=32", "max_new_tokens=3"), {})
 
 
 # What is verified, and what goes wrong
@@ -583,47 +581,42 @@ def test_wrong_arguments_leave_nothing_behind(imae_dir, tmp_path, capfd, argumen
     assert list(tmp_path.iterdir()) == []
 
 
-LIMITED = """
-import resource, sys
-from imae_jax.convert.__main__ import main
-import imae_jax.convert.export, imae_jax.convert.verify, jax, transformers
-jax.devices()
-main(["export", "--model", sys.argv[3], "--out", sys.argv[4]])  # all that is loaded once
-if sys.argv[1] == "memory":
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
-else:
-    import signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-sys.exit(main(sys.argv[5:]))
-"""
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux' limits")
+def test_a_full_disk_leaves_nothing_behind(imae_dir, tmp_path, capfd):
+    """A limit on the size of a file stands for the disk's."""
+    import resource
 
-
-def run_limited(kind, limit, small, *arguments):
-    with tempfile.TemporaryDirectory() as first:
-        return _run_limited(kind, limit, small, Path(first) / "first", *arguments)
-
-
-def _run_limited(*arguments):
-    command = [sys.executable, "-c", LIMITED, *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux'")
-def test_a_full_disk_leaves_nothing_behind(tiny, imae_dir, tmp_path):
-    small = tiny().directory
-    run = run_limited("disk", 20_000, small, "export", "--model", imae_dir(), "--out", tmp_path / "out")
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ")
-    assert "cannot be written" in run.stderr
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        error = error_of(capfd, convert, "export", "--model", imae_dir(), "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "cannot be written" in error
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux'")
+def test_a_directory_that_cannot_be_written(imae_dir, tmp_path, capfd):
+    (tmp_path / "file").write_text("mine")
+    error = error_of(capfd, convert, "export", "--model", imae_dir(), "--out", tmp_path / "file" / "out")
+    assert "cannot be written" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+LIMITED = """
+import resource, sys
+from imae_jax.convert.__main__ import main
+main(["export", "--model", sys.argv[1], "--out", sys.argv[2]])  # all that is loaded once
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]),) * 2)
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux' limits")
 def test_models_larger_than_memory(tiny, tmp_path):
-    """384 MiB of tensors in 24 files, and room for 128 MiB beyond what the program itself takes."""
+    """384 MiB of tensors in 13 files, and room for 128 MiB beyond what the program itself takes."""
     size = 2**18
     fields = {"intermediate_size": size, "num_hidden_layers": 4}
     small = tiny(**fields | {"intermediate_size": 80})
@@ -666,9 +659,12 @@ def test_models_larger_than_memory(tiny, tmp_path):
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     room = 128 * 2**20
     assert total > 2.9 * room
-    run = run_limited(
-        "memory", room, small.directory, "export", "--model", tmp_path / "imae", "--out", tmp_path / "out"
-    )
+    command = ["export", "--model", tmp_path / "imae", "--out", tmp_path / "out"]
+    command = [sys.executable, "-c", LIMITED, small.directory, tmp_path / "small", room, *command]
+    # A thread's stack and arena take room, too.
+    few_threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+    environment = os.environ | few_threads | {"XLA_FLAGS": "", "TOKENIZERS_PARALLELISM": "false"}
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "not verified: the memory" in run.stdout
     written = SafetensorsSource(tmp_path / "out")
@@ -712,7 +708,7 @@ def test_dry_run_lists_what_would_be_pushed(imae_dir, tmp_path, capfd, monkeypat
 # The documentation
 
 
-def test_commands_and_snippets_of_the_documentation_run(imae_dir, tmp_path):
+def test_commands_and_snippets_of_the_documentation_run(imae_dir, tmp_path, monkeypatch, capfd):
     """In their order; what training and an evaluation would have written is there."""
     text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     shutil.copytree(imae_dir(), tmp_path / "out" / "first" / "imae")
@@ -720,12 +716,11 @@ def test_commands_and_snippets_of_the_documentation_run(imae_dir, tmp_path):
     scores = {"methods": {"base": {"mc1": 1.0, "mc2": 2.0, "mc3": 3.0}}}
     (tmp_path / "out" / "first-tqa" / "results.json").write_text(json.dumps(scores))
     (commands,) = blocks(text, "bash")
-    for line in commands.replace("\\\n", " ").splitlines():
-        program, *arguments = shlex.split(line)
-        assert program == "python"
-        run = run_python(arguments, tmp_path)
-        assert run.returncode == 0, f"{line}\n{run.stderr}"
-    snippets = blocks(text, "python")
-    (tmp_path / "snippets.py").write_text("".join(snippets))
-    run = run_python([tmp_path / "snippets.py"], tmp_path)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    mains = {"imae_jax.convert": convert, "imae_jax.generate": generate}
+    for line in commands.splitlines():
+        program, option, module, *arguments = shlex.split(line)
+        assert (program, option) == ("python", "-m")
+        output_of(capfd, mains[module], *arguments)
+    for snippet in blocks(text, "python"):
+        exec(snippet, {})
