@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -685,6 +686,47 @@ def test_a_sharded_model_is_gathered_tensor_by_tensor(tiny, tmp_path, stacked):
     expected = tensors_of(checkpoint.directory)
     for name, tensor in tensors_of(tmp_path).items():
         assert_bitwise(tensor, expected[name])
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from imae_jax import distributed
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from imae_jax.convert import load_model
+from imae_jax.convert.hf import save_hf
+from imae_jax.sharding import make_mesh
+with distributed.end_together():
+    lm = load_model(sys.argv[3], stacked=True, mesh=make_mesh(fsdp=2, tensor=2))
+    assert not lm.model.embed[...].is_fully_addressable
+    save_hf(lm.model, lm.tokenizer, Path(sys.argv[4]), max_shard_bytes=20_000)
+    distributed.barrier("written")
+"""
+
+
+def test_the_main_process_writes_what_others_hold(tiny, tmp_path):
+    checkpoint = tiny(vocab_size=96)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", PROCESS, address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), str(checkpoint.directory), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    expected, actual = tensors_of(checkpoint.directory), tensors_of(tmp_path)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert_bitwise(tensor, expected[name])
+    assert load_model(str(tmp_path)).config == checkpoint.load().config
 
 
 # The hub
