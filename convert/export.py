@@ -5,6 +5,7 @@ safetensors files, `config.json` with an `auto_map` to the modules of `torch_sid
 tokenizer, and a model card. `references.load_model` reads it back.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -68,12 +69,11 @@ def write_model(
     Raises:
         UserError: tensors that do not fit the config, or a model that transformers has no config for.
     """
-    config, units = opened.config, opened.unit_source
+    config, units = opened.config, _unit_tensors(opened)
     rows = base_rows(config)
     check_tensors(rows, config, opened.source, opened.num_source_layers)
     hf = config.to_hf()
     if units is not None:
-        check_tensors(unit_rows(config, opened.anti_expert), config, units, opened.num_source_layers)
         hf = _imae_config(hf, opened, mode)
         for source, target in SHIPPED.items():
             (directory / target).parent.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def write_model(
         rows,
         config.num_layers,
         dtype=None if dtype is None else parse_dtype(dtype),
-        units=units,
+        more=units,
     )
     if max_shard_bytes is None and units is None and isinstance(opened.source, SafetensorsSource):
         shards = _shards_of_source(opened.source, tensors)
@@ -94,6 +94,14 @@ def write_model(
         shards = shards_of_size(tensors, max_shard_bytes or MAX_SHARD_BYTES)
     write_weights(directory, tensors, shards)
     write_config(directory, hf, tensors.dtype, loaded_tokenizer, opened.eos_token_ids(loaded_tokenizer))
+
+
+def _unit_tensors(opened: OpenedModel) -> SelectedSource | None:
+    if opened.unit_source is None:
+        return None
+    rows = unit_rows(opened.config, opened.anti_expert)
+    check_tensors(rows, opened.config, opened.unit_source, opened.num_source_layers)
+    return SelectedSource(opened.unit_source, rows, opened.config.num_layers)
 
 
 def _imae_config(hf: dict[str, Any], opened: OpenedModel, mode: str | float) -> dict[str, Any]:
@@ -223,9 +231,7 @@ def import_model(
         )
     with new_directory(out, marker=f"{IMAE_DIR}/{imae_dir.CONFIG_FILE}", overwrite=overwrite) as temporary:
         (temporary / BASE_DIR).mkdir()
-        plain = OpenedModel(
-            opened.config, opened.source, opened.num_source_layers, opened.base, opened.directory
-        )
+        plain = dataclasses.replace(opened, anti_expert=None, unit_source=None, imae=None)
         write_model(plain, temporary / BASE_DIR, tokenizer=tokenizer)
         base = {
             "reference": str((Path(out) / BASE_DIR).resolve()),
@@ -235,7 +241,7 @@ def import_model(
         }
         imae_dir.write_imae_dir(
             temporary / IMAE_DIR,
-            opened.unit_source,
+            _unit_tensors(opened),
             opened.config,
             opened.anti_expert,
             base=base,

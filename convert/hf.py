@@ -150,9 +150,9 @@ class SelectedSource:
     Args:
         source: of the tensors in `rows`.
         rows: which of them.
-        num_layers: of the model.
+        num_layers: how many of the lowest layers.
         dtype: to read them in; default: their own.
-        units: a source of more tensors, all of which are taken as they are.
+        more: another selection, whose tensors are taken as they are.
     """
 
     def __init__(
@@ -162,14 +162,14 @@ class SelectedSource:
         num_layers: int,
         *,
         dtype: jnp.dtype | None = None,
-        units: TensorSource | None = None,
+        more: "SelectedSource | None" = None,
     ):
         self.location, self.dtype = source.location, jnp.dtype(dtype or source.dtype)
         self._sources = {row.hf_name(layer): source for row, layer in expand(rows, num_layers)}
         self.dtypes = {name: jnp.dtype(dtype or source.dtypes[name]) for name in self._sources}
-        if units is not None:
-            self._sources |= dict.fromkeys(units.shapes, units)
-            self.dtypes |= units.dtypes
+        if more is not None:
+            self._sources |= dict.fromkeys(more.shapes, more)
+            self.dtypes |= more.dtypes
         self.shapes = {name: source.shapes[name] for name, source in self._sources.items()}
 
     def read(self, name: str) -> np.ndarray:

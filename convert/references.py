@@ -57,6 +57,7 @@ class OpenedModel:
         directory: with the tokenizer, None for GGUF files.
         anti_expert, unit_source: sizes and tensors of the units, both or neither.
         imae: contents of `imae_config.json`; None without units.
+        is_export: whether the files are those that `convert export` wrote of an IMAE model.
     """
 
     config: LlamaConfig
@@ -67,11 +68,7 @@ class OpenedModel:
     anti_expert: AntiExpertConfig | None = None
     unit_source: TensorSource | None = None
     imae: dict[str, Any] | None = None
-
-    @property
-    def is_export(self) -> bool:
-        """Whether the units lie in the base's own files."""
-        return self.unit_source is not None and self.unit_source.location == self.source.location
+    is_export: bool = False
 
     def load(
         self,
@@ -345,7 +342,8 @@ def _exported_units(path: Path, hf: dict[str, Any], source: SafetensorsSource) -
     """The units' part of a checkpoint that `convert export` wrote; their tensors leave `source`."""
     imae = imae_dir.check_config(hf.get("imae"), f"imae in {path}")
     units = source.split_off(lambda name: imae_dir.UNIT_INFIX in name)
-    return {"anti_expert": AntiExpertConfig(**imae["anti_expert"]), "unit_source": units, "imae": imae}
+    sizes = AntiExpertConfig(**imae["anti_expert"])
+    return {"anti_expert": sizes, "unit_source": units, "imae": imae, "is_export": True}
 
 
 def _split_suffix(reference: str) -> tuple[str, int | None]:

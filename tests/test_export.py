@@ -388,6 +388,19 @@ def test_import_gives_the_same_model_bit_for_bit(exported, imae_dir, tmp_path, c
     output_of(capfd, convert, *command, "--overwrite")
 
 
+def test_the_lowest_layers_of_an_export(exported, tmp_path, capfd):
+    directory = exported()
+    cut = f"{directory}#layers=2"
+    output_of(capfd, convert, "import", "--model", cut, "--out", tmp_path / "back")
+    assert "2 layers" in output_of(capfd, convert, "export", "--model", cut, "--out", tmp_path / "cut")
+    expected = load_model(cut)
+    assert expected.config.num_layers == len(expected.model.weights().units) == 2
+    for path in (tmp_path / "back" / "imae", tmp_path / "cut"):
+        leaves = [jax.tree.leaves(lm.model.weights()) for lm in (load_model(str(path)), expected)]
+        for a, e in zip(*leaves, strict=True):
+            assert_bitwise(a, e)
+
+
 def test_only_exports_are_imported(tiny, tmp_path, capfd):
     error = error_of(capfd, convert, "import", "--model", tiny().directory, "--out", tmp_path / "out")
     assert "no anti-expert units" in error
