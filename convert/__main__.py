@@ -1,5 +1,6 @@
 """`python -m imae_jax.convert`: checkpoints from one format to another."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,40 +21,113 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_arguments(export, quantizable=False)
     export.add_argument("--out", required=True, help="directory to write")
     export.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default: 5)"
+        "--max-shard-gb",
+        type=float,
+        help="size of a safetensors file (default: the files of a plain source, else 5)",
     )
     export.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
     export.add_argument("--iti-alpha", type=float, default=15.0, help="strength (default: 15)")
     export.add_argument("--iti-heads", type=int, default=48, help="number of heads (default: 48)")
+    export.add_argument(
+        "--mode", default="expert", help="IMAE models: mode in which transformers runs it (default: expert)"
+    )
+    export.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="IMAE models: hold the export in transformers against this library (default, where torch is)",
+    )
+    export.add_argument(
+        "--results", metavar="DIR", help="IMAE models: an evaluation's output, for the model card"
+    )
+    export.add_argument("--base-model", metavar="ORG/NAME", help="hub id of the base, for the model card")
+    export.add_argument("--push", metavar="ORG/NAME", help="upload to this repository of the HuggingFace hub")
+    export.add_argument("--dry-run", action="store_true", help="with --push: only list what it would upload")
     export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    back = commands.add_parser("import", help="make an IMAE directory of an exported IMAE model")
+    back.add_argument("--model", required=True, help="directory or hub id of the export")
+    back.add_argument("--revision", help="branch, tag or commit of a hub model")
+    back.add_argument("--out", required=True, help="directory to write: OUT/imae and OUT/base")
+    back.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
-    if args.max_shard_gb <= 0:
+    if args.command == "import":
+        _import(args)
+    else:
+        _export(args)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.max_shard_gb is not None and args.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb {args.max_shard_gb} must be above 0")
+    if args.dry_run and args.push is None:
+        raise UserError("--dry-run goes with --push: it lists what would be uploaded")
+    max_shard_bytes = None if args.max_shard_gb is None else max(1, int(args.max_shard_gb * 1e9))
 
     runtime.set_up()
+    from imae_jax.anti_expert import MODES, parse_mode
     from imae_jax.convert import load_model
-    from imae_jax.convert.hf import save_hf
+    from imae_jax.convert.export import check_repository, push, read_results, write_card, write_model
+    from imae_jax.convert.hf import MAX_SHARD_BYTES, save_hf
     from imae_jax.convert.iti import bake_into, read_directions
+    from imae_jax.convert.peft import is_adapter
+    from imae_jax.convert.references import open_model
+    from imae_jax.convert.verify import Verification, verify
 
+    if args.push is not None:
+        check_repository(args.push)
+    strength = parse_mode(args.mode)
+    results = None if args.results is None else read_results(args.results)
+    notes = []
     with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
-        lm = load_model(args.model, **model_arguments(args))
-        if lm.imae is not None:
-            raise UserError(
-                f"{args.model} holds anti-expert units, which a plain Llama checkpoint cannot: export "
-                f"its base ({lm.base.reference}) instead"
+        if args.iti is not None or is_adapter(Path(args.model)):
+            lm = load_model(args.model, **model_arguments(args))
+            if lm.imae is not None:
+                raise UserError(f"--iti goes with a plain model, which {args.model} is not: export its base")
+            model = lm.model
+            if args.iti is not None:
+                directions = read_directions(Path(args.iti), lm.config)
+                model = bake_into(model, directions, args.iti_alpha, args.iti_heads)
+            size = max_shard_bytes or MAX_SHARD_BYTES
+            save_hf(model, lm.tokenizer, out, eos_token_ids=lm.eos_token_ids, max_shard_bytes=size)
+        else:
+            opened = open_model(args.model, revision=args.revision, base=args.base)
+            write_model(
+                opened,
+                out,
+                dtype=args.dtype,
+                tokenizer=args.tokenizer,
+                max_shard_bytes=max_shard_bytes,
+                mode=args.mode if args.mode in MODES else strength,
             )
-        model = lm.model
-        if args.iti is not None:
-            directions = read_directions(Path(args.iti), lm.config)
-            model = bake_into(model, directions, args.iti_alpha, args.iti_heads)
-        save_hf(
-            model,
-            lm.tokenizer,
-            out,
-            eos_token_ids=lm.eos_token_ids,
-            max_shard_bytes=int(args.max_shard_gb * 1e9),
-        )
-    print(f"wrote {args.out}")
+            if opened.imae is not None:
+                verification = verify(opened, out, args.dtype) if args.verify else "--no-verify was given"
+                if isinstance(verification, Verification):
+                    notes.append(verification.summary())
+                else:
+                    notes.append(f"not verified: {verification}")
+                    verification = None
+                write_card(
+                    out,
+                    opened,
+                    name=args.push or Path(args.out).resolve().name,
+                    verification=verification,
+                    results=results,
+                    base_model=args.base_model,
+                )
+    print("\n".join([*notes, f"wrote {args.out}"]))
+    if args.push is not None:
+        files = push(Path(args.out), args.push, dry_run=args.dry_run)
+        print("\n".join([f"{'would push' if args.dry_run else 'pushed'} to {args.push}:", *files]))
+
+
+def _import(args: argparse.Namespace) -> None:
+    runtime.set_up()
+    from imae_jax.convert.export import import_model
+    from imae_jax.convert.references import open_model
+
+    opened = open_model(args.model, revision=args.revision)
+    import_model(opened, args.out, overwrite=args.overwrite)
+    print(f"wrote {args.out}/imae and its base, {args.out}/base")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from imae_jax.config import LlamaConfig, RopeConfig
 from imae_jax.convert.table import base_rows, expand
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 
 ARCHITECTURES = ("llama", "qwen2")
 CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
 ROPE_FACTORS = "rope_freqs.weight"
+# What reading a damaged file can raise.
+_DAMAGE = (ValueError, IndexError, KeyError, ArithmeticError, MemoryError, TypeError, AttributeError)
 
 # How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names).
 # None is GPT-2's own pattern, built into `tokenizers`.
@@ -40,6 +42,16 @@ PRE_TOKENIZER_PATTERNS = {
 SINGLE_DIGIT_PRE_TOKENIZERS = ("smollm",)
 
 
+class _BoundedReader(GGUFReader):
+    """Ends with an error where a file does; a wrong count would else be read on and on."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        array = super()._get(offset, dtype, count, override_order)
+        if array.size < count:
+            raise ValueError("it ends early")
+        return array
+
+
 class GGUFSource:
     """The tensors of a GGUF file as a `TensorSource`, dequantized to float32 when read.
 
@@ -52,7 +64,7 @@ class GGUFSource:
     def __init__(self, path: Path):
         self.location = str(path)
         try:
-            reader = GGUFReader(path)
+            reader = _BoundedReader(path)
             tensors = {tensor.name: tensor for tensor in reader.tensors}
             self.metadata = {
                 name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")
@@ -60,14 +72,21 @@ class GGUFSource:
             self._architecture = self._get("general.architecture")
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
-            raise UserError(f"{path} is damaged or not a GGUF file ({error}): download it again") from None
+        except _DAMAGE as error:
+            reason = first_line(error)
+            raise UserError(f"{path} is damaged or not a GGUF file ({reason}): download it again") from None
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is of architecture {self._architecture!r}: only "
                 f"{' and '.join(ARCHITECTURES)} can be loaded"
             )
-        self.config = self._read_config(tensors)
+        try:
+            self.config = self._read_config(tensors)
+        except UserError:
+            raise
+        except _DAMAGE as error:
+            reason = first_line(error)
+            raise UserError(f"{path} holds metadata of a wrong kind ({reason}): download it again") from None
         names = {
             row.gguf.format(layer=layer): row.hf_name(layer)
             for row, layer in expand(base_rows(self.config), self.config.num_layers)
@@ -78,6 +97,7 @@ class GGUFSource:
         self.shapes = {
             name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
+        self.dtypes = dict.fromkeys(self.shapes, self.dtype)
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
@@ -130,6 +150,9 @@ class GGUFSource:
         if embedding is None:
             raise UserError(f"{self.location} has no token_embd.weight: download it again")
 
+        if required("block_count") > len(tensors):
+            raise UserError(f"{self.location} has fewer tensors than layers: download it again")
+
         def has(suffix):
             return any(name.endswith(suffix) for name in tensors)
 
@@ -154,14 +177,25 @@ class GGUFSource:
     def end_token_ids(self) -> set[int]:
         """Tokens that end a text, a turn or a message."""
         keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-        return {int(value) for value in map(self._get, keys) if value is not None}
+        return {value for value in map(self._get, keys) if type(value) is int}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that the file's metadata describe.
 
         Raises:
-            UserError: the tokenizer is of a kind that this reader does not know.
+            UserError: the tokenizer is damaged, or of a kind that this reader does not know.
         """
+        try:
+            return self._tokenizer()
+        except UserError:
+            raise
+        except Exception as error:  # The tokenizers package raises plain Exceptions.
+            reason = first_line(error)
+            raise UserError(
+                f"the tokenizer in {self.location} is damaged ({reason}): pass --tokenizer DIRECTORY"
+            ) from None
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
         tokens = self._get("tokenizer.ggml.tokens")
         if not tokens:
             raise UserError(f"{self.location} has no tokenizer: pass --tokenizer DIRECTORY")

@@ -1,11 +1,13 @@
 """HuggingFace checkpoints: safetensors in and out, and the loader that every format goes through."""
 
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,32 +16,47 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert.table import Row, base_rows, expand, unit_rows
-from imae_jax.errors import UserError
+from imae_jax.distributed import is_main, to_host
+from imae_jax.errors import UserError, first_line
 from imae_jax.llama import Llama, Weights
 from imae_jax.sharding import check_divisible, sharding
 
 # Buffers that old checkpoints store and that are functions of the config.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 MAX_NAMES_IN_ERROR = 8
+# By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"
+MAX_SHARD_BYTES = 5_000_000_000
+# What the model types of exported IMAE models begin with.
+IMAE_PREFIX = "imae_"
 
 
 class TensorSource(Protocol):
-    """Tensors under HuggingFace's names and in its layout, read one at a time."""
+    """Tensors under HuggingFace's names and in its layout, read one at a time.
+
+    Attributes:
+        location: for errors.
+        dtype: that a model of these tensors has.
+        shapes, dtypes: of every tensor.
+    """
 
     location: str
     dtype: np.dtype
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype]
 
     def read(self, name: str) -> np.ndarray: ...
 
 
 class SafetensorsSource:
-    """The safetensors files of a directory, single or sharded, memory-mapped.
+    """The safetensors files of a directory, single or sharded, one of them memory-mapped at a time.
+
+    Attributes:
+        files: in which file every tensor is.
 
     Raises:
         UserError: names a shard that is missing or damaged, an index that leaves the directory, or a
@@ -48,54 +65,129 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path, files: list[str] | None = None):
         self.location = str(directory)
-        self._handles: dict[str, Any] = {}
+        self._directory = directory
+        self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in files if files is not None else _weight_files(directory):
-            path = directory / name
-            try:
-                handle = safe_open(path, framework="numpy")
-                names = list(handle.keys())
-                slices = {n: handle.get_slice(n) for n in names if not IGNORED_TENSORS.search(n)}
-                shapes = {n: tuple(s.get_shape()) for n, s in slices.items()}
-                dtypes = {n: s.get_dtype() for n, s in slices.items()}
-            except FileNotFoundError:
-                raise UserError(f"shard {path} is missing: download the checkpoint again") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is damaged or not a safetensors file ({error}): download it again"
-                ) from None
-            for tensor, dtype in dtypes.items():
-                if dtype not in DTYPES:
+        self.dtypes: dict[str, np.dtype] = {}
+        for file in files if files is not None else _weight_files(directory):
+            self._open(file)
+            for name in self._handle.keys():  # noqa: SIM118
+                if IGNORED_TENSORS.search(name):
+                    continue
+                tensor = self._handle.get_slice(name)
+                if tensor.get_dtype() not in DTYPES:
                     raise UserError(
-                        f"{tensor} in {path} is stored as {dtype}: only {', '.join(DTYPES)} can be loaded"
+                        f"{name} in {directory / file} is stored as {tensor.get_dtype()}: only "
+                        f"{', '.join(DTYPES)} can be loaded"
                     )
-            repeated = shapes.keys() & self.shapes.keys()
-            if repeated:
-                raise UserError(f"{path} repeats {sorted(repeated)[0]} of another shard")
-            self._handles |= dict.fromkeys(names, handle)
-            self.shapes |= shapes
+                if name in self.files:
+                    raise UserError(f"{directory / file} repeats {name} of another shard")
+                self.files[name] = file
+                self.shapes[name] = tuple(tensor.get_shape())
+                self.dtypes[name] = jnp.dtype(DTYPES[tensor.get_dtype()])
         if not self.shapes:
             raise UserError(f"{directory} holds no tensors: check the checkpoint")
         # Norms may be kept in a wider type than the matrices.
-        largest = max(self.shapes, key=lambda n: int(np.prod(self.shapes[n])))
-        self.dtype = jnp.dtype(DTYPES[self._handles[largest].get_slice(largest).get_dtype()])
+        self.dtype = self.dtypes[max(self.shapes, key=lambda name: math.prod(self.shapes[name]))]
+
+    def split_off(self, chosen: Callable[[str], bool]) -> "SafetensorsSource":
+        """Takes the chosen tensors out of this source, and returns a source of them."""
+        other = copy.copy(self)
+        for attribute in ("files", "shapes", "dtypes"):
+            values = getattr(self, attribute)
+            setattr(other, attribute, {name: value for name, value in values.items() if chosen(name)})
+            setattr(self, attribute, {name: value for name, value in values.items() if not chosen(name)})
+        return other
 
     def read(self, name: str) -> np.ndarray:
-        return self._handles[name].get_tensor(name)
+        if self._opened != self.files[name]:
+            self._open(self.files[name])
+        return self._handle.get_tensor(name)
+
+    def _open(self, file: str) -> None:
+        """Maps a file into memory, in the place of the one before; its header is checked."""
+        path = self._directory / file
+        self._handle, self._opened = None, file
+        try:
+            self._handle = safe_open(path, framework="numpy")
+        except FileNotFoundError:
+            raise UserError(f"shard {path} is missing: download the checkpoint again") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = first_line(error)
+            raise UserError(
+                f"{path} is damaged or not a safetensors file ({reason}): download it again"
+            ) from None
+
+
+class WeightsSource:
+    """The weights of a model in memory as a `TensorSource`; where they lie on the devices of several
+    processes, all of those must read the same tensors.
+
+    Args:
+        weights, config: of the model.
+        rows: which weights.
+    """
+
+    location = "the model"
+
+    def __init__(self, weights: Weights, config: LlamaConfig, rows: list[Row]):
+        self._readers = hf_tensors(weights, config, rows)
+        dtypes = {"units": jnp.dtype(jnp.float32), "lora": jnp.dtype(jnp.float32)}
+        self.dtype = jnp.dtype(weights.dtype) if weights.base else dtypes["lora"]
+        self.shapes, self.dtypes = {}, {}
+        for row, layer in expand(rows, config.num_layers):
+            name = row.hf_name(layer)
+            self.shapes[name] = row.hf_shape
+            self.dtypes[name] = dtypes.get(row.path.partition(".")[0], self.dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._readers[name]()
+
+
+class SelectedSource:
+    """Tensors of one or two sources as one `TensorSource`.
+
+    Args:
+        source: of the tensors in `rows`.
+        rows: which of them.
+        num_layers: how many of the lowest layers.
+        dtype: to read them in; default: their own.
+        more: another selection, whose tensors are taken as they are.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        rows: list[Row],
+        num_layers: int,
+        *,
+        dtype: jnp.dtype | None = None,
+        more: "SelectedSource | None" = None,
+    ):
+        self.location, self.dtype = source.location, jnp.dtype(dtype or source.dtype)
+        self._sources = {row.hf_name(layer): source for row, layer in expand(rows, num_layers)}
+        self.dtypes = {name: jnp.dtype(dtype or source.dtypes[name]) for name in self._sources}
+        if more is not None:
+            self._sources |= dict.fromkeys(more.shapes, more)
+            self.dtypes |= more.dtypes
+        self.shapes = {name: source.shapes[name] for name, source in self._sources.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self._sources[name].read(name), self.dtypes[name])
 
 
 def _weight_files(directory: Path) -> list[str]:
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_FILE
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: download it again")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if Path(file).name != file:
-                raise UserError(f"{index} points outside of its directory: {file!r}")
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index} points to no safetensors file in its directory: {file!r}")
         return files
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise UserError(
@@ -174,7 +266,7 @@ def load_llama(
     sources = {"": source}
     if anti_expert is not None:
         units = unit_rows(config, anti_expert)
-        check_tensors(units, config, unit_source, None)
+        check_tensors(units, config, unit_source, num_source_layers)
         rows, sources = rows + units, {"": source, "units": unit_source}
 
     abstract = nnx.eval_shape(
@@ -236,6 +328,12 @@ def _place(row: Row, layer: int | None, variable: Any, source: TensorSource, mes
 
 
 def check_tensors(rows: list[Row], config, source: TensorSource, num_source_layers: int | None) -> None:
+    """Raises a `UserError` that lists what is missing, unexpected and of a wrong shape in a source."""
+    if config.num_layers > len(source.shapes):
+        raise UserError(
+            f"the config has {config.num_layers} layers, but {source.location} holds only "
+            f"{len(source.shapes)} tensors"
+        )
     expected = {row.hf_name(i): row.hf_shape for row, i in expand(rows, config.num_layers)}
     allowed = set(expected)
     if num_source_layers is not None:
@@ -275,8 +373,10 @@ def hf_tensors(weights: Weights, config: LlamaConfig, rows: list[Row]) -> dict[s
                     node = node[layer]
                 node = node[part]
             stacked = row.per_layer and node.ndim > len(row.shape)
-            # safetensors writes wrong data for arrays that are not contiguous.
-            return np.ascontiguousarray(row.to_hf(np.asarray(node[layer] if stacked else node)))
+            array = node[layer] if stacked else node
+            array = to_host(array) if isinstance(array, jax.Array) else array
+            # safetensors' own writer gives wrong data for arrays that are not contiguous.
+            return np.ascontiguousarray(row.to_hf(array))
 
         return read
 
@@ -289,9 +389,12 @@ def save_hf(
     directory: Path,
     *,
     eos_token_ids: Sequence[int] = (),
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a plain Llama as a HuggingFace directory; one shard at a time is held in memory.
+    """Writes a plain Llama as a HuggingFace directory; one tensor at a time is on the host.
+
+    Where the model lies on the devices of several processes, all of them must call this, and the main one
+    writes.
 
     Args:
         model: only its base is written.
@@ -300,44 +403,101 @@ def save_hf(
         eos_token_ids: tokens that end a text; default: the tokenizer's.
         max_shard_bytes: size at which a new file is begun.
     """
-    weights, config = model.weights(), model.config
-    readers = hf_tensors(weights, config, base_rows(config))
-    shards: list[dict[str, Callable]] = [{}]
-    size = total = 0
-    itemsize = jnp.dtype(weights.dtype).itemsize
-    shapes = {row.hf_name(i): row.hf_shape for row, i in expand(base_rows(config), config.num_layers)}
-    for name, read in readers.items():
-        num_bytes = int(np.prod(shapes[name])) * itemsize
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = read
-        size, total = size + num_bytes, total + num_bytes
+    source = WeightsSource(model.weights(), model.config, base_rows(model.config))
+    hf = model.config.to_hf()
+    write_weights(directory, source, shards_of_size(source, max_shard_bytes))
+    if is_main():
+        write_config(directory, hf, source.dtype, tokenizer, eos_token_ids)
 
+
+def write_config(
+    directory: Path, hf: dict[str, Any], dtype: np.dtype, tokenizer: Any, eos_token_ids: Sequence[int]
+) -> None:
+    """Writes all of a HuggingFace directory but the weights.
+
+    Args:
+        directory: to write into.
+        hf: the model's part of `config.json`.
+        dtype: of the weights.
+        tokenizer: a transformers tokenizer.
+        eos_token_ids: tokens that end a text; default: the tokenizer's.
+    """
+    with _quiet_tokenizers():
+        tokenizer.save_pretrained(directory)
+    settings = read_json(directory / TOKENIZER_FILE)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # Its name before transformers 5, which knows both; and what it gives, which was more there.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = tokenizer.model_input_names
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    eos = list(eos_token_ids)
+    eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+    hf = hf | {"dtype": str(dtype), "torch_dtype": str(dtype)} | generation
+    for name, values in (("config.json", hf), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def shards_of_size(source: TensorSource, max_bytes: int) -> list[list[str]]:
+    """The names of all tensors, cut where a file would exceed `max_bytes`."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in source.shapes:
+        num_bytes = _num_bytes(source, name)
+        if shards[-1] and size + num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return shards
+
+
+def write_weights(directory: Path, source: TensorSource, shards: Sequence[Sequence[str]]) -> None:
+    """Writes safetensors files, with an index where there are several."""
     weight_map = {}
-    for number, shard in enumerate(shards, 1):
+    for number, names in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: read() for n, read in shard.items()}, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
+        write_safetensors(directory / file, source, names)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1 and is_main():
+        total = sum(_num_bytes(source, name) for name in weight_map)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    with _quiet_tokenizers():
-        tokenizer.save_pretrained(directory)
-    eos = list(eos_token_ids)
-    eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
-    hf = config.to_hf() | {
-        "dtype": str(weights.dtype),
-        "torch_dtype": str(weights.dtype),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": eos,
-    }
-    (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+def write_safetensors(path: Path, source: TensorSource, names: Iterable[str]) -> None:
+    """Writes one file, byte for byte as the safetensors library does, which needs all tensors in memory
+    at once: here one at a time is. With several processes all read, and the main one writes.
+    """
+    kinds = {jnp.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+    precedence = list(kinds)
+    names = sorted(names, key=lambda name: (precedence.index(source.dtypes[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + _num_bytes(source, name)
+        header[name] = {
+            "dtype": kinds[source.dtypes[name]],
+            "shape": list(source.shapes[name]),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if is_main() else contextlib.nullcontext() as file:
+        if file is not None:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = source.read(name)
+            assert array.shape == source.shapes[name] and array.dtype == source.dtypes[name], name
+            if file is not None:
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _num_bytes(source: TensorSource, name: str) -> int:
+    return math.prod(source.shapes[name]) * source.dtypes[name].itemsize
 
 
 @contextlib.contextmanager

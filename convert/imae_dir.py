@@ -8,10 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
-
 from imae_jax.config import AntiExpertConfig, LlamaConfig
-from imae_jax.convert.hf import hf_tensors, read_json
+from imae_jax.convert.hf import TensorSource, WeightsSource, read_json, write_safetensors
 from imae_jax.convert.table import unit_rows
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
@@ -20,6 +18,8 @@ from imae_jax.llama import Weights
 WEIGHTS_FILE = "anti_expert.safetensors"
 CONFIG_FILE = "imae_config.json"
 FORMAT_VERSION = 1
+# In the name of every tensor of a unit.
+UNIT_INFIX = ".mlp.anti_expert."
 
 
 def is_imae_dir(path: Path) -> bool:
@@ -28,11 +28,15 @@ def is_imae_dir(path: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`imae_config.json`, checked for the fields that loading needs."""
-    imae = read_json(path / CONFIG_FILE)
-    if imae.get("format_version") != FORMAT_VERSION:
+    return check_config(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
+
+
+def check_config(imae: Any, location: str) -> dict[str, Any]:
+    """The contents of `imae_config.json`, wherever they stand, or a `UserError` that names the place."""
+    version = imae.get("format_version") if isinstance(imae, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path / CONFIG_FILE} has format_version {imae.get('format_version')!r}: this version of "
-            f"imae_jax reads {FORMAT_VERSION}"
+            f"{location} has format_version {version!r}: this version of imae_jax reads {FORMAT_VERSION}"
         )
     fields = {
         "base": {"reference": str, "revision": str | None, "fingerprint": str, "dtype": str},
@@ -42,13 +46,13 @@ def read_config(path: Path) -> dict[str, Any]:
         values = imae.get(section)
         wrong = not isinstance(values, dict) or values.keys() != types.keys()
         if wrong or not all(isinstance(values[name], kind) for name, kind in types.items()):
-            raise UserError(f"{path / CONFIG_FILE}: {section} must have {', '.join(types)}")
+            raise UserError(f"{location}: {section} must have {', '.join(types)}")
     return imae
 
 
 def write_imae_dir(
     path: Path,
-    weights: Weights,
+    weights: Weights | TensorSource,
     config: LlamaConfig,
     anti_expert: AntiExpertConfig,
     *,
@@ -60,14 +64,16 @@ def write_imae_dir(
 
     Args:
         path: the new directory.
-        weights: with units.
+        weights: with units; or the units' tensors.
         config: of the base.
         anti_expert: of the units.
         base: the fields of `references.BaseReference`.
         training: settings to remember; any JSON.
         overwrite: replace an existing directory.
     """
-    readers = hf_tensors(weights, config, unit_rows(config, anti_expert))
+    units = weights
+    if isinstance(weights, Weights):
+        units = WeightsSource(weights, config, unit_rows(config, anti_expert))
     imae = {
         "format_version": FORMAT_VERSION,
         "base": base,
@@ -75,6 +81,5 @@ def write_imae_dir(
         "training": training,
     }
     with new_directory(path, marker=CONFIG_FILE, overwrite=overwrite) as temporary:
-        tensors = {name: read() for name, read in readers.items()}
-        save_file(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
+        write_safetensors(temporary / WEIGHTS_FILE, units, units.shapes)
         (temporary / CONFIG_FILE).write_text(json.dumps(imae, indent=2) + "\n")

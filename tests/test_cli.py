@@ -14,6 +14,7 @@ from conftest import SMOLLM2, hf_logits, log_softmax, random_tokens, run_python
 
 from imae_jax import decode
 from imae_jax.convert.__main__ import main as convert
+from imae_jax.convert.export import SHIPPED
 from imae_jax.decode import Sampler
 from imae_jax.generate import main as generate
 
@@ -174,8 +175,15 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
         archive.extractall(site)
     top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"imae_jax"}
-    files = ["train/configs/demo.yaml", "train/data/demo.jsonl", "evaluate/data/demo_primer.txt"]
-    for file in (*files, *(f"evaluate/inspector.{kind}" for kind in ("html", "css", "js"))):
+    files = [
+        "train/configs/demo.yaml",
+        "train/data/demo.jsonl",
+        "evaluate/data/demo_primer.txt",
+        "convert/model_card.md.jinja",
+        *(f"convert/torch_side/{name}" for name in SHIPPED),
+        *(f"evaluate/inspector.{kind}" for kind in ("html", "css", "js")),
+    ]
+    for file in files:
         assert (site / "imae_jax" / file).is_file()
     assert {p.relative_to(ROOT).name for p in (ROOT / "convert").glob("*.py")} == {
         p.name for p in (site / "imae_jax" / "convert").glob("*.py")

@@ -1,0 +1,1 @@
+"""What an export ships: IMAE models for transformers, in PyTorch. No file here imports imae_jax."""

@@ -1,0 +1,165 @@
+"""Holds an exported IMAE model in transformers against the model of this library that it was made of."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imae_jax.anti_expert import MODES
+from imae_jax.convert.references import OpenedModel
+from imae_jax.errors import UserError
+from imae_jax.llama import forward, project
+
+# float32: largest difference of two logits. Half precisions round every activation on both sides, each
+# in its own order: mean KL divergence between the two distributions over tokens, in nats.
+MAX_DIFFERENCE, MAX_KL = 2e-4, 0.015
+ROWS, TOKENS, PADDING = 2, 48, 5
+# Weights are there twice, and as much again passes through while they are read and laid out.
+MEMORY_FACTOR = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What was measured.
+
+    Attributes:
+        dtype: of the exported base.
+        difference: by mode, the largest difference of two logits.
+        kl: by mode, the mean KL divergence in nats.
+        num_layers: the lowest ones, that ran on both sides.
+        versions: of torch and transformers.
+    """
+
+    dtype: str
+    difference: dict[str, float]
+    kl: dict[str, float]
+    num_layers: int
+    versions: dict[str, str]
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"verified in transformers {self.versions['transformers']}, {self.dtype}, {self.num_layers} "
+            f"layers: logits differ by at most {max(self.difference.values()):.1e}, mean KL divergence at "
+            f"most {max(self.kl.values()):.1e} nats"
+        )
+
+
+def verify(opened: OpenedModel, directory: Path, dtype: str | None = None) -> Verification | str:
+    """Runs random tokens, with padding, through both models in all modes.
+
+    Where memory does not suffice for both, the lowest layers that fit are compared.
+
+    Args:
+        opened: what was exported.
+        directory: the export.
+        dtype: that the base was exported in; default: its own.
+
+    Returns:
+        The figures, or why there are none.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    dtype = dtype or opened.base.dtype
+    num_layers = _layers_that_fit(opened, directory)
+    if num_layers < 1:
+        return "the memory does not suffice for a layer of both models"
+    config = dataclasses.replace(opened.config, num_layers=num_layers)
+    tokens = np.random.default_rng(0).integers(
+        0, config.vocab_size, (ROWS, min(TOKENS, config.max_position_embeddings))
+    )
+    mask = np.ones(tokens.shape, bool)
+    mask[1, :PADDING] = False
+    expected = _logits_here(dataclasses.replace(opened, config=config), dtype, tokens, mask)
+    actual, versions = _logits_in_transformers(directory, num_layers, tokens, mask)
+    difference, kl = {}, {}
+    for mode in MODES:
+        e, a = expected[mode][mask], actual[mode][mask]
+        difference[mode] = float(np.abs(e - a).max())
+        e, a = _log_softmax(e), _log_softmax(a)
+        kl[mode] = float((np.exp(e) * (e - a)).sum(-1).mean())
+    figures, limit = (difference, MAX_DIFFERENCE) if dtype == "float32" else (kl, MAX_KL)
+    for mode, figure in figures.items():
+        if not figure <= limit:
+            kind = "logits differ by" if dtype == "float32" else "KL divergence is"
+            raise UserError(
+                f"the export does not compute what the model does: in {mode} mode the {kind} {figure:.3g}, "
+                f"above {limit:g}; please report this with both models' names"
+            )
+    return Verification(dtype, difference, kl, num_layers, versions)
+
+
+def _layers_that_fit(opened: OpenedModel, directory: Path) -> int:
+    sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
+    config = opened.config
+    outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    outside *= opened.source.dtype.itemsize
+    of_layer = max(1, (sum(sizes) - outside) // config.num_layers)
+    free = available_memory() / MEMORY_FACTOR - outside
+    return max(0, min(config.num_layers, int(free // of_layer)))
+
+
+def available_memory() -> int:
+    """Bytes of host memory that this process may still take."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            free = min(free, max(0, limit - used))
+    except (ImportError, OSError):
+        pass
+    return free
+
+
+def _logits_here(opened: OpenedModel, dtype: str, tokens: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    weights = opened.load(dtype=dtype).weights()
+
+    def run(strength):
+        strength = None if strength == 0 else strength
+        output = forward(weights, opened.config, tokens, attention_mask=mask, strength=strength)
+        return np.asarray(project(weights, output.hidden_states), np.float32)
+
+    with jax.default_matmul_precision("highest"):
+        return {mode: run(strength) for mode, strength in MODES.items()}
+
+
+def _logits_in_transformers(
+    directory: Path, num_layers: int, tokens: np.ndarray, mask: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import torch
+    import transformers
+
+    # The modules that the export ships, without a copy of them in transformers' cache.
+    modeling = importlib.import_module("imae_jax.convert.torch_side.modeling_imae")
+    hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(modeling, hf["architectures"][0])
+    transformers.utils.logging.disable_progress_bar()
+    model = kind.from_pretrained(directory, dtype="auto", num_hidden_layers=num_layers).eval()
+    inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
+    # Positions count real tokens, as `generate` has it; a bare call of transformers counts padding, too.
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        logits = {mode: model(**inputs, mode=mode).logits.float().numpy() for mode in MODES}
+    return logits, {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
