@@ -943,8 +943,10 @@ def test_the_context_of_both_models_counts(world, tiny):
     short = str(tiny("gqa", num_hidden_layers=2, max_position_embeddings=16).directory)
     text = f"cd:amateur={short}"
     models, method = world.lm.prepare(text, generating=False)
-    with user_error("17", "16"):
-        list(score(models, world.config, [[Continuation(numbers(17, 1), 4)]], method))
+    # The last token predicts nothing and needs no place.
+    list(score(models, world.config, [[Continuation(numbers(17, 1), 4)]], method))
+    with user_error("18", "16"):
+        list(score(models, world.config, [[Continuation(numbers(18, 1), 4)]], method))
     models, method = world.lm.prepare(text, generating=True)
     assert len(generate(models, world.config, [numbers(12, 1)], method=method, max_new_tokens=4)[0]) == 4
     with user_error("12", "5", "16"):
