@@ -113,7 +113,7 @@ def score(
 
     Yields:
         `(i, scores)` for every group, in no particular order: one float32 array per continuation with
-        the score of every token from its `start` on.
+        the score of every token from its `start` on; of a `Joint`, one column a method.
 
     Raises:
         UserError: a sequence over the context length, or a method that the model cannot run.
@@ -295,7 +295,7 @@ def _fill_prefix(models, tokens, mask, *, method):
 
 @functools.partial(jax.jit, static_argnames="method")
 def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, method):
-    """Scores [B, T] of every node's token from the hidden states of its parent."""
+    """Scores [B, T] of every node's token from the hidden states of its parent; [B, T, M] of a `Joint`."""
     B, T = tokens.shape
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
@@ -324,4 +324,5 @@ def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, 
         return method.token_scores(streams.logits_of(models, method, hidden), tokens)
 
     chunks = (jax.tree.map(in_chunks, hidden), tokens.reshape(-1, size))
-    return jax.lax.map(of_chunk, chunks).reshape(B, T)
+    scores = jax.lax.map(of_chunk, chunks)
+    return scores.reshape(B, T, *scores.shape[2:])
