@@ -1,9 +1,13 @@
 """Plots of evaluation runs, as matplotlib figures."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+# Of 9 points, with room to spare.
+CHARACTERS_PER_INCH = 13
 
 
 def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], unit: str) -> Any:
@@ -26,18 +30,23 @@ def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], uni
         offset = (number - (len(methods) - 1) / 2) * width
         places = np.arange(len(metrics)) + offset
         values = [row[m] or 0.0 for m in metrics]
-        container = axes.bar(places, values, width, label=label, color=f"C{number}", alpha=0.85)
-        axes.bar_label(
-            container,
-            ["–" if row[m] is None else f"{row[m]:.1f}" for m in metrics],
-            label_type="center",
-            fontsize=7,
-            color="white",
-        )
+        axes.bar(places, values, width, label=label, color=f"C{number}", alpha=0.85)
+        # At the foot, where no whisker is.
+        for place, metric in zip(places, metrics, strict=True):
+            shown = "–" if row[metric] is None else f"{row[metric]:.1f}"
+            axes.annotate(
+                shown,
+                (place, 0),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color="white" if row[metric] else "k",
+            )
         _whiskers(axes, [row["intervals"][m] for m in metrics], values, places, "k", vertical=True)
     axes.set_xticks(range(len(metrics)), metrics.values())
     axes.set_ylabel(unit)
-    axes.set_title(title, fontsize=9)
+    _title(figure, title)
     _finish(figure, len(methods))
     return figure
 
@@ -68,7 +77,7 @@ def categories(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str
         axes.grid(axis="y", lw=0.4, alpha=0.5)
     panels[0].set_yticks(range(len(names)), [f"{name} ({found[name]['n']})" for name in names], fontsize=7)
     panels[0].set_ylim(-0.8, len(names) - 0.2)
-    figure.suptitle(f"{title}; number of questions in brackets", fontsize=9)
+    _title(figure, f"{title}; number of questions in brackets")
     _finish(figure, len(methods), of=panels[0])
     return figure
 
@@ -101,7 +110,7 @@ def differences(title: str, compared: Mapping[str, Any], metrics: Mapping[str, s
         axes.set_xlabel(f"Δ {head} (points)")
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
-    figure.suptitle(title, fontsize=9)
+    _title(figure, title)
     _finish(figure, 0)
     return figure
 
@@ -121,6 +130,12 @@ def _whiskers(
         x, y = (place, value) if vertical else (value, place)
         key = "yerr" if vertical else "xerr"
         axes.errorbar(x, y, **{key: reach}, color=color, capsize=2, lw=1, fmt="none")
+
+
+def _title(figure: Any, text: str) -> None:
+    """As many lines as it needs: constrained layout makes room for them, but does not break them."""
+    characters = int(CHARACTERS_PER_INCH * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(text, characters, break_on_hyphens=False), fontsize=9)
 
 
 def _finish(figure: Any, legend: int, of: Any = None) -> None:

@@ -161,14 +161,12 @@ def plan(lm: "LanguageModel", methods: Mapping[str, "Method"], keys: Sequence[st
     for label, method in methods.items():
         parts = _parts(method, keys)
         prepared = [lm.prepare(part, generating=False) for part, _ in parts]
-        settings[label] = prepared[0][1].settings()
-        found = [_fingerprint(part) for part, _ in parts]
-        if found[0] is not None:
-            settings[label]["fingerprint"] = found[0] if len(found) == 1 else found
+        settings[label] = method_settings(parts[0][0], prepared[0][1])
         if len(parts) == 1:
             whole[label] = prepared[0]
             continue
-        settings[label] |= {"directions": method.directions, "folds": len(parts)}
+        folds = [_fingerprint(part) for part, _ in parts]
+        settings[label] |= {"directions": method.directions, "folds": len(parts), "fingerprint": folds}
         for (models, resolved), (_, places) in zip(prepared, parts, strict=True):
             passes.append(Pass(models, Joint((resolved,)), (label,), tuple(places)))
     labels = list(whole)
@@ -189,6 +187,12 @@ def _parts(method: Any, keys: Sequence[str]) -> list[tuple[Any, Sequence[int]]]:
         return [(method, range(len(keys)))]
     files = fold_files(Path(method.directions), keys)
     return [(dataclasses.replace(method, directions=str(file)), places) for file, places in files.items()]
+
+
+def method_settings(method: "Method", resolved: "Method") -> dict[str, Any]:
+    """A resolved method's settings, and the fingerprint of what they name."""
+    settings, fingerprint = resolved.settings(), _fingerprint(method)
+    return settings if fingerprint is None else settings | {"fingerprint": fingerprint}
 
 
 def _fingerprint(method: "Method") -> str | None:
