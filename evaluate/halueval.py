@@ -91,9 +91,9 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
 
 def tables_of(results: Mapping[str, Any]) -> list[Table]:
     """The tables of a `results.json`: preferences and differences, of all pairs and of matched ones."""
-    tables, length = [], results["length"]
-    for part, name in (("all", "all pairs"), ("matched", f"lengths within × {length['ratio']:g}")):
-        methods, of_length = results["parts"][part], length[part]
+    tables, lengths = [], results["length"]
+    for part, name in (("all", "all pairs"), ("matched", f"lengths within × {lengths['ratio']:g}")):
+        methods, of_length = results["parts"][part], lengths[part]
         if not of_length["n"]:
             continue
         title = f"HaluEval QA, {results['protocol']}, {results['model']}, {name}, [95 % interval]"
@@ -262,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = tables_of(results)
     run.finish(results, tables, plots_of(results), index)
     warnings = note_undefined(parts["all"])
+    if not length["matched"]["n"]:
+        warnings.append(f"warning: no pair's answers are within a factor of {args.length_ratio:g} in length")
     if warnings:
         print("\n".join(warnings), file=sys.stderr)
     show(tables)

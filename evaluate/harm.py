@@ -176,7 +176,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
     def figure(value: Any) -> str:
         value = math.nan if value is None else float(value)
-        return "infinite" if math.isinf(value) else "NaN" if math.isnan(value) else number(value, 3)
+        if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "infinite"
+        return number(value, 3) if value < 1e5 else f"{value:.1e}"
 
     def share(value: float) -> str:
         return f"{100 * value:.1f} %"
@@ -194,7 +196,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         )
         for label, row in results["methods"].items()
     ]
-    heads = ("cross-entropy", "perplexity", "KL(base ‖ method)", "infinite", "same top 1", "ruled out")
+    heads = ("cross-entropy", "perplexity", "KL(base ‖ method)", "KL infinite", "same top 1", "ruled out")
     title = f"Neutral text, {results['protocol']}, {results['n_tokens']} tokens, {results['model']}"
     return Table(f"{title}; nats a token", ("method", "sums", *heads), tuple(rows))
 

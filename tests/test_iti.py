@@ -13,6 +13,7 @@ from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.iti import Directions, read_directions, write_directions
 from imae_jax.evaluate import iti
 from imae_jax.evaluate.iti import collect_heads, find_directions, fit_probes
+from imae_jax.evaluate.questions import DEMO_DATA, read_questions
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import forward, project
 
@@ -132,7 +133,7 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
         return find(heads, labels, question_of, **kwargs)
 
     monkeypatch.setattr(iti, "find_directions", recorded)
-    rows = (iti.DEMO_DATA).read_text(encoding="utf-8-sig").splitlines(keepends=True)[:9]
+    rows = DEMO_DATA.read_text(encoding="utf-8-sig").splitlines(keepends=True)[:9]
     questions = tmp_path / "questions.csv"
     questions.write_text("".join(rows), encoding="utf-8")
     out = tmp_path / "iti"
@@ -146,7 +147,8 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
     results = tmp_path / "results"
     method = f"iti:directions={out},alpha=5,heads=12"
     command = [*model, "--methods", f"base,{method}", "--limit", "8", "--out", str(results), "--quiet"]
-    assert truthfulqa([*command, "--data", str(questions), "--primer", str(demo_primer())]) == 0
+    command += ["--data", str(questions), "--primer", str(demo_primer()), "--any-data"]
+    assert truthfulqa(command) == 0
     settings = json.loads((results / "results.json").read_text())["methods"][method]["settings"]
     assert settings["folds"] == 2
     assert settings["directions"] == str(out)
@@ -154,10 +156,21 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
     assert [line["index"] for line in lines if line["method"] == method] == list(range(8))
     assert lines[0]["true"] != lines[8]["true"]
 
+    # Killed after base and a fold: only the other fold is scored again.
+    kept = [line for line in lines if line["method"] == "base" or not folds[line["index"]]]
+    (results / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    before = json.loads((results / "results.json").read_text())
+    (results / "results.json").unlink()
+    assert truthfulqa([*command, "--resume"]) == 0
+    after = json.loads((results / "results.json").read_text())
+    assert after["resumed_lines"] == 12
+    for name, row in before["methods"].items():
+        assert after["methods"][name]["mc2"] == pytest.approx(row["mc2"], abs=1e-3)
+
 
 def folds_of(questions, out):
     by_text = json.loads((out / "folds.json").read_text())["questions"]
-    return [by_text[question.text] for question in iti.read_questions(questions)]
+    return [by_text[question.text] for question in read_questions(questions)]
 
 
 def demo_primer():
