@@ -13,14 +13,12 @@ from imae_jax.files import new_directory
 from . import plots, stats
 from .runs import (
     differences,
-    differences_table,
     dumps,
     read_lines,
     read_run,
-    sums_of,
-    values_of,
     write_outputs,
 )
+from .summaries import differences_table, sums_of, values_of
 from .tables import Table, show
 
 COMPARISON_FILE = "comparison.json"

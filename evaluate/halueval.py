@@ -25,16 +25,18 @@ from .questions import select
 from .runs import (
     Run,
     add_run_arguments,
-    against_baseline,
-    baseline_of,
     check_arguments,
-    differences_table,
     dumps,
     environment,
     model_settings,
-    note_undefined,
     parse_methods,
     plan,
+)
+from .summaries import (
+    against_baseline,
+    baseline_of,
+    differences_table,
+    note_undefined,
     scores_table,
     summarize,
 )
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **preferences(right, hallucinated, tokens[place]),
         }
 
-    planned = plan(lm, methods, [rows[i].question for i in index])
+    planned = plan(lm, methods, [rows[i].question for i in index], groups)
     common = {
         "benchmark": BENCHMARK,
         "protocol": f"{PROTOCOL}/{format}",

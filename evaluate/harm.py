@@ -35,9 +35,9 @@ from .runs import (
     method_settings,
     model_settings,
     parse_methods,
-    sums_of,
     write_outputs,
 )
+from .summaries import sums_of
 from .tables import Table, number, show
 
 if TYPE_CHECKING:

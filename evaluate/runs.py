@@ -24,9 +24,8 @@ from imae_jax import runtime
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory, write_text
 
-from . import stats
 from .questions import SPLITS
-from .tables import Table, p_value, with_interval
+from .tables import Table
 
 if TYPE_CHECKING:
     from imae_jax.decode import Continuation, Method
@@ -143,18 +142,26 @@ class Plan:
     settings: dict[str, dict[str, Any]]
 
 
-def plan(lm: "LanguageModel", methods: Mapping[str, "Method"], keys: Sequence[str]) -> Plan:
+def plan(
+    lm: "LanguageModel",
+    methods: Mapping[str, "Method"],
+    keys: Sequence[str],
+    groups: Sequence[Sequence["Continuation"]],
+) -> Plan:
     """Prepares methods, and finds which of them share forward passes.
 
     Args:
         lm: the model.
         methods: by label.
         keys: the items' questions, by which ITI's folds are told apart.
+        groups: the answers of every item.
 
     Raises:
-        UserError: a method that the model cannot run, or a resource that does not fit.
+        UserError: a method that the model cannot run, a resource that does not fit, or answers over the
+            context.
     """
     from imae_jax.decode.joint import Joint, share_streams
+    from imae_jax.decode.scoring import check_groups
 
     everything = tuple(range(len(keys)))
     passes, settings, whole = [], {}, {}
@@ -174,6 +181,8 @@ def plan(lm: "LanguageModel", methods: Mapping[str, "Method"], keys: Sequence[st
         Pass(models, joint, tuple(labels[i] for i in places), everything)
         for models, joint, places in share_streams(list(whole.values()))
     ]
+    for part in (*shared, *passes):
+        check_groups(part.models, groups)
     return Plan((*shared, *passes), settings)
 
 
@@ -416,123 +425,6 @@ def dumps(value: Any, **kwargs: Any) -> str:
     return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, **kwargs)
 
 
-def values_of(lines: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
-    """A metric of lines as float64; NaN where it is undefined."""
-    return np.array([math.nan if line[metric] is None else float(line[metric]) for line in lines])
-
-
-def sums_of(settings: Mapping[str, Any]) -> str:
-    """What a method sums: `log p`, or differences that are `raw` or `renormalized`."""
-    if "renormalize" not in settings:
-        return "log p"
-    return "renormalized" if settings["renormalize"] else "raw"
-
-
-def baseline_of(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:
-    """The method that others are compared to: the one chosen, else base mode, else the first.
-
-    Args:
-        methods: settings by label.
-        chosen: a label.
-    """
-    if chosen is not None:
-        return chosen
-    base = {"name": "imae", "strength": 0.0}
-    return next((label for label, settings in methods.items() if settings == base), next(iter(methods)))
-
-
-def summarize(
-    lines: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], *, baseline: str, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Means, intervals and comparisons of every method, times 100.
-
-    Args:
-        lines: of every method, item by item.
-        metrics: names of fields of the lines.
-        baseline: label of the method that the others are compared to.
-        seed: of the bootstrap.
-    """
-    values = {label: {m: values_of(own, m) for m in metrics} for label, own in lines.items()}
-    summaries: dict[str, dict[str, Any]] = {}
-    for label, own in values.items():
-        means = {m: stats.mean(own[m], seed=seed).scaled(100) for m in metrics}
-        undefined = np.any([np.isnan(own[m]) for m in metrics], axis=0)
-        summaries[label] = {
-            **{m: means[m]["value"] for m in metrics},
-            "intervals": {m: means[m]["interval"] for m in metrics},
-            "n": int(np.sum(~undefined)),
-            "n_undefined": int(np.sum(undefined)),
-            "undefined": [line["index"] for line, bad in zip(lines[label], undefined, strict=True) if bad],
-        }
-        if label != baseline:
-            compared = stats.compare(metrics, own, values[baseline], seed=seed)
-            summaries[label]["against_baseline"] = compared
-        categories = _by_category(lines[label], own)
-        if categories:
-            summaries[label]["by_category"] = categories
-    return summaries
-
-
-def _by_category(
-    lines: Sequence[Mapping[str, Any]], values: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, Any]]:
-    """Means times 100 in every category of the lines that have one."""
-    of_line = np.array([line.get("category", "") for line in lines])
-    found = {}
-    for category in sorted(set(of_line) - {""}):
-        here = of_line == category
-        found[str(category)] = {"n": int(here.sum())} | {
-            metric: stats.Mean(float(np.nanmean(own[here])), None, 0).scaled(100)["value"]
-            for metric, own in values.items()
-            if not np.isnan(own[here]).all()
-        }
-    return found
-
-
-def scores_table(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str]) -> Table:
-    """Every method's means with their intervals.
-
-    Args:
-        title: of the table.
-        methods: summaries by label, with their `settings`.
-        metrics: heads by name.
-    """
-    rows = [
-        (
-            label,
-            sums_of(row["settings"]),
-            str(row["n"]),
-            *(with_interval(row[m], row["intervals"][m]) for m in metrics),
-        )
-        for label, row in methods.items()
-    ]
-    return Table(title, ("method", "sums", "N", *metrics.values()), tuple(rows))
-
-
-def differences_table(title: str, compared: Mapping[str, Any], metrics: Mapping[str, str]) -> Table:
-    """Paired differences, and McNemar's test of the first metric.
-
-    Args:
-        title: of the table.
-        compared: from `stats.compare`, by the name to show.
-        metrics: heads by name; the first is 0 or 1.
-    """
-    first = next(iter(metrics))
-    rows = []
-    for label, found in compared.items():
-        test = found[first].get("mcnemar")
-        cells = (test["gained"], test["lost"], p_value(test["p"])) if test else ("–",) * 3
-        shown = (with_interval(found[m]["value"], found[m]["interval"], sign=True) for m in metrics)
-        rows.append((label, str(found[first]["n"]), *shown, *map(str, cells)))
-    heads = (*(f"Δ {head}" for head in metrics.values()), "gained", "lost", "McNemar p")
-    return Table(title, ("method", "N", *heads), tuple(rows))
-
-
-def against_baseline(methods: Mapping[str, Any]) -> dict[str, Any]:
-    """The comparisons of `summarize`, of the methods that have one."""
-    return {k: row["against_baseline"] for k, row in methods.items() if "against_baseline" in row}
-
-
 def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     """A finished run's `results.json`.
 
@@ -567,13 +459,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     return {"versions": runtime.versions(), "git": runtime.git_state()}
-
-
-def note_undefined(methods: Mapping[str, Any]) -> list[str]:
-    """A warning for every method with scores that are not finite."""
-    return [
-        f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score that is not "
-        f"finite (rows {', '.join(map(str, row['undefined'][:8]))}…); means leave them out"
-        for label, row in methods.items()
-        if row["n_undefined"]
-    ]

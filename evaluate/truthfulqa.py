@@ -21,20 +21,21 @@ from . import plots, stats
 from .protocols import PROTOCOLS, Primer, Protocol, get_protocol, label, load_primer
 from .questions import Data, Question, load_data, read_questions, select
 from .runs import (
-    RESULTS_FILE,
-    SCORES_FILE,
     Run,
     add_run_arguments,
-    against_baseline,
-    baseline_of,
     check_arguments,
-    differences_table,
     environment,
+    jsonable,
     model_settings,
-    note_undefined,
     parse_methods,
     plan,
     read_run,
+)
+from .summaries import (
+    against_baseline,
+    baseline_of,
+    differences_table,
+    note_undefined,
     scores_table,
     summarize,
 )
@@ -43,7 +44,7 @@ from .tables import Table, number, show
 BENCHMARK = "truthfulqa"
 HEADS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3", "binary": "binary"}
 
-__all__ = ["RESULTS_FILE", "SCORES_FILE", "main", "mc_metrics", "read_questions"]
+__all__ = ["main", "mc_metrics", "read_questions"]
 
 
 def mc_metrics(
@@ -82,66 +83,20 @@ def metrics_of(protocol: Protocol, question: Question, sums: Sequence[float]) ->
     return {name: found[name] for name in protocol.metrics}
 
 
-def score_questions(
-    lm: Any,
-    methods: Mapping[str, Any],
-    questions: Sequence[Question],
-    protocol: Protocol,
-    primer: Primer,
-    *,
-    run_settings: Mapping[str, Any],
-    args: Any,
-) -> tuple[Run, dict[str, Any]]:
-    """Scores all answers of all questions with every method.
-
-    Args:
-        lm: from `imae_jax.convert.load_model`.
-        methods: by label.
-        questions: to score.
-        protocol: how prompts are made.
-        primer: in front of every question.
-        run_settings: what the scores depend on besides the methods.
-        args: `out`, `resume`, `overwrite`, `quiet`.
-
-    Returns:
-        The run, and what is known of it: numbers of answers and of merged boundaries, every method's
-        settings and cost.
-    """
+def encode_questions(
+    tokenizer: Any, protocol: Protocol, primer: Primer, questions: Sequence[Question]
+) -> list[list[Any]]:
+    """Every question's answers as `decode.Continuation`s."""
     from imae_jax.decode import encode
 
-    planned = plan(lm, methods, [question.text for question in questions])
-    protocol.check(lm.tokenizer)
+    protocol.check(tokenizer)
     prompts, answers = [], []
     for question in questions:
-        prompt = protocol.prompt(lm.tokenizer, primer.text, question.text)
+        prompt = protocol.prompt(tokenizer, primer.text, question.text)
         prompts += [prompt] * len(question.answers)
-        answers += [protocol.continuation(lm.tokenizer, answer) for answer in question.answers]
-    encoded = encode(lm.tokenizer, prompts, answers, add_special_tokens=protocol.add_special_tokens)
-    rest = iter(encoded)
-    groups = [[next(rest) for _ in question.answers] for question in questions]
-
-    def line(place: int, scores: list[np.ndarray]) -> dict[str, Any]:
-        question = questions[place]
-        sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
-        return {
-            "question": question.text,
-            "category": question.category,
-            "true": sums[: len(question.true)],
-            "false": sums[len(question.true) :],
-            "best": question.best,
-            **metrics_of(protocol, question, sums),
-        }
-
-    settings = {**run_settings, "methods": planned.settings}
-    run = Run(args.out, settings, resume=args.resume, overwrite=args.overwrite)
-    index = [question.index for question in questions]
-    costs = run.score(lm, planned.passes, groups, line, index=index, quiet=args.quiet)
-    known = {
-        "n_answers": len(prompts),
-        "boundary_merged": sum(c.boundary_merged for c in encoded),
-        "methods": {name: {"settings": s, **costs[name]} for name, s in planned.settings.items()},
-    }
-    return run, known
+        answers += [protocol.continuation(tokenizer, answer) for answer in question.answers]
+    encoded = iter(encode(tokenizer, prompts, answers, add_special_tokens=protocol.add_special_tokens))
+    return [[next(encoded) for _ in question.answers] for question in questions]
 
 
 def title(results: Mapping[str, Any]) -> str:
@@ -188,20 +143,27 @@ def results_plots(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def read_harm(path: Path, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def read_harm(
+    path: Path, model: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
     """The harm of methods by label, from a run of `evaluate.harm`.
+
+    Args:
+        path: the run's directory.
+        model: from `runs.model_settings`.
+        methods: settings by label.
 
     Raises:
         UserError: it is of another model, or a method has other settings there.
     """
-    harm = read_run(path, "harm")
+    harm, model = read_run(path, "harm"), jsonable(model)
     for name in ("base_model", "units"):
-        if harm[name] != results[name]:
+        if harm[name] != model[name]:
             raise UserError(f"--harm {path} is of another model ({harm['model']}): measure this one")
     found = {}
-    for name, row in results["methods"].items():
+    for name, settings in methods.items():
         other = harm["methods"].get(name)
-        if other is not None and other["settings"] != row["settings"]:
+        if other is not None and other["settings"] != jsonable(settings):
             raise UserError(f"--harm {path}: {name} has other settings there: measure it again")
         if other is not None:
             found[name] = {key: other[key] for key in ("kl", "top1_agreement", "cross_entropy")}
@@ -273,9 +235,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "split": split,
         "limit": args.limit,
     }
-    run, known = score_questions(lm, methods, questions, protocol, primer, run_settings=common, args=args)
     index = [question.index for question in questions]
-    baseline = baseline_of({k: row["settings"] for k, row in known["methods"].items()}, args.baseline)
+    groups = encode_questions(lm.tokenizer, protocol, primer, questions)
+    planned = plan(lm, methods, [question.text for question in questions], groups)
+    harm = read_harm(args.harm, common, planned.settings) if args.harm else {}
+
+    def line(place: int, scores: list[np.ndarray]) -> dict[str, Any]:
+        question = questions[place]
+        sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
+        return {
+            "question": question.text,
+            "category": question.category,
+            "true": sums[: len(question.true)],
+            "false": sums[len(question.true) :],
+            "best": question.best,
+            **metrics_of(protocol, question, sums),
+        }
+
+    settings = {**common, "methods": planned.settings}
+    run = Run(args.out, settings, resume=args.resume, overwrite=args.overwrite)
+    costs = run.score(lm, planned.passes, groups, line, index=index, quiet=args.quiet)
+
+    baseline = baseline_of(planned.settings, args.baseline)
     lines = {name: run.of(name, index) for name in methods}
     summaries = summarize(lines, protocol.metrics, baseline=baseline, seed=args.seed)
     results = {
@@ -283,18 +264,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "protocol_details": protocol.describe(),
         "metrics": list(protocol.metrics),
         "n_questions": len(questions),
-        "n_answers": known["n_answers"],
-        "boundary_merged": known["boundary_merged"],
+        "n_answers": sum(map(len, groups)),
+        "boundary_merged": sum(answer.boundary_merged for group in groups for answer in group),
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
         **environment(),
         "resumed_lines": run.resumed,
-        "methods": {name: summaries[name] | known["methods"][name] for name in methods},
+        "harm": args.harm,
+        "methods": {
+            name: {
+                **summaries[name],
+                **costs[name],
+                "settings": planned.settings[name],
+                **({"harm": harm[name]} if name in harm else {}),
+            }
+            for name in methods
+        },
     }
-    if args.harm is not None:
-        results["harm"] = str(args.harm)
-        for name, row in read_harm(args.harm, results).items():
-            results["methods"][name]["harm"] = row
     tables = results_tables(results)
     run.finish(results, tables, results_plots(results), index)
     warnings += note_undefined(results["methods"])

@@ -219,10 +219,12 @@ def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
     results = json.loads((harms[1] / "results.json").read_text())
     results["methods"]["in-model-contrast"] = results["methods"].pop("in-model-contrast:alpha=0.1")
     (harms[1] / "results.json").write_text(json.dumps(results))
-    assert truthfulqa([*map(str, command), "--quiet", "--resume", "--harm", str(harms[1])]) == 2
+    before = (out / "results.json").read_bytes()
+    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[1])]) == 2
     assert "has other settings there" in capfd.readouterr().err
-    assert truthfulqa([*map(str, command), "--quiet", "--resume", "--harm", str(scored[1])]) == 2
+    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(scored[1])]) == 2
     assert "is a run of truthfulqa, not of harm" in capfd.readouterr().err
+    assert (out / "results.json").read_bytes() == before
 
 
 def test_bad_input_ends_in_one_line(tiny_imae, tmp_path, capfd):

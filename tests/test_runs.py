@@ -12,7 +12,8 @@ from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.evaluate import stats
 from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.runs import dumps, read_run, values_of
+from imae_jax.evaluate.runs import dumps, read_run
+from imae_jax.evaluate.summaries import values_of
 from imae_jax.evaluate.tables import Table
 from imae_jax.evaluate.truthfulqa import main
 
@@ -106,6 +107,21 @@ def test_only_runs_are_replaced(scored, killed, tmp_path, capfd):
         read_run(scored[1])["methods"]["base"]["mc2"], abs=1e-3
     )
     assert list(read_run(out)["methods"]) == ["base"]
+
+
+def test_a_run_that_cannot_be_scored_leaves_nothing(scored, killed, tmp_path, capfd):
+    command, out = killed
+    long = tmp_path / "long.txt"
+    long.write_text("Q: t3\nA: " + "t5 " * 600)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "over the model's context of 512" in refused(
+        capfd, *with_out(command, out, primer=long), "--overwrite"
+    )
+    too_high = with_out(command, out, methods="dola-static:layer=9")
+    assert "layer 9 is no early one" in refused(capfd, *too_high, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    refused(capfd, *with_out(command, tmp_path / "new", primer=long))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_development_split_is_scored_alone(scored, tmp_path):

@@ -123,17 +123,7 @@ def score(
     streams.check(models, method)
     if not groups:
         return
-    # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
-    limit = min(c.max_position_embeddings for c in models.configs)
-    for i, group in enumerate(groups):
-        for item in group:
-            config.check_token_ids(item.tokens)
-        longest = max((len(c.tokens) for c in group), default=0)
-        if longest > limit:
-            raise UserError(
-                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
-                "shorten the prompt or the answer"
-            )
+    check_groups(models, groups)
     prefix = _common_prefix(c for group in groups for c in group)
     prefix_caches = _prefix_caches(models, method, prefix)
     batch_rows = rows_per_batch or ROWS_PER_BATCH.get(jax.default_backend(), 1)
@@ -162,6 +152,21 @@ def score(
                 first = groups[group][index].start - len(prefix)
                 results[group][index] = node_scores[id(tree)][nodes[first:]]
         yield from results.items()
+
+
+def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
+    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context."""
+    # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
+    limit = min(c.max_position_embeddings for c in models.configs)
+    for i, group in enumerate(groups):
+        for item in group:
+            models.configs[0].check_token_ids(item.tokens)
+        longest = max((len(c.tokens) for c in group), default=0)
+        if longest > limit:
+            raise UserError(
+                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
+                "shorten the prompt or the answer"
+            )
 
 
 class _TokenTree:
