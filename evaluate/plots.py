@@ -143,5 +143,7 @@ def _finish(figure: Any, legend: int, of: Any = None) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if legend:
         handles, labels = (of or figure.axes[0]).get_legend_handles_labels()
-        columns = min(legend, 4)
+        # A label's line and margins are as wide as 8 characters.
+        widest = max(map(len, labels)) + 8
+        columns = max(1, min(legend, 4, int(CHARACTERS_PER_INCH * figure.get_figwidth() / widest)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
