@@ -266,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings = note_undefined(parts["all"])
     if not length["matched"]["n"]:
         warnings.append(f"warning: no pair's answers are within a factor of {args.length_ratio:g} in length")
-    if warnings:
-        print("\n".join(warnings), file=sys.stderr)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
     show(tables)
 
 

@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(args, methods)
     data = load_data(args.data, protocol.form)
     primer = load_primer(args.primer, demo=args.data == "demo", instruction=protocol.instruction)
-    warnings = checked(data, protocol, primer, any_data=args.any_data)
+    for warning in checked(data, protocol, primer, any_data=args.any_data):
+        print(warning, file=sys.stderr)
     split = {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share}
     texts = [question.text for question in data.questions]
     places = select(texts, args.split, seed=args.split_seed, dev_share=args.dev_share)[: args.limit]
@@ -283,9 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     tables = results_tables(results)
     run.finish(results, tables, results_plots(results), index)
-    warnings += note_undefined(results["methods"])
-    if warnings:
-        print("\n".join(warnings), file=sys.stderr)
+    for warning in note_undefined(results["methods"]):
+        print(warning, file=sys.stderr)
     show(tables)
 
 
