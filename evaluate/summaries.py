@@ -31,8 +31,8 @@ def baseline_of(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) ->
     """
     if chosen is not None:
         return chosen
-    base = {"name": "imae", "strength": 0.0}
-    return next((label for label, settings in methods.items() if settings == base), next(iter(methods)))
+    base = [k for k, s in methods.items() if (s["name"], s.get("strength")) == ("imae", 0.0)]
+    return next(iter([*base, *methods]))
 
 
 def summarize(

@@ -18,8 +18,9 @@ class KVCache:
     either side.
 
     Attributes:
-        keys, values: one [B, K, S, H] array a layer. An array of its own for every layer lets XLA
-            update it in place; one stacked array would be copied at every step.
+        keys, values: one [B, K, S, H] array a layer, [K, S, H] for one row. An array of its own for every
+            layer lets XLA update it in place; one stacked array would be copied at every step, and an axis
+            of length 1 eight times, since XLA takes it off in front of matmuls.
         real: bool [B, S], True where a slot holds a token that is not padding.
         length: int32 [], slots in use; the next token goes to slot `length`.
     """
@@ -31,11 +32,12 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+        shape, axes = (config.num_kv_heads, capacity, config.head_dim), ("act_heads", "length", None)
+        if batch_size > 1:
+            shape, axes = (batch_size, *shape), ("batch", *axes)
 
         def zeros():
-            array = jnp.zeros(shape, dtype)
-            return constrain(array, "batch", "act_heads", "length", None)
+            return constrain(jnp.zeros(shape, dtype), *axes)
 
         return cls(
             keys=tuple(zeros() for _ in range(config.num_layers)),
@@ -51,16 +53,46 @@ class KVCache:
     def with_capacity(self, capacity: int) -> "KVCache":
         """The same contents with room for `capacity` slots."""
         extra = capacity - self.capacity
-        slots = [(0, 0), (0, 0), (0, extra), (0, 0)]
+
+        def extend(x):
+            return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, extra), (0, 0)])
+
         return dataclasses.replace(
             self,
-            keys=tuple(jnp.pad(x, slots) for x in self.keys),
-            values=tuple(jnp.pad(x, slots) for x in self.values),
+            keys=tuple(map(extend, self.keys)),
+            values=tuple(map(extend, self.values)),
             real=jnp.pad(self.real, [(0, 0), (0, extra)]),
         )
 
     def repeat_rows(self, repeats: int) -> "KVCache":
-        """Every row `repeats` times in a row: [B, …] becomes [B · repeats, …]."""
-        return jax.tree.map(
-            lambda x: jnp.repeat(x, repeats, axis=0) if x.ndim > 1 and repeats > 1 else x, self
+        """Every row `repeats` times in a row: B rows become B · repeats."""
+        if repeats == 1:
+            return self
+
+        def repeat(x):
+            return jnp.repeat(x if x.ndim == 4 else x[None], repeats, axis=0)
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(repeat, self.keys)),
+            values=tuple(map(repeat, self.values)),
+            real=jnp.repeat(self.real, repeats, axis=0),
         )
+
+
+def append(slots: jax.Array, new: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Writes one layer's new keys or values into the cache.
+
+    Args:
+        slots: [B, K, S, H], or [K, S, H] for one row.
+        new: [B, K, T, H].
+        start: int32 [], the slot of the first new token.
+
+    Returns:
+        The slots, and the same as [B, K, S, H].
+    """
+    if slots.ndim == 3:
+        slots = jax.lax.dynamic_update_slice(slots, new[0], (0, start, 0))
+        return slots, slots[None]
+    slots = jax.lax.dynamic_update_slice(slots, new, (0, 0, start, 0))
+    return slots, slots

@@ -42,15 +42,21 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     return wrapped
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model` and what goes with it; `model_arguments` reads them."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = True) -> None:
+    """Adds `--model` and what goes with it; `model_arguments` reads them.
+
+    Args:
+        quantizable: False for commands that write weights.
+    """
     parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert.references")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--tokenizer", help="directory or hub id of another tokenizer than the model's own")
+    if quantizable:
+        parser.add_argument("--int8", help="weights as 8-bit integers: units, base or all")
     parser.add_argument("--base", help="where the base of an IMAE directory or adapter is now")
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `imae_jax.convert.load_model` besides the reference."""
-    return {name: getattr(args, name) for name in ("dtype", "revision", "tokenizer", "base")}
+    return {name: getattr(args, name, None) for name in ("dtype", "revision", "tokenizer", "base", "int8")}

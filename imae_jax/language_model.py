@@ -10,7 +10,7 @@ from imae_jax.config import LlamaConfig
 from imae_jax.decode.loop import stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
 from imae_jax.decode.sampling import Sampler
-from imae_jax.decode.scoring import encode, score
+from imae_jax.decode.scoring import encode, score, windows
 from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama
@@ -247,6 +247,34 @@ class LanguageModel:
         models, method = self.prepare(method, generating=False)
         ((_, scores),) = score(models, self.config, [group], method)
         return [float(np.sum(s, dtype=np.float64)) for s in scores]
+
+    def perplexity(
+        self, texts: Sequence[str], method: str | Method = "base", *, window: int | None = None
+    ) -> list[float]:
+        """Perplexity of every text: exp of its tokens' mean negative log-probability, each given those before.
+
+        The first token is only context. A text longer than a window goes in windows that overlap by half.
+
+        Args:
+            texts: as they are; a tokenizer that adds BOS adds it.
+            method: as in `generate`; one whose scores are log-probabilities.
+            window: tokens; default: the model's context.
+
+        Raises:
+            UserError: a text of fewer than two tokens, a window over the context, or a method whose scores
+                are no log-probabilities.
+        """
+        models, method = self.prepare(method, generating=False)
+        if not method.normalized:
+            raise UserError(
+                f"perplexity of {method.name}: its scores are no log-probabilities; give it renormalize=true"
+            )
+        window = window or self.config.max_position_embeddings
+        groups = [windows(ids, window) for ids in self.tokenizer(list(texts))["input_ids"]]
+        means = [0.0] * len(groups)
+        for i, scores in score(models, self.config, groups, method):
+            means[i] = np.concatenate(scores).mean(dtype=np.float64)
+        return np.exp(-np.asarray(means)).tolist()
 
     def _new_text(self, prompt: list[int], new: list[int]) -> str:
         """The text of new tokens; alone, SentencePiece would drop their leading space."""

@@ -15,10 +15,10 @@ from flax import nnx
 
 from imae_jax.anti_expert import AntiExpertUnits, unit_forward
 from imae_jax.attention import flash_attention
-from imae_jax.cache import KVCache
+from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import apply_rope, rms_norm, rope_tables, swiglu
+from imae_jax.layers import apply_rope, matmul, rms_norm, rope_tables, swiglu
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
 from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
@@ -203,6 +203,7 @@ def forward(
     positions: jax.Array | None = None,
     attend: jax.Array | None = None,
     strength: float | jax.Array | None = None,
+    gate_threshold: float | jax.Array | None = None,
     adapter: float | jax.Array | None = None,
     shift: jax.Array | None = None,
     cache: KVCache | None = None,
@@ -225,6 +226,7 @@ def forward(
             causal, padding excluded.
         strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
             units, runs the base alone and costs nothing extra.
+        gate_threshold: gates below it count as closed, a number or [B]. None leaves all as they are.
         adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base.
             None, or no deltas, leaves them out.
         shift: float32 [B, T], factor of the heads' shifts at every position. None, or no shifts, leaves them
@@ -257,6 +259,7 @@ def forward(
         raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
     else:
         strength = per_row(strength, B)
+        gate_threshold = None if gate_threshold is None else per_row(gate_threshold, B)
     lora = None if adapter is None else weights.lora
     if lora is not None:
         lora_scale = weights.lora_scale * per_row(adapter, B)
@@ -290,8 +293,8 @@ def forward(
     cos, sin = rope_tables(config, positions, x.dtype)
 
     def block(x, layer, unit, deltas, head_shift, kv):
-        def linear(subscripts, x, name):
-            y = jnp.einsum(subscripts, x, layer[name])
+        def linear(x, name):
+            y = matmul(x, layer[name], num_inputs=x.ndim - 2)
             if deltas is not None and name in deltas:
                 y = y + delta(deltas[name], x, lora_scale)
             return y
@@ -301,7 +304,7 @@ def forward(
             heads, kv = _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start)
             if head_shift is not None:
                 heads = heads + (shift[..., None, None] * head_shift).astype(heads.dtype)
-            h = linear("BTNH,NHD->BTD", heads, "wo")
+            h = linear(heads, "wo")
             if "bo" in layer:
                 h = h + layer["bo"]
             x = constrain(x + h, "batch", "length", "act_embed")
@@ -310,7 +313,7 @@ def forward(
             out, gate = _mlp(linear, layer, h), None
         if unit is not None:
             with jax.named_scope("anti_expert"):
-                y, gate = unit_forward(unit, h, strength)
+                y, gate = unit_forward(unit, h, strength, gate_threshold)
                 out = out + y
         taken = (gate if taps.gates else None, heads if taps.heads else None)
         return constrain(x + out, "batch", "length", "act_embed"), kv, taken
@@ -384,26 +387,25 @@ def _scan_layers(block, x, stacks, taps, remat):
 
 def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start):
     """Every head's output [B, T, N, H], and the layer's keys and values."""
-    q = linear("BTD,DNH->BTNH", h, "wq")
-    k = linear("BTD,DKH->BTKH", h, "wk")
-    v = linear("BTD,DKH->BTKH", h, "wv")
+    q = linear(h, "wq")
+    k = linear(h, "wk")
+    v = linear(h, "wv")
     if "bq" in layer:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     q = constrain(q, "batch", "length", "act_heads", None)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if kv is not None:
-        k = jax.lax.dynamic_update_slice(kv[0], k, (0, 0, start, 0))
-        v = jax.lax.dynamic_update_slice(kv[1], v, (0, 0, start, 0))
-        kv = (k, v)
+        (keys, k), (values, v) = append(kv[0], k, start), append(kv[1], v, start)
+        kv = (keys, values)
     return attend_to(q, k, v), kv
 
 
 def _mlp(linear, layer, h):
-    gate = linear("BTD,DF->BTF", h, "w_gate")
-    up = linear("BTD,DF->BTF", h, "w_up")
+    gate = linear(h, "w_gate")
+    up = linear(h, "w_up")
     if "b_gate" in layer:
         gate, up = gate + layer["b_gate"], up + layer["b_up"]
     inner = constrain(swiglu(gate, up), "batch", "length", "act_mlp")
-    out = linear("BTF,FD->BTD", inner, "w_down")
+    out = linear(inner, "w_down")
     return out + layer["b_down"] if "b_down" in layer else out

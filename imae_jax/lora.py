@@ -7,10 +7,10 @@ rows of the base and rows of the adapted model, and reads each base weight once.
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.layers import matmul
 from imae_jax.params import LoraParam, uniform_fan_in, weight, zeros
 
 
@@ -62,5 +62,5 @@ def delta(pair: Mapping[str, jax.Array], x: jax.Array, scale: jax.Array) -> jax.
         [B, T, outputs…] in the dtype of `x`; exactly 0 in rows with scale 0.
     """
     a, b = (pair[name].astype(x.dtype) for name in ("a", "b"))
-    inner = jnp.tensordot(x, a, axes=a.ndim - 1) * scale[:, None, None].astype(x.dtype)
-    return jnp.tensordot(inner, b, axes=1)
+    inner = matmul(x, a, num_inputs=a.ndim - 1) * scale[:, None, None].astype(x.dtype)
+    return matmul(inner, b)

@@ -1,5 +1,6 @@
 """Prompt formats: the one place that turns a question into text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from imae_jax.errors import UserError
@@ -51,7 +52,7 @@ def chat_text(tokenizer: Any, message: str) -> str:
 
     It holds its special tokens: tokenize it with `add_special_tokens=False`.
     """
-    return _apply_template(tokenizer, {"user": message}, add_generation_prompt=True)
+    return apply_template(tokenizer, [{"role": "user", "content": message}], add_generation_prompt=True)
 
 
 def answer_frame(tokenizer: Any, format: str) -> tuple[str, str]:
@@ -65,7 +66,8 @@ def answer_frame(tokenizer: Any, format: str) -> tuple[str, str]:
     if format == "plain":
         return " ", eos
     answer = "ANSWER"
-    whole = _apply_template(tokenizer, {"user": "Q", "assistant": answer})
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+    whole = apply_template(tokenizer, turns)
     lead, found, tail = whole.removeprefix(chat_text(tokenizer, "Q")).partition(answer)
     if not found or lead.strip():
         return "", eos
@@ -73,6 +75,6 @@ def answer_frame(tokenizer: Any, format: str) -> tuple[str, str]:
     return lead, tail.rstrip("\n") or eos
 
 
-def _apply_template(tokenizer: Any, turns: dict[str, str], **kwargs: Any) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns.items()]
-    return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **kwargs)
+def apply_template(tokenizer: Any, messages: Sequence[dict[str, str]], **kwargs: Any) -> str:
+    """The chat template with messages (`role`, `content`), the same on every day."""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, date_string=TEMPLATE_DATE, **kwargs)

@@ -174,7 +174,8 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
         archive.extractall(site)
     top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"imae_jax"}
-    for file in ("train/configs/demo.yaml", "train/data/demo.jsonl", "evaluate/data/demo_primer.txt"):
+    files = ["train/configs/demo.yaml", "train/data/demo.jsonl", "evaluate/data/demo_primer.txt"]
+    for file in (*files, *(f"evaluate/inspector.{kind}" for kind in ("html", "css", "js"))):
         assert (site / "imae_jax" / file).is_file()
     assert {p.relative_to(ROOT).name for p in (ROOT / "convert").glob("*.py")} == {
         p.name for p in (site / "imae_jax" / "convert").glob("*.py")

@@ -399,7 +399,7 @@ def test_contrast_scores(generating):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
         if not generating:
             tokens = random.integers(0, 40, 5)
-            chosen = method.token_scores(logits, jnp.asarray(tokens))
+            chosen = method.token_scores(logits, jnp.arange(5), jnp.asarray(tokens))
             np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], rtol=1e-5, atol=1e-5)
 
 
@@ -450,6 +450,18 @@ def test_lists_of_methods_are_cut_between_methods():
     ]
     with user_error("no method"):
         split_methods(" , ")
+
+
+def test_braces_in_lists_of_methods_stand_for_several_values():
+    assert split_methods("base,iti:directions=d,alpha={5, 15},heads={1,2},expert,dola:candidates={low}") == [
+        "base",
+        *(f"iti:directions=d,alpha={alpha},heads={heads}" for alpha in (5, 15) for heads in (1, 2)),
+        "expert",
+        "dola:candidates=low",
+    ]
+    for text in ("iti:alpha={5,15", "iti:alpha=5}", "iti:alpha={{5}}"):
+        with user_error("braces"):
+            split_methods(text)
 
 
 # Compilation

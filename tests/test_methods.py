@@ -32,6 +32,7 @@ from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
 from imae_jax.decode.methods.icd import ICD
+from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.sled import SLED
@@ -385,12 +386,17 @@ def sled_with(layers, *, norm=False, **fixed):
     return scores
 
 
-def units_with(world, tokens, strength):
-    return whole(world, tokens, "units", strength=np.float32([strength])).final
+def units_with(world, tokens, strength, **kwargs):
+    return whole(world, tokens, "units", strength=np.float32([strength]), **kwargs).final
 
 
 CASES = {
     "imae": Case("-3", lambda w, x, _, __: log_softmax(units_with(w, x, -3)), units=True),
+    "imae, closed gates": Case(
+        "imae:strength=-3,gate_threshold=0.5",
+        lambda w, x, _, __: log_softmax(units_with(w, x, -3, gate_threshold=0.5)),
+        units=True,
+    ),
     "in-model-contrast": Case(
         "in-model-contrast:beta=2,anti_strength=3",
         lambda w, x, _, task: icd(units_with(w, x, 0), units_with(w, x, 3), beta=2.0, **task),
@@ -709,6 +715,7 @@ def test_methods_are_read_from_text_and_yaml(settings, method):
 
 
 ROUND = [
+    Strength(-1.0, gate_threshold=0.2),
     InModelContrast(2.0, alpha=0.1),
     ICD("m", 2.0),
     CD("m", renormalize=True),
@@ -833,6 +840,7 @@ def test_buckets_of_layers(layers, tied, low, high):
         ({"name": "sled", "steps": 2.5}, ["sled", "steps", "2.5"]),
         ({"name": "dola", "candidates": [0, "x"]}, ["dola", "candidates"]),
         ("iti:directions=f,heads=0", ["iti", "heads=0"]),
+        ("imae:gate_threshold=1.5", ["imae", "gate_threshold=1.5"]),
     ],
     ids=str,
 )

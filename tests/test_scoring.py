@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
+from conftest import (
+    TINY,
+    hf_logits,
+    import_torch,
+    log_softmax,
+    logits,
+    random_tokens,
+    tiny_llama,
+    user_error,
+)
 
 from imae_jax.config import RopeConfig
-from imae_jax.decode import Continuation, encode, score
+from imae_jax.decode import Continuation, encode, score, windows
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.scoring import GROUPS_PER_WINDOW
@@ -167,9 +176,9 @@ def test_bfloat16_models_are_scored_in_float32(weights):
 def test_one_shape_for_a_benchmark(weights):
     @dataclasses.dataclass(frozen=True)
     class Counted(Strength):
-        def token_scores(self, logits, tokens):
+        def token_scores(self, logits, positions, tokens):
             traces.append(tokens.shape)
-            return super().token_scores(logits, tokens)
+            return super().token_scores(logits, positions, tokens)
 
     traces = []
     list(score(weights, TINY, questions(PRIMER, n=70, answers=5), Counted(0.0), row_length=24))
@@ -248,11 +257,15 @@ def test_a_continuation_starts_inside_its_tokens(start):
 def test_sequences_over_the_context_are_refused(weights, rope):
     """`dynamic` RoPE generates beyond, but with other frequencies for every length."""
     config = dataclasses.replace(TINY, rope=rope)
-    fits = continuations(PRIMER, numbers(44, 1))
-    ((_, (scores,)),) = score(weights, config, [fits], Strength(0.0), row_length=24)
-    assert len(scores) == 44
-    too_long = continuations(PRIMER, (5,), numbers(45, 1))
-    with user_error("group 1", "65", "64"):
+    shorter, fits = (continuations(PRIMER, numbers(45, 1)[:n]) for n in (44, 45))
+    (fewer,), (scores,) = (
+        next(score(weights, config, [group], Strength(0.0), row_length=24))[1] for group in (shorter, fits)
+    )
+    assert len(scores) == 45
+    # The 65th token is only predicted: it takes no place in the context and stretches nothing.
+    np.testing.assert_allclose(scores[:44], fewer, atol=1e-5)
+    too_long = continuations(PRIMER, (5,), numbers(46, 1))
+    with user_error("group 1", "66", "64"):
         list(score(weights, config, [fits, too_long], Strength(0.0)))
 
 
@@ -275,3 +288,37 @@ def test_no_groups_and_empty_groups(weights):
     assert results.keys() == {0, 1, 2}
     assert results[0] == results[2] == []
     assert len(results[1]) == 4
+
+
+# Texts
+
+
+@pytest.mark.parametrize(("n", "length"), [(2, 8), (8, 8), (9, 8), (31, 8), (31, 7), (5, 2)])
+def test_windows_score_every_token_but_the_first_once(n, length):
+    tokens = random_tokens(n).tolist()
+    found = windows(tokens, length)
+    scored = [token for window in found for token in window.tokens[window.start :]]
+    assert scored == tokens[1:]
+    assert all(len(window.tokens) <= length for window in found)
+    assert all(window.start >= length // 2 for window in found[1:])
+    for few, size in (([1], 8), ([], 8), ([1, 2], 1)):
+        with user_error("two"):
+            windows(few, size)
+
+
+def test_perplexity_is_that_of_transformers(tiny):
+    import_torch()
+    checkpoint = tiny()
+    lm = checkpoint.load()
+    texts = ["t8 t9 t10 t11 t40", "t30 t31"]
+    for text, actual in zip(texts, lm.perplexity(texts), strict=True):
+        ids = lm.tokenizer(text)["input_ids"]
+        log_probs = log_softmax(hf_logits(checkpoint.hf, np.asarray([ids])))[0]
+        expected = np.exp(-np.mean([log_probs[i, token] for i, token in enumerate(ids[1:])]))
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    (whole,), (cut,) = lm.perplexity(texts[:1]), lm.perplexity(texts[:1], window=2)
+    assert whole != cut
+    with user_error("perplexity", "dola", "renormalize"):
+        lm.perplexity(texts, "dola:candidates=low")
+    with user_error("two"):
+        lm.perplexity(["t3"])

@@ -18,7 +18,7 @@ from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import adapter_of, read_adapter
 from imae_jax.convert.references import fingerprint
 from imae_jax.distributed import decide, is_main, to_host
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.llama import Weights, forward
 from imae_jax.losses import token_log_probs
@@ -86,7 +86,7 @@ def filter_tokens(
             datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
 
     filtered = [
-        dataclasses.replace(example, fact=tuple((ratio >= gamma).tolist()))
+        dataclasses.replace(example, fact=_marks(ratio, gamma))
         for example, ratio in zip(examples, ratios, strict=True)
     ]
     lengths = np.array([len(e.fact) for e in filtered])
@@ -109,6 +109,37 @@ def filter_tokens(
         "rows_without_facts": int((kept == 0).sum()),
     }
     return filtered, statistics
+
+
+def stored_examples(cache: Path, gamma: float) -> list[Example]:
+    """The examples whose log-ratios `filter_tokens` stored, with their T_fact.
+
+    Raises:
+        UserError: `cache` does not hold the log-ratios of one run.
+    """
+    paths = [path.parent for path in cache.glob("*/state.json")]
+    if len(paths) != 1:
+        raise UserError(
+            f"{cache} holds {len(paths)} sets of log-ratios where one is needed: give a run that was trained "
+            "with a token filter"
+        )
+    try:
+        rows = datasets.load_from_disk(str(paths[0]))
+    except Exception as error:  # Arrow's errors share no base class.
+        raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from None
+    return [
+        Example(
+            row["row"],
+            tuple(row["tokens"]),
+            row["start"],
+            _marks(np.asarray(row[RATIO_COLUMN], np.float32), gamma),
+        )
+        for row in rows
+    ]
+
+
+def _marks(ratios: np.ndarray, gamma: float) -> tuple[bool, ...]:
+    return tuple((ratios >= gamma).tolist())
 
 
 def _log_ratios(

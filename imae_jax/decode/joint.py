@@ -59,9 +59,11 @@ class Joint(Method):
         each = zip(self.methods, self.split(logits), strict=True)
         return jnp.stack([method.scores(own) for method, own in each])
 
-    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
+    def token_scores(
+        self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
         each = zip(self.methods, self.split(logits), strict=True)
-        return jnp.stack([method.token_scores(own, tokens) for method, own in each], axis=-1)
+        return jnp.stack([method.token_scores(own, positions, tokens) for method, own in each], axis=-1)
 
 
 def share_streams(prepared: Sequence[tuple[Models, Method]]) -> list[tuple[Models, Joint, list[int]]]:

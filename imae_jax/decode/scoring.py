@@ -9,7 +9,6 @@ benchmark.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
+from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods import Method
 from imae_jax.decode.streams import Caches, Models
 from imae_jax.errors import UserError
@@ -89,6 +89,25 @@ def encode(
     return encoded
 
 
+def windows(tokens: Sequence[int], length: int) -> list[Continuation]:
+    """Windows of a text that overlap by half: every token but the text's first is scored once.
+
+    All but the first window's tokens have at least `length // 2` tokens before them.
+
+    Raises:
+        UserError: fewer than two tokens, or windows of less than two.
+    """
+    if len(tokens) < 2 or length < 2:
+        raise UserError(f"a text of {len(tokens)} tokens in windows of {length}: both need at least two")
+    stride, scored, found = length // 2, 1, []
+    for start in range(0, len(tokens), stride):
+        part = tuple(tokens[start : start + length])
+        if start + len(part) > scored:
+            found.append(Continuation(part, scored - start))
+            scored = start + len(part)
+    return found
+
+
 def score(
     model: Llama | Weights | Models,
     config: LlamaConfig,
@@ -113,11 +132,32 @@ def score(
 
     Yields:
         `(i, scores)` for every group, in no particular order: one float32 array per continuation with
-        the score of every token from its `start` on; of a `Joint`, one column a method.
+        the score of every token from its `start` on.
 
     Raises:
         UserError: a sequence over the context length, or a method that the model cannot run.
     """
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=False):
+        yield i, [scores for (scores,) in scored]
+
+
+def score_greedy(
+    model: Llama | Weights | Models,
+    config: LlamaConfig,
+    groups: Sequence[Sequence[Continuation]],
+    method: Method,
+    *,
+    row_length: int = ROW_LENGTH,
+    rows_per_batch: int | None = None,
+) -> Iterator[tuple[int, list[np.ndarray], list[np.ndarray]]]:
+    """As `score`, but also yields which tokens are the method's arg-max: one bool array per continuation."""
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=True):
+        yield i, [scores for scores, _ in scored], [greedy for _, greedy in scored]
+
+
+def _score(
+    model, config, groups, method, row_length, rows_per_batch, *, greedy: bool
+) -> Iterator[tuple[int, list[tuple[np.ndarray, ...]]]]:
     models = Models.of(model, config)
     method = method.resolve(config, generating=False)
     streams.check(models, method)
@@ -132,25 +172,27 @@ def score(
         window = range(window_start, min(window_start + GROUPS_PER_WINDOW, len(groups)))
         pieces = _pieces({i: groups[i] for i in window}, len(prefix), row_length)
         rows = _fill_rows(pieces, row_length)
-        node_scores: dict[int, np.ndarray] = {}
+        of_nodes: dict[int, tuple[np.ndarray, ...]] = {}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
             length = max(row_length, *(row.length for row in batch))
             length = -(-length // row_length) * row_length
-            arrays = [row.arrays(length) for row in batch]
-            arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
-            stacked = (np.stack(a) for a in zip(*arrays, strict=True))
-            values = _score_nodes(models, prefix_caches, *stacked, method=method)
-            for row, row_values in zip(batch, np.asarray(values), strict=False):
+            batch_arrays = [row.arrays(length) for row in batch]
+            batch_arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
+            *arrays, parents = (np.stack(a) for a in zip(*batch_arrays, strict=True))
+            chunks = _projection_chunks(parents, streams.projections(method))
+            values = _score_nodes(models, prefix_caches, *arrays, *chunks, method=method, greedy=greedy)
+            for row, *row_values in zip(batch, *map(np.asarray, values), strict=False):
                 offset = 0
                 for tree in row.trees:
-                    node_scores[id(tree)] = row_values[offset : offset + len(tree.tokens)]
-                    offset += len(tree.tokens)
-        results = {i: [np.empty(0, np.float32)] * len(groups[i]) for i in window}
+                    part = slice(offset, offset + len(tree.tokens))
+                    of_nodes[id(tree)] = tuple(v[part] for v in row_values)
+                    offset = part.stop
+        results: dict[int, list[tuple[np.ndarray, ...]]] = {i: [()] * len(groups[i]) for i in window}
         for tree in pieces:
             for group, index, nodes in tree.members:
                 first = groups[group][index].start - len(prefix)
-                results[group][index] = node_scores[id(tree)][nodes[first:]]
+                results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
         yield from results.items()
 
 
@@ -162,7 +204,8 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
         for item in group:
             models.configs[0].check_token_ids(item.tokens)
         longest = max((len(c.tokens) for c in group), default=0)
-        if longest > limit:
+        # A sequence's last token predicts nothing, so that it needs no place in the context.
+        if longest > limit + 1:
             raise UserError(
                 f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
                 "shorten the prompt or the answer"
@@ -217,10 +260,11 @@ class _Row:
         return sum(len(tree.tokens) for tree in self.trees)
 
     def arrays(self, length: int) -> tuple[np.ndarray, ...]:
-        """tokens, parents and depths int32 [T], predictors of answers' tokens bool [T], and ancestors (self
-        included) bool [T, T]."""
-        tokens, parents, depths = (np.zeros(length, np.int32) for _ in range(3))
+        """tokens and depths int32 [T], predictors of answers' tokens bool [T], ancestors (self included) bool
+        [T, T], and parents of the nodes to score, else -1, int32 [T]."""
+        tokens, depths = (np.zeros(length, np.int32) for _ in range(2))
         answer, ancestors = np.zeros(length, bool), np.zeros((length, length), bool)
+        parents = np.full(length, -1, np.int32)
         offset = 0
         for tree in self.trees:
             part = slice(offset, offset + len(tree.tokens))
@@ -228,11 +272,12 @@ class _Row:
             answer[part] = depths[part] >= tree.first_predictor
             for node, parent in enumerate(tree.parents, offset):
                 if parent >= 0:
-                    parents[node] = parent + offset
                     ancestors[node] = ancestors[parent + offset]
                 ancestors[node, node] = True
+                if depths[node] > tree.first_predictor:
+                    parents[node] = parent + offset
             offset = part.stop
-        return tokens, parents, depths, answer, ancestors
+        return tokens, depths, answer, ancestors, parents
 
 
 def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
@@ -298,10 +343,66 @@ def _fill_prefix(models, tokens, mask, *, method):
     return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, method):
-    """Scores [B, T] of every node's token from the hidden states of its parent; [B, T, M] of a `Joint`."""
+def _projection_chunks(parents: np.ndarray, projections: int) -> tuple[np.ndarray, ...]:
+    """Cuts the scored nodes of a batch into chunks of few enough positions to project at once.
+
+    Only parents of scored nodes are projected, and siblings share their parent's logits.
+
+    Args:
+        parents: int32 [B, T], -1 at nodes that are not scored.
+        projections: to the vocabulary, at every position.
+
+    Returns:
+        The number of chunks in use, and for each chunk the positions to project [C, P], numbered through
+        the batch, and its nodes [C, Q]: their places in the batch, and the places of their parents in P.
+        Unused nodes have the place B · T.
+    """
+    size = parents.size
+    P = min(max(1, POSITIONS_PER_PROJECTION // projections), size)
+    Q = 2 * P
+    row_starts = np.arange(len(parents))[:, None] * parents.shape[1]
+    flat = np.where(parents < 0, -1, parents + row_starts).ravel()
+    nodes = np.flatnonzero(flat >= 0)
+    nodes = nodes[np.argsort(flat[nodes], kind="stable")]
+    # A chunk but the last is full in P or in Q.
+    C = size // P + size // Q + 1
+    positions, parent_places = np.zeros((C, P), np.int32), np.zeros((C, Q), np.int32)
+    places = np.full((C, Q), size, np.int32)
+    chunk, num_positions, num_nodes = 0, 0, 0
+    for node in nodes:
+        parent = flat[node]
+        is_new = num_positions == 0 or positions[chunk, num_positions - 1] != parent
+        if num_nodes == Q or (is_new and num_positions == P):
+            chunk, num_positions, num_nodes, is_new = chunk + 1, 0, 0, True
+        if is_new:
+            positions[chunk, num_positions] = parent
+            num_positions += 1
+        places[chunk, num_nodes], parent_places[chunk, num_nodes] = node, num_positions - 1
+        num_nodes += 1
+    return np.int32(chunk + (num_nodes > 0)), positions, places, parent_places
+
+
+@functools.partial(jax.jit, static_argnames=("method", "greedy"))
+def _score_nodes(
+    models,
+    prefix,
+    tokens,
+    depths,
+    answer,
+    ancestors,
+    num_chunks,
+    positions,
+    places,
+    parent_places,
+    *,
+    method,
+    greedy,
+):
+    """Scores [B, T] of the scored nodes' tokens from the hidden states of their parents, of a `Joint`
+    [B, T, M]; with `greedy` also
+    whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
     B, T = tokens.shape
+    last_position = min(config.max_position_embeddings for config in models.configs) - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
     hidden, _ = streams.run(
@@ -310,24 +411,26 @@ def _score_nodes(models, prefix, tokens, parents, depths, answer, ancestors, *, 
         tokens,
         attention_mask=jnp.ones((B, T), bool),
         answer=answer,
-        positions=jnp.sum(real, dtype=jnp.int32) + depths,
+        # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
+        positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + depths, last_position),
         attend=jnp.concatenate([in_prefix, ancestors], axis=-1),
         caches=tuple(cache.repeat_rows(B).with_capacity(capacity + T) for cache in prefix),
     )
+    hidden = jax.tree.map(lambda x: x.reshape(*x.shape[:-3], B * T, x.shape[-1]), hidden)
+    tokens = tokens.reshape(-1)
 
-    # Nothing of size B · T · V is ever built: [..., B, T, D] to [chunks, ..., positions, D].
-    limit = max(1, POSITIONS_PER_PROJECTION // streams.projections(method))
-    size = math.gcd(1 << (limit.bit_length() - 1), B * T)
+    # Nothing of size B · T · V is ever built.
+    def add_chunk(chunk, values):
+        at = places[chunk]
+        of_parents = jax.tree.map(lambda x: x[..., positions[chunk], :], hidden)
+        logits = streams.logits_of(models, method, of_parents)
+        chosen = tokens[jnp.minimum(at, B * T - 1)]
+        new = [method.token_scores(logits, parent_places[chunk], chosen)]
+        if greedy:
+            new.append(jnp.argmax(method.scores(logits), axis=-1)[parent_places[chunk]] == chosen)
+        return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))
 
-    def in_chunks(x):
-        of_parents = x[..., jnp.arange(B)[:, None], parents, :]
-        chunks = of_parents.reshape(*x.shape[:-3], -1, size, x.shape[-1])
-        return jnp.moveaxis(chunks, -3, 0)
-
-    def of_chunk(chunk):
-        hidden, tokens = chunk
-        return method.token_scores(streams.logits_of(models, method, hidden), tokens)
-
-    chunks = (jax.tree.map(in_chunks, hidden), tokens.reshape(-1, size))
-    scores = jax.lax.map(of_chunk, chunks)
-    return scores.reshape(B, T, *scores.shape[2:])
+    columns = (len(method.methods),) if isinstance(method, Joint) else ()
+    values = (jnp.zeros((B * T, *columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
+    values = jax.lax.fori_loop(0, num_chunks, add_chunk, values)
+    return tuple(v.reshape(B, T, *v.shape[1:]) for v in values)

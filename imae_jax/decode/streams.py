@@ -124,6 +124,7 @@ def run(
             positions=tile(positions),
             attend=tile(attend),
             strength=per_row([stream.strength for stream in streams]),
+            gate_threshold=per_row([stream.gate_threshold for stream in streams]),
             adapter=per_row([stream.adapter for stream in streams]),
             shift=None if shift is None else shift[:, None] * tile(answer),
             cache=cache,

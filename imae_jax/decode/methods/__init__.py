@@ -5,7 +5,9 @@ of it. A method is a frozen dataclass, one file each; `REGISTRY` lists them by n
 """
 
 import dataclasses
+import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -84,9 +86,13 @@ def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
 
 
 def split_methods(text: str) -> list[str]:
-    """Cuts `base,expert,in-model-contrast:beta=2,alpha=0.1` into its methods."""
+    """Cuts `base,expert,in-model-contrast:beta=2,alpha=0.1` into its methods.
+
+    Braces stand for several values: `iti:directions=DIR,alpha={5,15},heads={16,48}` gives four methods.
+    """
     methods: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    outside_of_braces = re.split(r",(?![^{}]*\})", text)
+    for part in filter(None, (part.strip() for part in outside_of_braces)):
         is_setting = "=" in part and ":" not in part.partition("=")[0]
         if is_setting and methods and ":" in methods[-1]:
             methods[-1] += "," + part
@@ -94,7 +100,17 @@ def split_methods(text: str) -> list[str]:
             methods.append(part)
     if not methods:
         raise UserError("no method is given: use, for example, base,expert")
-    return methods
+    return [expanded for method in methods for expanded in _expand(method)]
+
+
+def _expand(method: str) -> list[str]:
+    pieces = re.split(r"\{([^{}]*)\}", method)
+    if any(brace in piece for piece in pieces for brace in "{}"):
+        raise UserError(f"method {method!r}: braces do not match; use, for example, alpha={{5,15}}")
+    choices = [
+        [value.strip() for value in piece.split(",")] if i % 2 else [piece] for i, piece in enumerate(pieces)
+    ]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
 def _is_number(text: str) -> bool:

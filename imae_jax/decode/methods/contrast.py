@@ -37,6 +37,10 @@ class Contrast(Method):
         if self.implausible is not None and not self.implausible < 0:
             raise UserError(f"{self.name}: implausible={self.implausible} must be below 0")
 
+    @property
+    def normalized(self) -> bool:
+        return self.renormalize
+
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         alpha, implausible = self.alpha, self.implausible
         if alpha is None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
+from imae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,29 +19,36 @@ class Strength(Method):
 
     Attributes:
         strength: -1 expert, 0 base, +1 anti-expert; any real number is a dial between and beyond.
+        gate_threshold: gates below it count as closed, and at batch 1 their units' weights are not read. The
+            paper's units have none: 0.
     """
 
     strength: float = MODES["expert"]
+    gate_threshold: float = 0.0
 
     def __post_init__(self):
         parse_mode(self.strength)
+        if not 0 <= self.gate_threshold <= 1:
+            raise UserError(f"imae: gate_threshold={self.gate_threshold} must be between 0 and 1")
 
     @property
     def name(self) -> str:
         named = {value: name for name, value in MODES.items()}
-        return named.get(self.strength, f"{self.strength:g}")
+        name = named.get(self.strength, f"{self.strength:g}")
+        return f"{name}, gates above {self.gate_threshold:g}" if self.gate_threshold else name
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        return (Stream(strength=self.strength),)
+        return (Stream(strength=self.strength, gate_threshold=self.gate_threshold),)
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
 
-    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
+    def token_scores(
+        self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
         final = logits[0].final
-        chosen = jnp.take_along_axis(final, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(final, axis=-1)
+        return final[positions, tokens] - jax.nn.logsumexp(final, axis=-1)[positions]
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "imae", "strength": self.strength}
+        return {"name": "imae", **dataclasses.asdict(self)}

@@ -22,6 +22,7 @@ class Stream:
     Attributes:
         model: 0 for the model itself, 1 for the method's second one.
         strength: the anti-expert units' `o`; 0 leaves them out.
+        gate_threshold: gates below it count as closed.
         adapter: factor of the low-rank deltas; 0 leaves them out.
         shift: factor of the heads' shifts; 0 leaves them out.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
@@ -30,6 +31,7 @@ class Stream:
 
     model: int = 0
     strength: float = 0.0
+    gate_threshold: float = 0.0
     adapter: float = 0.0
     shift: float = 0.0
     exits: tuple[int, ...] = ()
@@ -88,13 +90,24 @@ class Method(abc.ABC):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         """Next-token scores, float32 [..., V], of a method that is resolved, from every stream's logits."""
 
-    def token_scores(self, logits: Sequence[StreamLogits], tokens: jax.Array) -> jax.Array:
-        """`scores` of given tokens alone: int32 [...] to float32 [...].
+    def token_scores(
+        self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
+        """`scores` of some tokens alone, float32 [Q].
 
-        To be overridden where that is cheaper than building [..., V].
+        To be overridden where that is cheaper than building [P, V].
+
+        Args:
+            logits: of P positions.
+            positions: int32 [Q], in front of which of them a token comes.
+            tokens: int32 [Q].
         """
-        scores = self.scores(logits)
-        return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+        return self.scores(logits)[positions, tokens]
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the scores are log-probabilities, but for tokens that are masked."""
+        return True
 
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         """The method with every setting filled in for a model and a task.

@@ -66,6 +66,10 @@ class SLED(Method):
     def streams(self) -> tuple[Stream, ...]:
         return (Stream(exits=self.candidates, exit_norm=self.early_exit_norm),)
 
+    @property
+    def normalized(self) -> bool:
+        return self.renormalize
+
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         if self.scale > config.vocab_size:
             raise UserError(f"sled: scale={self.scale} exceeds the vocabulary of {config.vocab_size} tokens")

@@ -1,0 +1,504 @@
+"""`python -m imae_jax.evaluate.lm_eval`: tasks of the LM Evaluation Harness with any mode or decoding method.
+
+What a request means (how a text splits into context and continuation, what is cut where it is too long, the
+windows of a rolling log-likelihood, where generated text ends) is as in the harness's own backend for
+HuggingFace models, `lm_eval.models.huggingface`, version 0.4.13 (https://github.com/EleutherAI/lm-evaluation-harness).
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imae_jax import runtime
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.errors import UserError, first_line
+from imae_jax.files import new_directory
+from imae_jax.prompts import apply_template, resolve_format
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError:
+    TemplateLM = object  # `_find_huggingface_evaluate` says what to install.
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from imae_jax.decode import Continuation, Method, Sampler
+    from imae_jax.language_model import LanguageModel
+
+RESULTS_FILE = "lm_eval.json"
+BATCH_SIZE, MAX_NEW_TOKENS = 8, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a request's text is to be continued; requests with equal ones share batches.
+
+    Attributes:
+        sampler: how a token is drawn.
+        max_new_tokens: upper bound.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    sampler: "Sampler"
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+class IMAEJaxLM(TemplateLM):
+    """A model of the harness that runs a mode or decoding method: `lm_eval.simple_evaluate(model=…)`.
+
+    A log-likelihood is the sum of the method's scores, which are log-probabilities for the modes of a model
+    alone: what a task makes of it as a probability (perplexities, MC2) holds for those only.
+
+    Attributes:
+        lm: from `imae_jax.convert.load_model`.
+        tokenizer: its.
+        method: as in `LanguageModel.generate`.
+        batch_size: texts that are generated together, and rows that are scored together.
+        max_length: tokens that a context may have; longer ones lose their beginning.
+        add_bos_token: whether texts begin with BOS; default: as the tokenizer does.
+        seed: of the sampler.
+    """
+
+    def __init__(
+        self,
+        lm: "LanguageModel",
+        method: "str | Method" = "base",
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        seed: int = 0,
+    ):
+        """See the class.
+
+        Args:
+            batch_size: default: 8 texts; rows by platform.
+            max_length: default: the context of the model, or of a second model where that is shorter.
+
+        Raises:
+            UserError: a method that the model cannot run, or a setting out of its range.
+        """
+        _find_huggingface_evaluate()
+        super().__init__()
+        self.lm, self.tokenizer, self.method = lm, lm.tokenizer, method
+        self._scored = lm.prepare(method, generating=False)
+        self._generated = lm.prepare(method, generating=True)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch size {batch_size}: give at least 1")
+        limit = min(config.max_position_embeddings for config in self._scored[0].configs)
+        if max_length is not None and not 1 <= max_length <= limit:
+            raise UserError(f"max length {max_length}: the context of the model is {limit}")
+        self.batch_size, self.max_length = batch_size, max_length or limit
+        self.add_bos_token, self.seed = add_bos_token, seed
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of requests that the harness caches: they hold what the chat template made of a task."""
+        name = self.tokenizer.name_or_path or self.lm.base.reference
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+        return f"{Path(name).name}-{template[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results beside its own settings."""
+        return {
+            "model": self.lm.base.reference,
+            "imae_jax": {
+                "base_model": dataclasses.asdict(self.lm.base),
+                "anti_expert": self.lm.imae and self.lm.imae["anti_expert"],
+                "method": {
+                    "scoring": self._scored[1].settings(),
+                    "generating": self._generated[1].settings(),
+                },
+                "max_length": self.max_length,
+                "add_bos_token": self.add_bos_token,
+                "seed": self.seed,
+                "versions": runtime.versions(),
+                "git": runtime.git_state(),
+            },
+        }
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        import jinja2
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return apply_template(
+                self.tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return render(chat_history)
+        except jinja2.TemplateError:
+            # Some templates have no place for a system message.
+            return render([message for message in chat_history if message["role"] != "system"])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token
+            # A chat template has written BOS already.
+            if string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+                add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **chosen)
+
+    def loglikelihood(
+        self, requests: "list[Instance]", disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        # One task at a time: what its requests begin with is computed once.
+        tasks = defaultdict(list)
+        for place, request in enumerate(requests):
+            tasks[request.task_name].append(place)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for places in tasks.values():
+            of_task = super().loglikelihood([requests[place] for place in places], disable_tqdm)
+            for place, answer in zip(places, of_task, strict=True):
+                answers[place] = answer
+        return answers
+
+    def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows, places = [], []
+        for place, request in enumerate(requests):
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                places.append(place)
+        totals = [0.0] * len(requests)
+        for place, (value, _) in zip(places, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[place] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
+        from tqdm import tqdm
+
+        groups = defaultdict(list)
+        for place, request in enumerate(requests):
+            groups[self._generation(request.args[1])].append(place)
+        batches = []
+        for generation, places in groups.items():
+            prompts = {place: self._prompt(requests[place].args[0], generation) for place in places}
+            # Longest first: rows of a batch are alike, and what exceeds the memory does so at once.
+            places = sorted(places, key=lambda place: -len(prompts[place]))
+            size = self.batch_size or BATCH_SIZE
+            for start in range(0, len(places), size):
+                batches.append((generation, {p: prompts[p] for p in places[start : start + size]}))
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for number, (generation, prompts) in enumerate(batches):
+                continued = self._continue(list(prompts.values()), generation, (self.seed + number) % 2**31)
+                for place, text in zip(prompts, continued, strict=True):
+                    texts[place] = text
+                    self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                bar.update(len(prompts))
+        return texts
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        from tqdm import tqdm
+
+        from imae_jax.decode import score_greedy
+
+        items, groups = [], defaultdict(list)
+        for place, (texts, context, continuation) in enumerate(requests):
+            items.append(self._continuation(texts, context, continuation))
+            groups[tuple(context)].append(place)
+        places = list(groups.values())
+        models, method = self._scored
+        scored = score_greedy(
+            models,
+            self.lm.config,
+            [[items[place] for place in group] for group in places],
+            method,
+            rows_per_batch=self.batch_size,
+        )
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for i, scores, greedy in scored:
+                for place, s, g in zip(places[i], scores, greedy, strict=True):
+                    answers[place] = float(np.sum(s, dtype=np.float64)), bool(g.all())
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
+                bar.update(len(places[i]))
+        return answers
+
+    def _continuation(
+        self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> "Continuation":
+        """What is scored, cut on the left; the last token, which predicts nothing, is not counted."""
+        from imae_jax.decode import Continuation
+
+        if not context or not continuation:
+            raise UserError(f"a request without tokens in its context or its continuation: {texts!r}")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens, over the context of {self.max_length}: "
+                "shorten it"
+            )
+        tokens = (context + continuation)[-(self.max_length + 1) :]
+        return Continuation(tuple(tokens), len(tokens) - len(continuation))
+
+    def _generation(self, kwargs: dict[str, Any]) -> Generation:
+        """A task's `generation_kwargs`, by the harness's own rules.
+
+        Raises:
+            UserError: a setting that does not exist here, or contradicts another.
+        """
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        from imae_jax.decode import Sampler
+
+        try:
+            settings = dict(normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS))
+            temperature, penalty = (
+                float(settings.pop(name, default))
+                for name, default in (("temperature", 0.0), ("repetition_penalty", 1.0))
+            )
+            top_k, top_p = int(settings.pop("top_k", None) or 0), float(settings.pop("top_p", None) or 1.0)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generation settings {kwargs}: {first_line(error)}") from None
+        stop = handle_stop_sequences(settings.pop("until"), self.tokenizer.decode([self.eot_token_id]))
+        max_new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
+        if settings.pop("num_beams", 1) != 1 or settings:
+            raise UserError(
+                f"generation settings {kwargs} are not all known: use until, max_gen_toks, do_sample, "
+                "temperature, top_k, top_p, repetition_penalty"
+            )
+        if sampled and temperature == 0:
+            raise UserError(f"generation settings {kwargs}: do_sample needs a temperature above 0")
+        if max_new_tokens >= self.max_length:
+            raise UserError(
+                f"max_gen_toks {max_new_tokens} leaves no place for a prompt in the context of "
+                f"{self.max_length}: lower it with --gen-kwargs max_gen_toks=N"
+            )
+        sampler = Sampler(temperature, top_k, top_p, penalty) if sampled else Sampler(0.0, 0, 1.0, penalty)
+        return Generation(sampler, max_new_tokens, tuple(string for string in stop if string))
+
+    def _prompt(self, context: str, generation: Generation) -> list[int]:
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        return tokens[-(self.max_length - generation.max_new_tokens) :]
+
+    def _continue(self, prompts: list[list[int]], generation: Generation, seed: int) -> list[str]:
+        from lm_eval.models.utils import postprocess_generated_text
+
+        from imae_jax.decode.loop import stream_tokens
+
+        models, method = self._generated
+        # Special tokens do not appear in the text: they are looked for by their ids.
+        special = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        stop_ids = {special[string] for string in generation.stop if string in special}
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        for tokens in stream_tokens(
+            models,
+            self.lm.config,
+            prompts,
+            method=method,
+            sampler=generation.sampler,
+            max_new_tokens=generation.max_new_tokens,
+            eos_token_ids=sorted(stop_ids | set(self.lm.eos_token_ids)),
+            seed=seed,
+        ):
+            for row, new in zip(rows, tokens, strict=True):
+                row += new
+            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            if all(any(string in text for string in generation.stop) for text in texts):
+                break
+        return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]
+
+
+def _find_huggingface_evaluate() -> None:
+    """Makes `import evaluate` give HuggingFace's package, which tasks of the harness import.
+
+    From a checkout's root Python would find this room by that name.
+
+    Raises:
+        UserError: the harness or that package is not installed.
+    """
+    try:
+        version("lm_eval")
+        directory = Path(distribution("evaluate").locate_file("")).resolve()
+    except PackageNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'imae_jax[lm-eval]'") from None
+    found = sys.modules.get("evaluate")
+    if found is not None and directory in Path(found.__file__).resolve().parents:
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(directory))
+    try:
+        importlib.import_module("evaluate")
+    finally:
+        sys.path.remove(str(directory))
+
+
+def load_tasks(
+    names: Sequence[str], include_path: Path | None = None, *, unsafe: bool = False
+) -> tuple[Any, list[Any]]:
+    """Tasks and groups of the harness with their data.
+
+    Args:
+        names: of tasks, groups or tags.
+        include_path: directory with further task files.
+        unsafe: allow tasks that run generated code.
+
+    Returns:
+        The harness's `TaskManager`, and what `simple_evaluate` takes as tasks.
+
+    Raises:
+        UserError: a name that does not exist, data that cannot be loaded, or a task that may not run.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path} is no directory")
+    # To read the harness's thousands of task files takes many seconds: only where a name asks for them.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(f"task {name!r} does not exist: give the name of a task, group or tag of lm-eval")
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # Whatever a task's own code or the hub raises.
+        raise UserError(f"tasks {','.join(names)} cannot be loaded: {first_line(error)}") from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name!r} needs more than text: choose another")
+        if getattr(task, "UNSAFE_CODE", False) and not unsafe:
+            raise UserError(f"task {name!r} runs generated code: allow it with --confirm-run-unsafe-code")
+    children = {name for children in loaded["group_map"].values() for name in children}
+    everything = loaded["groups"] | loaded["tasks"]
+    return manager, [item for name, item in everything.items() if name not in children]
+
+
+def results_table(results: dict[str, Any]) -> Any:
+    """A rich table of the harness's results: `metric,filter` of every task and group."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("task", "filter", "metric"):
+        table.add_column(column)
+    for column in ("value", "± standard error"):
+        table.add_column(column, justify="right")
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{name}")
+            cells = (f"{x:.4f}" if isinstance(x, int | float) else "–" for x in (value, error))
+            table.add_row(task, name, metric, *cells)
+    return table
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m imae_jax.evaluate.lm_eval",
+        description="Tasks of the LM Evaluation Harness: writes OUT/lm_eval.json.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--method", default="base", help="base, expert, anti-expert, a number or any method")
+    parser.add_argument("--tasks", required=True, help="comma-separated tasks, groups or tags of lm-eval")
+    parser.add_argument("--out", required=True, help="directory to write")
+    parser.add_argument("--include-path", type=Path, help="directory with further task files")
+    parser.add_argument("--limit", type=int, help="use the first N documents of every task")
+    parser.add_argument("--num-fewshot", type=int, help="examples in a prompt (default: the task's)")
+    parser.add_argument("--batch-size", type=int, help="texts generated and rows scored together")
+    parser.add_argument("--max-length", type=int, help="cut contexts to N tokens (default: the model's)")
+    parser.add_argument("--apply-chat-template", action="store_true", help="prompts as chats")
+    parser.add_argument("--gen-kwargs", help="key=value,… over a task's generation settings")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+    parser.add_argument("--log-samples", action="store_true", help="write every request and answer as well")
+    parser.add_argument("--cache-requests", action="store_true", help="keep tasks' prompts for the next run")
+    parser.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run generated code"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+
+    with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
+        runtime.set_up()
+        _find_huggingface_evaluate()
+        from imae_jax.convert import load_model
+        from imae_jax.decode import parse_method
+
+        method = parse_method(args.method)
+        names = [name for name in args.tasks.split(",") if name]
+        manager, tasks = load_tasks(names, args.include_path, unsafe=args.confirm_run_unsafe_code)
+        lm = load_model(args.model, **model_arguments(args))
+        if args.apply_chat_template:
+            resolve_format(lm.tokenizer, "chat")
+        model = IMAEJaxLM(lm, method, batch_size=args.batch_size, max_length=args.max_length, seed=args.seed)
+        import lm_eval
+        from lm_eval.utils import handle_non_serializable
+
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            apply_chat_template=args.apply_chat_template,
+            gen_kwargs=args.gen_kwargs,
+            cache_requests=args.cache_requests,
+            log_samples=args.log_samples,
+            torch_random_seed=None,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
+        for task, samples in results.pop("samples", {}).items():
+            with (out / f"samples_{task.replace('/', '__')}.jsonl").open("w", encoding="utf-8") as file:
+                for sample in samples:
+                    line = json.dumps(sample, default=handle_non_serializable, ensure_ascii=False)
+                    file.write(line + "\n")
+        results["config"]["imae_jax"]["arguments"] = vars(args)
+        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        (out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    from rich.console import Console
+
+    Console().print(results_table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
