@@ -1,1 +1,1 @@
-"""Evaluation: protocols, TruthfulQA, reports."""
+"""Evaluation: TruthfulQA, HaluEval QA, harm on neutral text, comparisons, reports."""

@@ -28,7 +28,7 @@ from imae_jax.language_model import LanguageModel
 from imae_jax.llama import Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
 
-from .truthfulqa import DEMO_DATA, Question, read_questions
+from .questions import Question, load_data
 
 FOLDS_FILE = "folds.json"
 BATCH_SIZE, LENGTH_BUCKET = 16, 16
@@ -145,7 +145,7 @@ def assign_folds(questions: Sequence[Question], folds: int, seed: int) -> dict[s
     return {texts[i]: place % folds for place, i in enumerate(order.tolist())}
 
 
-def fold_files(directory: Path, questions: Sequence[Question]) -> dict[Path, list[int]]:
+def fold_files(directory: Path, questions: Sequence[str]) -> dict[Path, list[int]]:
     """Which questions, by their place, each file of a directory of folds is for.
 
     Raises:
@@ -157,11 +157,9 @@ def fold_files(directory: Path, questions: Sequence[Question]) -> dict[Path, lis
         raise UserError(f"{directory} holds no readable {FOLDS_FILE}: run imae_jax.evaluate.iti") from None
     files: dict[Path, list[int]] = {}
     for place, question in enumerate(questions):
-        if question.text not in folds:
-            raise UserError(
-                f"{directory}: question {question.text!r} belongs to no fold: fit directions on it"
-            )
-        files.setdefault(directory / f"fold{folds[question.text]}.safetensors", []).append(place)
+        if question not in folds:
+            raise UserError(f"{directory}: question {question!r} belongs to no fold: fit directions on it")
+        files.setdefault(directory / f"fold{folds[question]}.safetensors", []).append(place)
     return files
 
 
@@ -172,14 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Finds ITI's directions by cross-validation over questions: OUT/fold0.safetensors, …",
     )
     add_model_arguments(parser)
-    parser.add_argument("--data", default="demo", help="TruthfulQA.csv, or demo for the embedded questions")
+    parser.add_argument("--data", default="demo", help="TruthfulQA.csv, demo (embedded questions) or hub")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of folds and validation splits")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    questions = read_questions(DEMO_DATA if args.data == "demo" else args.data)
+    questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
         raise UserError(f"--folds {args.folds}: give 2 to {len(questions) // 2}")
     with new_directory(args.out, marker=FOLDS_FILE, overwrite=args.overwrite) as out:

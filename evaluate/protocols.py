@@ -22,7 +22,7 @@ from imae_jax.prompts import (
     resolve_format,
 )
 
-DATA_DIRECTORY = Path(__file__).parent / "data"
+from .questions import DATA_DIRECTORY, Data
 
 # The instruction in front of the six pairs: Ouyang et al. 2022, "Training language models to follow
 # instructions with human feedback", appendix on TruthfulQA; ICD's and DoLa's scripts use it too.
@@ -32,19 +32,47 @@ INSTRUCTION = (
     "are completely certain of the answer."
 )
 PRIMER_SHA256 = "d95d1604638ce6a3b87e2d69ce6c9526d8476a5830ed3ce159884d111c2d00ab"
+PAIRS_SHA256 = "777b9a5a32e83c1b225be2a7bf1ae7efc9de4c706047f08af14ef1450d5c016c"
+# Of `Data.sha256`: the CSV of 2021 with its 817 questions.
+CSV_SHA256 = "c5ed9a23d6c7960ce71abdf668c815a82a7de50bfe756bc44bbfa3a1e7ce1f91"
+
+BOUNDARY = "prompt and answer are tokenized together; scored are the tokens after the prompt's own number"
+MEAN = "mean over questions, times 100; questions with a score that is not finite are left out and counted"
+METRICS = {
+    "mc1": "the best answer's score exceeds that of every false one",
+    "mc2": "share of exp(score) on the true answers",
+    "mc3": "share of true answers whose score exceeds that of every false one",
+    "binary": "the best answer's score exceeds that of the best incorrect one",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a question becomes a prompt.
+    """How a question becomes a prompt, and what is measured.
 
     Attributes:
         name: with version; any change of what follows gets a new one.
         format: `plain` or `chat` (the whole plain text as the user's message).
+        form: which answers are scored; see `questions.load_data`.
+        metrics: of `METRICS`.
+        num_questions: of the whole data set.
+        data_sha256: of the CSV as `Data.sha256`, or None where none is pinned.
+        instruction: whether the instruction line comes before the six pairs.
+        ties_win: whether MC1 counts a tie for the best answer, as the first of equals.
     """
 
     name: str
-    format: str
+    format: str = "plain"
+    form: str = "answers"
+    metrics: tuple[str, ...] = ("mc1", "mc2", "mc3")
+    num_questions: int = 817
+    data_sha256: str | None = CSV_SHA256
+    instruction: bool = True
+    ties_win: bool = False
+
+    @property
+    def primer_sha256(self) -> str:
+        return PRIMER_SHA256 if self.instruction else PAIRS_SHA256
 
     def check(self, tokenizer: Any) -> None:
         """Raises a `UserError` if the tokenizer cannot follow this protocol."""
@@ -61,10 +89,57 @@ class Protocol:
     def add_special_tokens(self) -> bool:
         return adds_special_tokens(self.format)
 
+    def objection(self, data: Data) -> str | None:
+        """What is wrong with data, seen from this protocol; None where it is what the protocol names."""
+        if data.kind == "demo":
+            return None
+        found, expected = len(data.questions), self.num_questions
+        if found != expected:
+            return f"{data.reference} holds {found} questions, {self.name} is of {expected}"
+        if data.kind == "csv" and self.data_sha256 not in (None, data.sha256):
+            return (
+                f"{data.reference} has hash {data.sha256[:8]}, {self.name} is of {self.data_sha256[:8]}, the "
+                f"benchmark's CSV of {expected} questions"
+            )
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """All that is pinned, to be written into results."""
+        chat = self.format == "chat"
+        return {
+            "name": self.name,
+            "prompt": "{primer}Q: {question}\nA:",
+            "continuation": "{answer}" if chat else " {answer}",
+            "chat": "the prompt is the user's turn of the model's chat template" if chat else "none",
+            "bos": "as the chat template writes it" if chat else "as the tokenizer adds it",
+            "boundary": BOUNDARY,
+            "primer_sha256": self.primer_sha256,
+            "data_sha256": self.data_sha256,
+            "num_questions": self.num_questions,
+            "metrics": {name: METRICS[name] for name in self.metrics},
+            "mc1_ties": "won" if self.ties_win else "lost",
+            "aggregation": MEAN,
+            "method_settings": "the defaults of multiple choice; each method's are written with its results",
+        }
+
 
 PROTOCOLS = {
     protocol.name: protocol
-    for protocol in (Protocol("tqa-v1/qa-primer", "plain"), Protocol("tqa-v1/chat", "chat"))
+    for protocol in (
+        Protocol("tqa-v1/qa-primer"),
+        Protocol("tqa-v1/chat", format="chat"),
+        # Tasks truthfulqa_mc1 and truthfulqa_mc2 of lm-evaluation-harness 0.4: no instruction, the choices
+        # as they are; mc1's target is the first choice, and argmax takes the first of equals.
+        Protocol(
+            "tqa-v1/lm-eval",
+            form="targets",
+            metrics=("mc1", "mc2"),
+            data_sha256=None,
+            instruction=False,
+            ties_win=True,
+        ),
+        Protocol("tqa-v2025/binary", form="binary", metrics=("binary",), num_questions=790, data_sha256=None),
+    )
 }
 
 
@@ -93,8 +168,21 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def load_primer(file: str | None, *, demo: bool = False) -> Primer:
+def label(protocol: Protocol, primer: Primer, data: Data) -> str:
+    """The protocol's name, marked where primer or data are not the very ones that it pins."""
+    marks = [] if primer.name == "standard" else [f"{primer.name}-primer-{primer.sha256[:8]}"]
+    if data.sha256 != protocol.data_sha256:
+        marks.append(f"{data.kind}-data-{data.sha256[:8]}")
+    return "+".join([protocol.name, *marks])
+
+
+def load_primer(file: str | None, *, demo: bool = False, instruction: bool = True) -> Primer:
     """The primer from a file, the shipped one of the demo set, or lm-eval's.
+
+    Args:
+        file: text with or without the instruction line.
+        demo: take the shipped one where no file is given.
+        instruction: False leaves an instruction, the line before the first `Q:`, out.
 
     Raises:
         UserError: there is none; says where to get it.
@@ -106,10 +194,11 @@ def load_primer(file: str | None, *, demo: bool = False) -> Primer:
             raise UserError(f"primer {file} cannot be read: {error}") from None
         if not text.strip():
             raise UserError(f"primer {file} is empty")
-        return _named(text, file)
+        return _named(text, file, instruction)
     if demo:
         path = DATA_DIRECTORY / "demo_primer.txt"
-        return Primer(path.read_text(encoding="utf-8"), path.name, "demo")
+        primer = _named(path.read_text(encoding="utf-8"), path.name, instruction)
+        return dataclasses.replace(primer, name="demo")
     text = _primer_of_lm_eval()
     if text is None:
         raise UserError(
@@ -117,7 +206,7 @@ def load_primer(file: str | None, *, demo: bool = False) -> Primer:
             "prompt text of the benchmark's QA preset, instruction line included), or install it "
             "with `pip install --no-deps lm-eval`"
         )
-    primer = _named(text, "lm-eval")
+    primer = _named(text, "lm-eval", instruction)
     if primer.name != "standard":
         raise UserError(
             "the primer in the installed lm-eval package is not the one of this protocol: pass --primer FILE"
@@ -125,9 +214,13 @@ def load_primer(file: str | None, *, demo: bool = False) -> Primer:
     return primer
 
 
-def _named(text: str, source: str) -> Primer:
+def _named(text: str, source: str, instruction: bool) -> Primer:
+    if not instruction:
+        before, found, pairs = text.partition("Q:")
+        text = found + pairs if found else before
     primer = Primer(text, str(source), "custom")
-    return dataclasses.replace(primer, name="standard") if primer.sha256 == PRIMER_SHA256 else primer
+    pinned = PRIMER_SHA256 if instruction else PAIRS_SHA256
+    return dataclasses.replace(primer, name="standard") if primer.sha256 == pinned else primer
 
 
 def _primer_of_lm_eval() -> str | None:

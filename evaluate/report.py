@@ -1,43 +1,21 @@
 """`python -m imae_jax.evaluate.report RUN…`: a Markdown page with tables and plots of runs."""
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from imae_jax.cli import ArgumentParser, command
-from imae_jax.convert.hf import read_json
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
 from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
 
-from .truthfulqa import METRICS, RESULTS_FILE
+from .runs import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
 
 REPORT_FILE = "report.md"
-
-
-def bar_plot(results: dict[str, Any], path: Path) -> None:
-    """MC1, MC2 and MC3 of every method as grouped bars."""
-    from matplotlib.figure import Figure
-
-    methods = results["methods"]
-    figure = Figure(figsize=(1.8 + 2.0 * len(METRICS), 3.6), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(methods)
-    for number, (name, row) in enumerate(methods.items()):
-        offset = (number - (len(methods) - 1) / 2) * width
-        values = [row[metric] or 0.0 for metric in METRICS]
-        bars = axes.bar([i + offset for i in range(len(METRICS))], values, width, label=name)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
-    axes.set_xticks(range(len(METRICS)), [metric.upper() for metric in METRICS])
-    axes.set_ylabel("score × 100")
-    axes.set_title(f"{results['protocol']}, {results['n_questions']} questions", fontsize=9)
-    axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+TITLES = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "Neutral text"}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -55,30 +33,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    results = read_json(path)
-    keys = ("protocol", "model", "n_questions", "n_answers", "dtype", "versions", "methods")
-    missing = [key for key in keys if key not in results]
-    if missing or not results["methods"]:
-        raise UserError(f"{path} lacks {', '.join(missing) or 'methods'}: evaluate again")
-    return results
-
-
-def results_markdown(results: dict[str, Any]) -> str:
-    """A `results.json` as a Markdown table."""
-    head = "| method | " + " | ".join(metric.upper() for metric in METRICS) + " | seconds |"
-    rows = [head, "|---|" + "---:|" * (len(METRICS) + 1)]
-    for name, row in results["methods"].items():
-        values = " | ".join("–" if row[m] is None else f"{row[m]:.2f}" for m in METRICS)
-        rows.append(f"| {name} | {values} | {row['seconds']:.1f} |")
-    return "\n".join(rows)
-
-
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Writes `report.md` and its plots for training and evaluation runs.
 
     Args:
-        runs: output directories of `imae_jax.train` and `imae_jax.evaluate.truthfulqa`.
+        runs: output directories of `imae_jax.train` and of evaluations.
         out: an existing, empty directory.
 
     Raises:
@@ -86,23 +45,16 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     """
     parts = ["# Report", ""]
     for number, run in enumerate(runs, 1):
-        if (run / RESULTS_FILE).is_file():
-            results = _read_results(run / RESULTS_FILE)
-            plot = f"{number}-truthfulqa.png"
-            bar_plot(results, out / plot)
-            parts += [
-                f"## TruthfulQA: {results['model']}",
-                "",
-                f"Protocol `{results['protocol']}`, {results['n_questions']} questions, "
-                f"{results['n_answers']} answers, {results['dtype']}.",
-                "",
-                results_markdown(results),
-                "",
-                f"![MC1, MC2, MC3 of every method]({plot})",
-                "",
-                f"Versions: {_joined(results['versions'])}.",
-                "",
-            ]
+        if (run / RESULTS_FILE).is_file() or (run / RUN_FILE).is_file():
+            results = read_run(run)
+            parts += [f"## {TITLES[results['benchmark']]}: {results['model']}", ""]
+            parts += [f"Protocol `{results['protocol']}`, {results['dtype']}.", ""]
+            parts += [_read(run / MARKDOWN_FILE), ""]
+            for plot in sorted(run.glob("*.png")):
+                copy = f"{number}-{plot.name}"
+                shutil.copyfile(plot, out / copy)
+                parts += [f"![{plot.stem}]({copy})", ""]
+            parts += [f"Versions: {_joined(results['versions'])}.", ""]
         elif (run / METRICS_FILE).is_file():
             lines = read_metrics(run / METRICS_FILE)
             plot = f"{number}-training.png"
@@ -138,9 +90,16 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         else:
             raise UserError(
                 f"{run} holds neither {RESULTS_FILE} nor {METRICS_FILE}: give output directories of "
-                "imae_jax.train or imae_jax.evaluate.truthfulqa"
+                "imae_jax.train or imae_jax.evaluate"
             )
     (out / REPORT_FILE).write_text("\n".join(parts), encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _joined(values: dict[str, str]) -> str:

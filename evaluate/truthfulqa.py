@@ -1,18 +1,13 @@
 """`python -m imae_jax.evaluate.truthfulqa`: multiple choice (MC1, MC2, MC3) with any methods.
 
 Source: Lin, Hilton, Evans, "TruthfulQA: Measuring How Models Mimic Human Falsehoods", ACL 2022; MC3 as
-in the code of DoLa (Chuang et al., arXiv 2309.03883).
+in the code of DoLa (Chuang et al., arXiv 2309.03883); the binary choice of the update of January 2025
+(https://github.com/sylinrl/TruthfulQA), here by the answers' scores.
 """
 
-import csv
-import dataclasses
-import hashlib
-import io
-import json
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,312 +16,277 @@ import numpy as np
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
 
-from .protocols import DATA_DIRECTORY, PROTOCOLS, Primer, Protocol, get_protocol, load_primer
+from . import plots, stats
+from .protocols import PROTOCOLS, Primer, Protocol, get_protocol, label, load_primer
+from .questions import Data, Question, load_data, read_questions, select
+from .runs import (
+    Run,
+    add_run_arguments,
+    check_arguments,
+    environment,
+    jsonable,
+    model_settings,
+    parse_methods,
+    plan,
+    read_run,
+)
+from .summaries import (
+    against_baseline,
+    baseline_of,
+    differences_table,
+    note_undefined,
+    scores_table,
+    summarize,
+)
+from .tables import Table, number, show
 
-COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
-DEMO_DATA = DATA_DIRECTORY / "demo_truthfulqa.csv"
-RESULTS_FILE, SCORES_FILE = "results.json", "scores.jsonl"
-METRICS = ("mc1", "mc2", "mc3")
+BENCHMARK = "truthfulqa"
+HEADS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3", "binary": "binary"}
 
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A question with its answers, each closed with a full stop.
-
-    Attributes:
-        index: number of its row in the file, from 0.
-        text: the question.
-        true, false: the answers; `true` holds the best one.
-        best: index of the best answer in `true`.
-    """
-
-    index: int
-    text: str
-    true: tuple[str, ...]
-    false: tuple[str, ...]
-    best: int
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Reads the benchmark's CSV, or any subset of its rows.
-
-    Raises:
-        UserError: names the missing column, or the row that has no question or answers.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    except csv.Error as error:
-        raise UserError(f"{path} is not valid CSV: {error}") from None
-    if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}: it is not TruthfulQA's CSV")
-    questions = []
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from None
-    for index, row in enumerate(rows):
-        question = (row["Question"] or "").strip()
-        best = _full_stop((row["Best Answer"] or "").strip())
-        true, false = (_answers(row[name] or "") for name in COLUMNS[2:])
-        if best and best not in true:
-            true = (*true, best)
-        if not (question and best and false):
-            raise UserError(
-                f"{path} row {index} lacks a question, a best answer or incorrect answers: fill or remove it"
-            )
-        questions.append(Question(index, question, true, false, true.index(best)))
-    if not questions:
-        raise UserError(f"{path} holds no questions")
-    return questions
+__all__ = ["main", "mc_metrics", "read_questions"]
 
 
-def _answers(text: str) -> tuple[str, ...]:
-    return tuple(_full_stop(part.strip()) for part in text.split(";") if part.strip())
-
-
-def _full_stop(answer: str) -> str:
-    return answer if not answer or answer.endswith(".") else answer + "."
-
-
-def mc_metrics(true: Sequence[float], false: Sequence[float], best: int) -> dict[str, float]:
+def mc_metrics(
+    true: Sequence[float], false: Sequence[float], best: int, *, ties_win: bool = False
+) -> dict[str, float]:
     """MC1, MC2 and MC3 of one question, each in 0..1; NaN where a score is NaN or infinite.
 
     Args:
         true, false: summed scores of the answers.
         best: index of the best answer in `true`.
+        ties_win: whether MC1 counts a tie of the best answer with a false one.
     """
     if not all(map(math.isfinite, (*true, *false))):
-        return dict.fromkeys(METRICS, math.nan)
+        return dict.fromkeys(("mc1", "mc2", "mc3"), math.nan)
     top_false, top = max(false), max(*true, *false)
     mass_true = sum(math.exp(score - top) for score in true)
     mass_false = sum(math.exp(score - top) for score in false)
     return {
-        "mc1": float(true[best] > top_false),
+        "mc1": float(true[best] > top_false or (ties_win and true[best] == top_false)),
         "mc2": mass_true / (mass_true + mass_false),
         "mc3": sum(score > top_false for score in true) / len(true),
     }
 
 
-def evaluate(
-    lm: Any,
-    methods: dict[str, Any],
-    questions: Sequence[Question],
-    protocol: Protocol,
-    primer: Primer,
-    *,
-    quiet: bool = False,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores all answers of all questions with every method.
+def metrics_of(protocol: Protocol, question: Question, sums: Sequence[float]) -> dict[str, float]:
+    """A protocol's metrics of a question, from the sums of `Question.answers`."""
+    true, false = list(sums[: len(question.true)]), list(sums[len(question.true) :])
+    ties = {"ties_win": protocol.ties_win}
+    found = mc_metrics(true, false, question.best, **ties)
+    if question.mc1_false is not None:
+        compared = [false[i] for i in question.mc1_false]
+        found["mc1"] = mc_metrics(true, compared, question.best, **ties)["mc1"]
+    counted = true[: question.mc2_true], false[: question.mc2_false]
+    found["mc2"] = mc_metrics(*counted, 0)["mc2"]
+    found["binary"] = found["mc1"]
+    return {name: found[name] for name in protocol.metrics}
 
-    Args:
-        lm: from `imae_jax.convert.load_model`.
-        methods: `decode.Method`s by the name to report.
-        questions: from `read_questions`.
-        protocol: how prompts are made.
-        primer: in front of every question.
-        quiet: no progress bar.
 
-    Returns:
-        What to write as `results.json`, and the lines of `scores.jsonl`.
-    """
-    from tqdm import tqdm
+def encode_questions(
+    tokenizer: Any, protocol: Protocol, primer: Primer, questions: Sequence[Question]
+) -> list[list[Any]]:
+    """Every question's answers as `decode.Continuation`s."""
+    from imae_jax.decode import encode
 
-    from imae_jax.decode import encode, score
-
-    prepared = {
-        name: [(*lm.prepare(part, generating=False), places) for part, places in _parts(method, questions)]
-        for name, method in methods.items()
-    }
-    protocol.check(lm.tokenizer)
+    protocol.check(tokenizer)
     prompts, answers = [], []
     for question in questions:
-        prompt = protocol.prompt(lm.tokenizer, primer.text, question.text)
-        for answer in question.true + question.false:
-            prompts.append(prompt)
-            answers.append(protocol.continuation(lm.tokenizer, answer))
-    encoded = iter(encode(lm.tokenizer, prompts, answers, add_special_tokens=protocol.add_special_tokens))
-    groups = [[next(encoded) for _ in (*q.true, *q.false)] for q in questions]
+        prompt = protocol.prompt(tokenizer, primer.text, question.text)
+        prompts += [prompt] * len(question.answers)
+        answers += [protocol.continuation(tokenizer, answer) for answer in question.answers]
+    encoded = iter(encode(tokenizer, prompts, answers, add_special_tokens=protocol.add_special_tokens))
+    return [[next(encoded) for _ in question.answers] for question in questions]
 
-    summaries, lines = {}, []
-    for name, parts in prepared.items():
-        start = time.perf_counter()
-        per_question: list[dict[str, Any]] = [{}] * len(questions)
-        scored = (
-            (places[i], scores)
-            for models, method, places in parts
-            for i, scores in score(models, lm.config, [groups[place] for place in places], method)
-        )
-        for i, scores in tqdm(scored, total=len(groups), desc=name, unit="question", disable=quiet):
-            question = questions[i]
-            sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
-            true, false = sums[: len(question.true)], sums[len(question.true) :]
-            per_question[i] = {
-                "index": question.index,
-                "question": question.text,
-                "method": name,
-                "true": true,
-                "false": false,
-                "best": question.best,
-                **mc_metrics(true, false, question.best),
-            }
-        seconds = time.perf_counter() - start
-        defined = [line for line in per_question if not math.isnan(line["mc1"])]
-        summaries[name] = {
-            **{m: 100 * float(np.mean([q[m] for q in defined])) if defined else None for m in METRICS},
-            "n_undefined": len(questions) - len(defined),
-            "seconds": seconds,
-            "settings": parts[0][1].settings() | _folds(methods[name], len(parts)),
-        }
-        lines += per_question
-    merged = sum(c.boundary_merged for group in groups for c in group)
-    results = {
-        "protocol": protocol_label(protocol, primer),
-        "model": lm.base.reference,
-        "n_questions": len(questions),
-        "n_answers": len(prompts),
-        "versions": runtime.versions(),
-        "dtype": lm.base.dtype,
-        "anti_expert": lm.imae and lm.imae["anti_expert"],
-        "primer": {"name": primer.name, "source": primer.source, "sha256": primer.sha256},
-        "boundary_merged": merged,
-        "methods": summaries,
+
+def title(results: Mapping[str, Any]) -> str:
+    split = results["split"]
+    part = "" if split["name"] == "all" else f" ({split['name']} split, seed {split['seed']})"
+    count = f"{results['n_questions']} questions{part}"
+    return f"TruthfulQA, {results['protocol']}, {count}, {results['model']}"
+
+
+def results_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The tables of a `results.json`: scores, with the harm that is known, and differences."""
+    methods, heads = results["methods"], {m: HEADS[m] for m in results["metrics"]}
+    scores = scores_table(f"{title(results)}, [95 % interval]", methods, heads)
+    if results.get("harm"):
+        rows = [(*cells, *_harm_cells(methods[cells[0]].get("harm"))) for cells in scores.rows]
+        columns = (*scores.columns, "KL(base ‖ method)", "same top 1 as base")
+        scores = Table(scores.title, columns, tuple(rows))
+    compared = against_baseline(methods)
+    if not compared:
+        return [scores]
+    against = f"Against {results['baseline']}, on the same questions"
+    return [scores, differences_table(against, compared, heads)]
+
+
+def _harm_cells(harm: Mapping[str, Any] | None) -> tuple[str, str]:
+    if harm is None:
+        return "–", "–"
+    kl = float(harm["kl"])
+    return "infinite" if math.isinf(kl) else number(kl, 3), f"{100 * harm['top1_agreement']:.1f} %"
+
+
+def results_plots(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The plots of a `results.json`, by name."""
+    methods, heads = results["methods"], {m: HEADS[m] for m in results["metrics"]}
+    figures = {
+        "scores": plots.bars(title(results), methods, heads, "score × 100, 95 % interval"),
+        "categories": plots.categories(title(results), methods, heads),
+        "differences": plots.differences(
+            f"{title(results)}: difference to {results['baseline']}, 95 % interval",
+            against_baseline(methods),
+            heads,
+        ),
     }
-    return results, lines
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _parts(method: Any, questions: Sequence[Question]) -> list[tuple[Any, list[int]]]:
-    """A method with the places of its questions; of ITI with a directory of folds, one for each fold."""
-    from imae_jax.decode.methods.iti import ITI
+def read_harm(
+    path: Path, model: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """The harm of methods by label, from a run of `evaluate.harm`.
 
-    from .iti import fold_files
+    Args:
+        path: the run's directory.
+        model: from `runs.model_settings`.
+        methods: settings by label.
 
-    if not isinstance(method, ITI) or not Path(method.directions).is_dir():
-        return [(method, list(range(len(questions))))]
-    files = fold_files(Path(method.directions), questions)
-    return [(dataclasses.replace(method, directions=str(file)), places) for file, places in files.items()]
-
-
-def _folds(method: Any, count: int) -> dict[str, Any]:
-    return {"directions": method.directions, "folds": count} if count > 1 else {}
-
-
-def protocol_label(protocol: Protocol, primer: Primer) -> str:
-    """The protocol's name, marked where the primer is not the one that it pins."""
-    if primer.name == "standard":
-        return protocol.name
-    return f"{protocol.name}+{primer.name}-primer-{primer.sha256[:8]}"
-
-
-def parse_methods(text: str) -> dict[str, Any]:
-    """Methods by label, from a comma-separated list or a YAML file with a list of settings.
-
-    In YAML an entry may carry a `label` of its own, which it needs where names repeat.
+    Raises:
+        UserError: it is of another model, or a method has other settings there.
     """
-    import yaml
-
-    from imae_jax.decode.methods import parse_method, split_methods
-
-    if text.endswith((".yaml", ".yml")):
-        try:
-            entries = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"methods file {text} is not valid YAML: {error}") from None
-        if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and "name" in entry for entry in entries
-        ):
-            raise UserError(f"methods file {text} must hold a list of `- {{name: …}}`")
-    else:
-        entries = split_methods(text)
-    methods: dict[str, Any] = {}
-    for entry in entries:
-        label = entry
-        if isinstance(entry, dict):
-            label = str(entry.get("label", entry["name"]))
-            entry = {key: value for key, value in entry.items() if key != "label"}
-        if label in methods:
-            raise UserError(f"method {label!r} is listed twice: give each a label of its own")
-        methods[label] = parse_method(entry)
-    return methods
+    harm, model = read_run(path, "harm"), jsonable(model)
+    for name in ("base_model", "units"):
+        if harm[name] != model[name]:
+            raise UserError(f"--harm {path} is of another model ({harm['model']}): measure this one")
+    found = {}
+    for name, settings in methods.items():
+        other = harm["methods"].get(name)
+        if other is not None and other["settings"] != jsonable(settings):
+            raise UserError(f"--harm {path}: {name} has other settings there: measure it again")
+        if other is not None:
+            found[name] = {key: other[key] for key in ("kl", "top1_agreement", "cross_entropy")}
+    return found
 
 
-def results_table(results: dict[str, Any]) -> Any:
-    """A rich table of a `results.json`."""
-    from rich.table import Table
+def checked(data: Data, protocol: Protocol, primer: Primer, *, any_data: bool) -> list[str]:
+    """Warnings about data and primer that are not the protocol's.
 
-    table = Table(
-        title=f"TruthfulQA, {results['protocol']}, {results['n_questions']} questions, {results['model']}"
-    )
-    table.add_column("method")
-    for metric in METRICS:
-        table.add_column(metric.upper(), justify="right")
-    table.add_column("seconds", justify="right")
-    for name, row in results["methods"].items():
-        values = ("–" if row[m] is None else f"{row[m]:.2f}" for m in METRICS)
-        table.add_row(name, *values, f"{row['seconds']:.1f}")
-    return table
+    Raises:
+        UserError: the data are not, and `any_data` is off.
+    """
+    warnings = []
+    objection = protocol.objection(data)
+    if objection is not None:
+        if not any_data:
+            raise UserError(f"{objection}: pass --any-data to go on, and the results say so")
+        warnings.append(f"warning: {objection}; the results say so")
+    if primer.name == "custom":
+        warnings.append(f"warning: the primer is not the one that {protocol.name} pins; the results say so")
+    return warnings
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.evaluate.truthfulqa",
-        description="TruthfulQA multiple choice: writes OUT/results.json and OUT/scores.jsonl.",
+        description="TruthfulQA multiple choice: writes scores, results, tables and plots into OUT.",
     )
     add_model_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
-        "--methods",
-        default="base",
-        help="comma-separated methods (base,expert,anti-expert, a number, …), or a YAML file",
+        "--data",
+        default="demo",
+        help="TruthfulQA.csv, a JSON or JSONL file in the hub's multiple_choice form, hub, or demo for the "
+        "embedded questions",
     )
-    parser.add_argument("--data", default="demo", help="TruthfulQA.csv, or demo for the embedded questions")
-    parser.add_argument("--out", required=True, help="directory to write")
-    parser.add_argument("--limit", type=int, help="use the first N questions")
     parser.add_argument("--protocol", default="tqa-v1/qa-primer", help=f"one of {', '.join(PROTOCOLS)}")
     parser.add_argument("--primer", help="file with the six-shot primer (default: from lm-eval)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--any-data", action="store_true", help="take data that are not the protocol's")
+    parser.add_argument(
+        "--harm", type=Path, metavar="RESULTS", help="directory of evaluate.harm, to show beside the scores"
+    )
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: give at least 1")
 
     protocol = get_protocol(args.protocol)
-    demo = args.data == "demo"
-    path = DEMO_DATA if demo else Path(args.data)
-    questions = read_questions(path)[: args.limit]
-    primer = load_primer(args.primer, demo=demo)
-    with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
-        runtime.set_up()
-        from imae_jax.convert import load_model
+    methods = parse_methods(args.methods)
+    check_arguments(args, methods)
+    data = load_data(args.data, protocol.form)
+    primer = load_primer(args.primer, demo=args.data == "demo", instruction=protocol.instruction)
+    for warning in checked(data, protocol, primer, any_data=args.any_data):
+        print(warning, file=sys.stderr)
+    split = {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share}
+    texts = [question.text for question in data.questions]
+    places = select(texts, args.split, seed=args.split_seed, dev_share=args.dev_share)[: args.limit]
+    if not places:
+        raise UserError(f"--split {args.split} holds no question: give another --dev-share")
+    questions = [data.questions[place] for place in places]
 
-        methods = parse_methods(args.methods)
-        lm = load_model(args.model, **model_arguments(args))
-        results, lines = evaluate(lm, methods, questions, protocol, primer, quiet=args.quiet)
-        results |= {
-            "model": args.model,
-            "base_model": dataclasses.asdict(lm.base),
-            "data": {"path": args.data, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
+    runtime.set_up()
+    from imae_jax.convert import load_model
+
+    lm = load_model(args.model, **model_arguments(args))
+    common = {
+        "benchmark": BENCHMARK,
+        "protocol": label(protocol, primer, data),
+        **model_settings(lm, args.model),
+        "data": {"path": args.data, "kind": data.kind, "sha256": data.sha256},
+        "primer": {"name": primer.name, "source": primer.source, "sha256": primer.sha256},
+        "split": split,
+        "limit": args.limit,
+    }
+    index = [question.index for question in questions]
+    groups = encode_questions(lm.tokenizer, protocol, primer, questions)
+    planned = plan(lm, methods, [question.text for question in questions], groups)
+    harm = read_harm(args.harm, common, planned.settings) if args.harm else {}
+
+    def line(place: int, scores: list[np.ndarray]) -> dict[str, Any]:
+        question = questions[place]
+        sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
+        return {
+            "question": question.text,
+            "category": question.category,
+            "true": sums[: len(question.true)],
+            "false": sums[len(question.true) :],
+            "best": question.best,
+            **metrics_of(protocol, question, sums),
         }
-        (out / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
-        with (out / SCORES_FILE).open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    from rich.console import Console
 
-    if primer.name == "custom":
-        print(
-            f"warning: the primer is not the one that {protocol.name} pins; the results say so",
-            file=sys.stderr,
-        )
-    Console().print(results_table(results))
+    settings = {**common, "methods": planned.settings}
+    run = Run(args.out, settings, resume=args.resume, overwrite=args.overwrite)
+    costs = run.score(lm, planned.passes, groups, line, index=index, quiet=args.quiet)
+
+    baseline = baseline_of(planned.settings, args.baseline)
+    lines = {name: run.of(name, index) for name in methods}
+    summaries = summarize(lines, protocol.metrics, baseline=baseline, seed=args.seed)
+    results = {
+        **common,
+        "protocol_details": protocol.describe(),
+        "metrics": list(protocol.metrics),
+        "n_questions": len(questions),
+        "n_answers": sum(map(len, groups)),
+        "boundary_merged": sum(answer.boundary_merged for group in groups for answer in group),
+        "baseline": baseline,
+        "statistics": stats.describe(args.seed),
+        **environment(),
+        "resumed_lines": run.resumed,
+        "harm": args.harm,
+        "methods": {
+            name: {
+                **summaries[name],
+                **costs[name],
+                "settings": planned.settings[name],
+                **({"harm": harm[name]} if name in harm else {}),
+            }
+            for name in methods
+        },
+    }
+    tables = results_tables(results)
+    run.finish(results, tables, results_plots(results), index)
+    for warning in note_undefined(results["methods"]):
+        print(warning, file=sys.stderr)
+    show(tables)
 
 
 if __name__ == "__main__":

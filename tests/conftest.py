@@ -14,6 +14,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import importlib.util
@@ -34,8 +35,10 @@ from transformers import PreTrainedTokenizerFast
 from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import save_hf
+from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.errors import UserError
+from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Llama, Weights, forward, project
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -327,6 +330,49 @@ def settings(checkpoint, tmp_path):
         "save_every=3",
         "units.intermediate_size=24",
     ]
+
+
+@pytest.fixture(scope="session")
+def tiny_imae(tiny, tmp_path_factory) -> TinyCheckpoint:
+    """A tiny model with random units, and room for prompts."""
+    base = tiny("gqa", initializer_range=0.2, max_position_embeddings=512)
+    lm, path = base.load(), tmp_path_factory.mktemp("imae") / "imae"
+    weights = with_random_units(lm.model.weights(), lm.config)
+    reference = dataclasses.asdict(lm.base)
+    write_imae_dir(path, weights, lm.config, AntiExpertConfig(UNIT_SIZE), base=reference, training={})
+    return TinyCheckpoint(base.hf, path)
+
+
+def write_questions(path: Path, count: int = 6, seed: int = 0) -> Path:
+    """A CSV in TruthfulQA's form, in the words of the tiny tokenizer: two true and two false answers."""
+    random = np.random.default_rng(seed)
+
+    def words(n):
+        # Of a full stop the tokenizer makes an unknown word.
+        return " ".join(f"t{i}" for i in random.integers(3, TINY.vocab_size, n)) + " ."
+
+    with path.open("w", newline="") as file:
+        columns = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for i in range(count):
+            true, false = ([words(n), words(n + i % 2)] for n in (2, 3))
+            cells = (("one", "two")[i % 2], words(5), true[0], "; ".join(true), "; ".join(false))
+            writer.writerow(dict(zip(columns, cells, strict=True)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def scored(tiny_imae, tmp_path_factory) -> tuple[list[Any], Path]:
+    """A finished TruthfulQA run of a tiny model: its arguments and its directory, not to be changed."""
+    directory = tmp_path_factory.mktemp("scored")
+    (directory / "primer.txt").write_text("Q: t3 t4\nA: t5 .\n\n")
+    out = directory / "out"
+    methods = "base,expert,anti-expert,in-model-contrast:renormalize=true,in-model-contrast"
+    command = ["--model", tiny_imae.directory, "--methods", methods, "--out", out, "--any-data"]
+    command += ["--data", write_questions(directory / "questions.csv"), "--primer", directory / "primer.txt"]
+    assert truthfulqa([*map(str, command), "--quiet"]) == 0
+    return command, out
 
 
 def losses_of(out: Path) -> list[dict]:

@@ -15,15 +15,25 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_commands_and_snippets_of_the_readme_run(smollm2, tmp_path):
+def run_commands(text: str, directory: Path) -> None:
     """In their order and in one folder, since later ones use what earlier ones wrote."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     (commands,) = blocks(text, "bash")
     for line in commands.replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(line)
         assert program == "python"
-        run = run_python(arguments, tmp_path)
+        run = run_python(arguments, directory)
         assert run.returncode == 0, f"{line}\n{run.stderr}"
+
+
+def test_commands_of_the_evaluation_run(smollm2, tmp_path):
+    run_commands((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), tmp_path)
+    for name in ("harm/results.json", "tqa/scores.svg", "comparison/table.tex", "halueval/table.md"):
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_commands_and_snippets_of_the_readme_run(smollm2, tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    run_commands(text, tmp_path)
     for name in ("first/imae", "first-tqa/results.json", "first-report/report.md", "smollm2-hf/config.json"):
         assert (tmp_path / "out" / name).exists()
     snippets = tmp_path / "snippets.py"

@@ -1,7 +1,6 @@
 """TruthfulQA: metrics, data, protocols, the command and its output contract, the report."""
 
 import csv
-import dataclasses
 import importlib.util
 import json
 import math
@@ -11,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMOLLM2, hf_logits, log_softmax, user_error, with_random_units
+from conftest import SMOLLM2, hf_logits, log_softmax, user_error
 
-from imae_jax.config import AntiExpertConfig
-from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode import parse_method
-from imae_jax.evaluate import protocols, report, truthfulqa
-from imae_jax.evaluate.truthfulqa import main, mc_metrics, parse_methods, read_questions
-from imae_jax.llama import Weights
+from imae_jax.evaluate import protocols, report
+from imae_jax.evaluate.questions import DEMO_DATA, Data, load_data, read_questions, select
+from imae_jax.evaluate.runs import parse_methods
+from imae_jax.evaluate.truthfulqa import main, mc_metrics, metrics_of
 from imae_jax.train.config import DataConfig
 from imae_jax.train.data import load_rows
 
@@ -31,8 +29,9 @@ def test_metrics_of_a_worked_example():
     assert metrics == pytest.approx({"mc1": 1.0, "mc2": 0.4 / 0.6, "mc3": 0.5})
     metrics = mc_metrics(true=[math.log(0.3), math.log(0.1)], false=[math.log(0.2)], best=1)
     assert metrics["mc1"] == 0.0
-    # A tie is not a win.
+    # A tie is not a win, but in lm-eval's argmax.
     assert mc_metrics([-1.0], [-1.0], 0) == {"mc1": 0.0, "mc2": 0.5, "mc3": 0.0}
+    assert mc_metrics([-1.0], [-1.0], 0, ties_win=True)["mc1"] == 1.0
 
 
 @pytest.mark.parametrize("offset", [-5000.0, 0.0, 5000.0])
@@ -48,6 +47,9 @@ def test_a_nan_score_is_not_averaged_in():
 def test_the_benchmark_is_read_as_published(shared):
     questions = read_questions(shared / "data" / "TruthfulQA.csv")
     assert len(questions) == 817
+    data = load_data(str(shared / "data" / "TruthfulQA.csv"))
+    assert data.sha256 == protocols.CSV_SHA256
+    assert len({question.category for question in questions}) == 38
     goldens = json.loads((shared / "goldens" / "peer_scores.json").read_text())
     for golden in goldens["questions"]:
         question = questions[golden["index"]]
@@ -58,7 +60,7 @@ def test_the_benchmark_is_read_as_published(shared):
 
 
 def test_demo_questions_are_valid_and_not_in_the_training_data(shared):
-    questions = read_questions(truthfulqa.DEMO_DATA)
+    questions = read_questions(DEMO_DATA)
     texts = {q.text for q in questions}
     assert len(questions) >= 60
     assert len(texts) == len(questions)
@@ -71,20 +73,126 @@ def test_primer_of_lm_eval_is_the_pinned_one(shared):
         pytest.skip("the package lm-eval is not installed")
     primer = protocols.load_primer(None)
     assert primer.name == "standard"
-    assert primer.text == (shared / "goldens" / "prompt_qa_primer.txt").read_text(encoding="utf-8")
+    file = shared / "goldens" / "prompt_qa_primer.txt"
+    assert primer.text == file.read_text(encoding="utf-8")
+    pairs = protocols.load_primer(None, instruction=False)
+    assert pairs.text == protocols.load_primer(str(file), instruction=False).text
+    assert primer.text == f"{protocols.INSTRUCTION}\n\n{pairs.text}"
+    assert pairs.sha256 == protocols.PAIRS_SHA256
 
 
-def test_primers_are_told_apart(tmp_path):
+def test_results_name_what_is_not_the_protocols_own(tmp_path):
     path = tmp_path / "primer.txt"
     path.write_text("Q: Why?\nA: Because.\n\n")
     custom = protocols.load_primer(str(path))
-    protocol = protocols.get_protocol("tqa-v1/qa-primer")
-    assert (
-        truthfulqa.protocol_label(protocol, custom) == f"tqa-v1/qa-primer+custom-primer-{custom.sha256[:8]}"
-    )
+    protocol, data = protocols.get_protocol("tqa-v1/qa-primer"), load_data("demo")
+    marks = f"custom-primer-{custom.sha256[:8]}+demo-data-{data.sha256[:8]}"
+    assert protocols.label(protocol, custom, data) == f"tqa-v1/qa-primer+{marks}"
     demo = protocols.load_primer(None, demo=True)
     assert demo.name == "demo"
     assert demo.text.endswith("\n\n")
+
+
+# Data
+
+
+def targets(mc1, mc2):
+    """A row in the hub's multiple_choice form."""
+    choices = {"mc1_targets": mc1, "mc2_targets": mc2}
+    return {
+        "question": "Why?",
+        **{name: {"choices": [*x], "labels": [*x.values()]} for name, x in choices.items()},
+    }
+
+
+MC1 = {"So": 1, "No": 0, "Never": 0}
+MC2 = {"So": 1, "Thus.": 1, "Never": 0, "Not so": 0}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_choices_are_taken_as_they_are(tmp_path, suffix):
+    """As lm-eval takes them; mc1 and mc2 have choices of their own. mc_task.json maps answers to labels."""
+    path = tmp_path / f"rows{suffix}"
+    rows = [targets(MC1, MC2), {"question": "What?", "mc1_targets": MC1, "mc2_targets": MC2}]
+    path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
+    data = load_data(str(path), "targets")
+    assert [q.text for q in data.questions] == ["Why?", "What?"]
+    for question in data.questions:
+        assert question.true == ("So", "Thus.")
+        assert question.false == ("Never", "Not so", "No")
+        assert (question.mc1_false, question.mc2_true, question.mc2_false) == ((2, 0), 2, 2)
+    closed = load_data(str(path)).questions[0]
+    assert (closed.true, closed.false) == (("So.", "Thus."), ("Never.", "Not so."))
+
+    sums = dict(zip(data.questions[0].answers, (-2.0, -3.0, -4.0, -1.0, -2.0), strict=True))
+    found = metrics_of(protocols.PROTOCOLS["tqa-v1/lm-eval"], data.questions[0], list(sums.values()))
+    # What the harness computes: argmax takes the first of equals, mc2 the share of exp.
+    assert found["mc1"] == float(np.argmax([sums[c] for c in MC1]) == 0) == 1.0
+    p = np.exp([sums[c] for c in MC2])
+    assert found["mc2"] == pytest.approx(p[:2].sum() / p.sum())
+
+
+BAD_ROWS = {
+    "no mc2_targets": {"question": "Why?", "mc1_targets": MC1},
+    "needs a label for every choice": {
+        "question": "Why?",
+        "mc1_targets": {"choices": ["a", "b"], "labels": [1]},
+        "mc2_targets": MC2,
+    },
+    "the first choice of mc1_targets": targets({"No": 0, "So": 1}, MC2),
+    "lacks a question": targets(MC1, {"So": 1}),
+    "row 1": [targets(MC1, MC2), 7],
+    "same question 'Why?'": [targets(MC1, MC2)] * 2,
+    "no questions": [],
+}
+
+
+@pytest.mark.parametrize("part", BAD_ROWS)
+def test_bad_rows_are_named(tmp_path, part):
+    path, rows = tmp_path / "rows.json", BAD_ROWS[part]
+    path.write_text(json.dumps(rows if isinstance(rows, list) else [rows]))
+    with user_error("rows.json", part):
+        load_data(str(path), "targets")
+
+
+def test_the_hub_cannot_be_reached_offline():
+    for form in ("answers", "targets"):
+        with user_error("hub", "--data FILE"):
+            load_data("hub", form)
+
+
+def test_the_binary_protocol_needs_the_newer_csv(tmp_path):
+    with user_error("'Best Incorrect Answer'", "https://github.com/sylinrl/TruthfulQA"):
+        load_data("demo", "binary")
+    path = tmp_path / "new.csv"
+    path.write_text("Question,Best Answer,Best Incorrect Answer\nWhy?,So,Never\n")
+    (question,) = load_data(str(path), "binary").questions
+    assert question.answers == ("So.", "Never.")
+    protocol = protocols.PROTOCOLS["tqa-v2025/binary"]
+    assert metrics_of(protocol, question, [-1.0, -2.0]) == {"binary": 1.0}
+    assert metrics_of(protocol, question, [-2.0, -2.0]) == {"binary": 0.0}
+
+
+def test_other_data_are_objected_to(shared):
+    published = load_data(str(shared / "data" / "TruthfulQA.csv"))
+    protocol = protocols.PROTOCOLS["tqa-v1/qa-primer"]
+    assert protocol.objection(published) is None
+    fewer = Data(published.questions[1:], "x.csv", "csv")
+    assert "816 questions, tqa-v1/qa-primer is of 817" in protocol.objection(fewer)
+    other = Data((fewer.questions[0], *fewer.questions), "x.csv", "csv")
+    assert f"is of {protocols.CSV_SHA256[:8]}" in protocol.objection(other)
+    assert "790" in protocols.PROTOCOLS["tqa-v2025/binary"].objection(published)
+
+
+def test_splits_share_no_question_and_do_not_depend_on_order():
+    texts = [f"question {i}" for i in range(50)] + ["question 3"]
+    dev, test = (set(select(texts, split, seed=1, dev_share=0.2)) for split in ("dev", "test"))
+    assert dev | test == set(range(51)) == set(select(texts, "all"))
+    assert not {texts[i] for i in dev} & {texts[i] for i in test}
+    assert len({texts[i] for i in dev}) == 10
+    backwards = texts[::-1]
+    assert {backwards[i] for i in select(backwards, "dev", seed=1)} == {texts[i] for i in dev}
+    assert {texts[i] for i in select(texts, "dev", seed=2)} != {texts[i] for i in dev}
 
 
 def test_prompts(smollm2):
@@ -138,48 +246,105 @@ def test_bad_methods(text):
         parse_methods(text)
 
 
-@pytest.fixture(scope="module")
-def imae_dir(smollm2, tmp_path_factory):
-    """SmolLM2 with small random units."""
-    path = tmp_path_factory.mktemp("imae") / "imae"
-    weights = with_random_units(smollm2.model.weights(), smollm2.config, 64)
-    units = tuple({k: 0.3 * v for k, v in unit.items()} for unit in weights.units)
-    base = dataclasses.asdict(smollm2.base)
-    write_imae_dir(
-        path, Weights(weights.base, units), smollm2.config, AntiExpertConfig(64), base=base, training={}
-    )
-    return path
+def run(*arguments) -> int:
+    return main([*map(str, arguments), "--quiet"])
 
 
-def test_output_contract(imae_dir, tmp_path, capfd):
-    out = tmp_path / "out"
-    command = ["--model", imae_dir, "--methods", "base,expert,anti-expert", "--limit", "3", "--out", out]
-    assert main([*map(str, command), "--quiet"]) == 0
-    assert "MC1" in capfd.readouterr().out
+def test_output_contract(scored, tiny_imae, capfd):
+    command, out = scored
     results = json.loads((out / "results.json").read_text())
-    assert {"protocol", "model", "n_questions", "versions", "methods"} <= results.keys()
-    assert results["protocol"].startswith("tqa-v1/qa-primer+demo-primer-")
-    assert results["n_questions"] == 3
-    assert list(results["methods"]) == ["base", "expert", "anti-expert"]
+    assert {"model", "versions", "git", "protocol_details", "statistics", "split"} <= results.keys()
+    assert results["protocol"].startswith("tqa-v1/qa-primer+custom-primer-")
+    assert (results["n_questions"], results["n_answers"]) == (6, 24)
+    methods = ["base", "expert", "anti-expert", "in-model-contrast:renormalize=true", "in-model-contrast"]
+    assert list(results["methods"]) == methods
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == 9
-    questions = read_questions(truthfulqa.DEMO_DATA)
-    for line in lines:
-        assert set(line) == {"index", "question", "method", "true", "false", "best", "mc1", "mc2", "mc3"}
-        question = questions[line["index"]]
-        assert (len(line["true"]), len(line["false"])) == (len(question.true), len(question.false))
+    assert [(line["method"], line["index"]) for line in lines] == [(m, i) for m in methods for i in range(6)]
+    lm = tiny_imae.load()
+    questions = read_questions(command[command.index("--data") + 1])
+    primer = Path(command[command.index("--primer") + 1]).read_text()
+    prompts = {q.index: f"{primer}Q: {q.text}\nA:" for q in questions}
+    for line in lines[:6]:  # base, one sequence at a time
+        expected = []
+        for answer in questions[line["index"]].answers:
+            prompt = prompts[line["index"]]
+            tokens = lm.tokenizer(f"{prompt} {answer}")["input_ids"]
+            start = len(lm.tokenizer(prompt)["input_ids"])
+            log_probs = log_softmax(hf_logits(tiny_imae.hf, [tokens])[0])
+            expected.append(sum(log_probs[i - 1, tokens[i]] for i in range(start, len(tokens))))
+        np.testing.assert_allclose(line["true"] + line["false"], expected, atol=1e-4)
+    line, answers = lines[-1], [f" {answer}" for answer in questions[5].answers]
+    alone = lm.score(prompts[5], answers, "in-model-contrast", format="raw")
+    np.testing.assert_allclose(line["true"] + line["false"], alone, atol=1e-4)
     for name, row in results["methods"].items():
-        assert {"mc1", "mc2", "mc3", "seconds", "settings"} <= row.keys()
         of_method = [line for line in lines if line["method"] == name]
-        for metric in truthfulqa.METRICS:
-            assert row[metric] == pytest.approx(100 * np.mean([line[metric] for line in of_method]))
-    sums = {line["method"]: line["true"][0] for line in lines if line["index"] == 0}
-    assert len(set(sums.values())) == 3, "the modes of random units must differ"
+        for metric in ("mc1", "mc2", "mc3"):
+            values = [100 * line[metric] for line in of_method]
+            assert row[metric] == pytest.approx(np.mean(values))
+            low, high = row["intervals"][metric]
+            assert min(values) <= low <= row[metric] <= high <= max(values)
+        assert row["n"] == 6
+        assert set(row["by_category"]) == {"one", "two"}
+        assert ("against_baseline" in row) == (name != "base")
+    table = (out / "table.md").read_text()
+    assert "| in-model-contrast | raw | 6 |" in table
+    assert "| in-model-contrast:renormalize=true | renormalized | 6 |" in table
+    assert r"\begin{tabular}" in (out / "table.tex").read_text()
+    for plot in ("scores", "categories", "differences"):
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"{plot}.svg").read_text()
 
     before = (out / "results.json").read_bytes()
-    assert main([*map(str, command), "--quiet"]) == 2
+    assert run(*command) == 2
     assert "exists already" in capfd.readouterr().err
     assert (out / "results.json").read_bytes() == before
+
+
+def test_scores_that_are_not_finite_are_named_and_not_averaged_in(scored, tmp_path, capfd):
+    command = [*scored[0]]
+    command[command.index("--methods") + 1] = "base,in-model-contrast:beta=3e38"
+    command[command.index("--out") + 1] = tmp_path / "out"
+    assert run(*command) == 0
+    captured = capfd.readouterr()
+    assert "6 of 6 have a score that is not finite" in captured.err
+    assert "–" in captured.out
+    text = (tmp_path / "out" / "results.json").read_text()
+    row = json.loads(text)["methods"]["in-model-contrast:beta=3e38"]
+    assert (row["mc1"], row["n"], row["undefined"]) == (None, 0, list(range(6)))
+    assert "NaN" not in text
+    assert "Infinity" not in (tmp_path / "out" / "scores.jsonl").read_text()
+
+
+def test_sums_equal_lm_eval(tiny, tmp_path):
+    """The harness's own tokenization and scoring of its own prompts, on SmolLM2-like text."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
+    checkpoint = tiny("gqa", max_position_embeddings=512)
+    template = (
+        Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/truthfulqa/truthfulqa_mc1.yaml"
+    )
+    import yaml
+    from jinja2 import Template
+
+    doc = targets({"t5 t6": 1, "t7": 0, "t8 t9": 0}, {"t5 t6": 1, "t9": 1, "t7": 0, "t10 t11": 0})
+    task = yaml.load(template.read_text(), yaml.BaseLoader)
+    context = Template(task["doc_to_text"]).render(**doc)
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(doc) + "\n")
+    command = ["--model", checkpoint.directory, "--data", path, "--protocol", "tqa-v1/lm-eval"]
+    assert run(*command, "--out", out, "--any-data") == 0
+    line = json.loads((out / "scores.jsonl").read_text())
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    model = huggingface.HFLM(pretrained=checkpoint.hf, tokenizer=tokenizer, batch_size=1)
+    choices = ["t5 t6", "t9", "t7", "t10 t11", "t8 t9"]
+    requests = [(("", ""), *model._encode_pair(context, f" {choice}")) for choice in choices]
+    expected = [x for x, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
+    np.testing.assert_allclose(line["true"] + line["false"], expected, atol=1e-4)
+    assert line["mc1"] == float(np.argmax([expected[0], expected[2], expected[4]]) == 0)
+    p = np.exp(expected[:4])
+    assert line["mc2"] == pytest.approx(p[:2].sum() / p.sum(), abs=1e-4)
 
 
 def test_chat_protocol_scores_the_answer_after_the_template(smollm2, hf_smollm2, tmp_path):
@@ -190,7 +355,7 @@ def test_chat_protocol_scores_the_answer_after_the_template(smollm2, hf_smollm2,
         == 0
     )
     line = json.loads((out / "scores.jsonl").read_text())
-    question = read_questions(truthfulqa.DEMO_DATA)[0]
+    question = read_questions(DEMO_DATA)[0]
     primer = protocols.load_primer(None, demo=True)
     message = [{"role": "user", "content": f"{primer.text}Q: {question.text}\nA:"}]
     prompt = smollm2.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -221,7 +386,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
             writer.writeheader()
             writer.writerow({k: v for k, v in (row | change).items() if v is not None})
 
-    base = ["--model", SMOLLM2, "--out", out]
+    base = ["--model", SMOLLM2, "--out", out, "--any-data"]
     demo_primer = ["--primer", protocols.DATA_DIRECTORY / "demo_primer.txt"]
     write(**{"Incorrect Answers": None})
     assert "no column Incorrect Answers" in run_main(capfd, *base, "--data", rows, *demo_primer)
@@ -233,34 +398,27 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     assert "nowhere.txt" in run_main(capfd, *base, "--primer", "nowhere.txt")
     assert "protocol 'tqa-v9'" in run_main(capfd, *base, "--protocol", "tqa-v9")
     assert "--limit 0" in run_main(capfd, *base, "--limit", "0")
+    assert "--dev-share 1.0" in run_main(capfd, *base, "--dev-share", "1")
+    assert "--baseline icd" in run_main(capfd, *base, "--baseline", "icd")
+    write()
+    error = run_main(capfd, *base[:-1], "--data", rows, *demo_primer)
+    assert "tqa-v1/qa-primer is of 817" in error
+    assert "--any-data" in error
     assert "needs a model with anti-expert units" in run_main(capfd, *base, "--methods", "expert")
     assert "'nowhere' does not exist" in run_main(capfd, "--model", "nowhere", "--out", out)
     assert list(tmp_path.iterdir()) == [rows], "nothing may be left behind"
 
 
-def test_report_of_runs(tmp_path, capfd):
-    training, evaluation = tmp_path / "training", tmp_path / "evaluation"
-    for directory in (training, evaluation):
-        directory.mkdir()
+def test_report_of_runs(scored, tmp_path, capfd):
+    training, out = tmp_path / "training", tmp_path / "report"
+    training.mkdir()
     line = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}
     steps = [json.dumps({"step": i, "loss": 4.0, "tokens_per_second": 10.0, **line}) for i in (1, 2)]
     (training / "metrics.jsonl").write_text("\n".join(steps))
-    row = {"mc1": 25.0, "mc2": None, "mc3": 20.0, "seconds": 1.0, "settings": {}}
-    results = {
-        "protocol": "tqa-v1/chat",
-        "model": "m",
-        "n_questions": 2,
-        "n_answers": 9,
-        "dtype": "float32",
-        "versions": {"jax": "1"},
-        "methods": {"base": row, "expert": row},
-    }
-    (evaluation / "results.json").write_text(json.dumps(results))
-    out = tmp_path / "report"
-    assert report.main([str(training), str(evaluation), "--out", str(out)]) == 0
+    assert report.main([str(training), str(scored[1]), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "| expert | 25.00 | – | 20.00 | 1.0 |" in text
-    for plot in ("1-training.png", "2-truthfulqa.png"):
+    assert (scored[1] / "table.md").read_text() in text
+    for plot in ("1-training.png", "2-scores.png", "2-differences.png"):
         assert f"({plot})" in text
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
     assert report.main([str(tmp_path), "--out", str(tmp_path / "other")]) == 2

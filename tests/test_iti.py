@@ -6,13 +6,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import hf_logits, logits, random_tokens, user_error
+from conftest import hf_logits, logits, random_tokens, user_error, write_questions
 
 from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.iti import Directions, read_directions, write_directions
 from imae_jax.evaluate import iti
 from imae_jax.evaluate.iti import collect_heads, find_directions, fit_probes
+from imae_jax.evaluate.questions import read_questions
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import forward, project
 
@@ -122,7 +123,7 @@ def test_export_as_biases_equals_the_intervened_model(checkpoint, directions, tm
     np.testing.assert_allclose(load_model(str(exported)).model(jnp.asarray(tokens)), actual, atol=2e-4)
 
 
-def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capfd):
+def test_no_question_sees_its_own_direction(tiny_imae, tmp_path, monkeypatch, capfd):
     """Two folds through both commands."""
     fitted = []
     find = iti.find_directions
@@ -132,11 +133,9 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
         return find(heads, labels, question_of, **kwargs)
 
     monkeypatch.setattr(iti, "find_directions", recorded)
-    rows = (iti.DEMO_DATA).read_text(encoding="utf-8-sig").splitlines(keepends=True)[:9]
-    questions = tmp_path / "questions.csv"
-    questions.write_text("".join(rows), encoding="utf-8")
+    questions = write_questions(tmp_path / "questions.csv", 8)
     out = tmp_path / "iti"
-    model = ["--model", "smollm2-135m-instruct"]
+    model = ["--model", str(tiny_imae.directory)]
     assert iti.main([*model, "--data", str(questions), "--out", str(out), "--quiet"]) == 0
     folds = list(json.loads((out / "folds.json").read_text())["questions"].values())
     for fold in (0, 1):
@@ -146,7 +145,10 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
     results = tmp_path / "results"
     method = f"iti:directions={out},alpha=5,heads=12"
     command = [*model, "--methods", f"base,{method}", "--limit", "8", "--out", str(results), "--quiet"]
-    assert truthfulqa([*command, "--data", str(questions), "--primer", str(demo_primer())]) == 0
+    primer = tmp_path / "primer.txt"
+    primer.write_text("Q: t3 t4\nA: t5 .\n\n")
+    command += ["--data", str(questions), "--primer", str(primer), "--any-data"]
+    assert truthfulqa(command) == 0
     settings = json.loads((results / "results.json").read_text())["methods"][method]["settings"]
     assert settings["folds"] == 2
     assert settings["directions"] == str(out)
@@ -154,16 +156,21 @@ def test_no_question_sees_its_own_direction(smollm2, tmp_path, monkeypatch, capf
     assert [line["index"] for line in lines if line["method"] == method] == list(range(8))
     assert lines[0]["true"] != lines[8]["true"]
 
+    # Killed before the last of a fold: that question alone is scored again.
+    kept = lines[:-1]
+    (results / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    before = json.loads((results / "results.json").read_text())
+    (results / "results.json").unlink()
+    assert truthfulqa([*command, "--resume"]) == 0
+    after = json.loads((results / "results.json").read_text())
+    assert after["resumed_lines"] == 15
+    for name, row in before["methods"].items():
+        assert after["methods"][name]["mc2"] == pytest.approx(row["mc2"], abs=1e-3)
+
 
 def folds_of(questions, out):
     by_text = json.loads((out / "folds.json").read_text())["questions"]
-    return [by_text[question.text] for question in iti.read_questions(questions)]
-
-
-def demo_primer():
-    from imae_jax.evaluate.protocols import DATA_DIRECTORY
-
-    return DATA_DIRECTORY / "demo_primer.txt"
+    return [by_text[question.text] for question in read_questions(questions)]
 
 
 def test_files_of_other_models_are_refused(directions, tiny, tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
+from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods import Method
 from imae_jax.decode.streams import Caches, Models
 from imae_jax.errors import UserError
@@ -162,18 +163,7 @@ def _score(
     streams.check(models, method)
     if not groups:
         return
-    # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
-    limit = min(c.max_position_embeddings for c in models.configs)
-    for i, group in enumerate(groups):
-        for item in group:
-            config.check_token_ids(item.tokens)
-        longest = max((len(c.tokens) for c in group), default=0)
-        # A sequence's last token predicts nothing, so that it needs no place in the context.
-        if longest > limit + 1:
-            raise UserError(
-                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
-                "shorten the prompt or the answer"
-            )
+    check_groups(models, groups)
     prefix = _common_prefix(c for group in groups for c in group)
     prefix_caches = _prefix_caches(models, method, prefix)
     batch_rows = rows_per_batch or ROWS_PER_BATCH.get(jax.default_backend(), 1)
@@ -204,6 +194,22 @@ def _score(
                 first = groups[group][index].start - len(prefix)
                 results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
         yield from results.items()
+
+
+def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
+    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context."""
+    # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
+    limit = min(c.max_position_embeddings for c in models.configs)
+    for i, group in enumerate(groups):
+        for item in group:
+            models.configs[0].check_token_ids(item.tokens)
+        longest = max((len(c.tokens) for c in group), default=0)
+        # A sequence's last token predicts nothing, so that it needs no place in the context.
+        if longest > limit + 1:
+            raise UserError(
+                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
+                "shorten the prompt or the answer"
+            )
 
 
 class _TokenTree:
@@ -392,7 +398,8 @@ def _score_nodes(
     method,
     greedy,
 ):
-    """Scores [B, T] of the scored nodes' tokens from the hidden states of their parents; with `greedy` also
+    """Scores [B, T] of the scored nodes' tokens from the hidden states of their parents, of a `Joint`
+    [B, T, M]; with `greedy` also
     whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
     B, T = tokens.shape
     last_position = min(config.max_position_embeddings for config in models.configs) - 1
@@ -423,6 +430,7 @@ def _score_nodes(
             new.append(jnp.argmax(method.scores(logits), axis=-1)[parent_places[chunk]] == chosen)
         return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))
 
-    values = (jnp.zeros(B * T, jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
+    columns = (len(method.methods),) if isinstance(method, Joint) else ()
+    values = (jnp.zeros((B * T, *columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
     values = jax.lax.fori_loop(0, num_chunks, add_chunk, values)
-    return tuple(v.reshape(B, T) for v in values)
+    return tuple(v.reshape(B, T, *v.shape[1:]) for v in values)

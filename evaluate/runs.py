@@ -1,0 +1,461 @@
+"""Evaluation runs: methods that score the answers of many items, item by item, so that a killed run goes on.
+
+A run's directory holds
+
+run.json        what the scores depend on; a run that goes on must have the same
+scores.jsonl    a line for every item and method, written as it is scored
+results.json    means, intervals and comparisons; there once all is scored
+table.md, table.tex, and plots
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imae_jax import runtime
+from imae_jax.errors import UserError, first_line
+from imae_jax.files import new_directory, write_text
+
+from .questions import SPLITS
+from .tables import Table
+
+if TYPE_CHECKING:
+    from imae_jax.decode import Continuation, Method
+    from imae_jax.language_model import LanguageModel
+
+RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
+MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all evaluations of methods share."""
+    parser.add_argument("--methods", default="base", help=MANY_METHODS)
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    parser.add_argument("--limit", type=int, help="use the first N of the split")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="all", help="questions drawn for choosing settings"
+    )
+    parser.add_argument("--split-seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--dev-share", type=float, default=0.2, help="of the questions that dev gets")
+    parser.add_argument(
+        "--baseline", help="method that others are compared to (default: base, else the first)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:
+    """Refuses what can be refused before a model is loaded."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give at least 1")
+    if not 0 < args.dev_share < 1:
+        raise UserError(f"--dev-share {args.dev_share}: give a share between 0 and 1")
+    if min(args.seed, args.split_seed) < 0:
+        raise UserError("--seed and --split-seed must be at least 0")
+    if args.baseline is not None and args.baseline not in methods:
+        raise UserError(f"--baseline {args.baseline} is not among --methods: {', '.join(methods)}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them")
+    out = args.out
+    if not out.exists() or args.overwrite:
+        return
+    unfinished = (out / RUN_FILE).is_file() and not (out / RESULTS_FILE).exists()
+    if not args.resume:
+        way_out = "pass --resume to go on with it, or --overwrite" if unfinished else "or pass --overwrite"
+        state = "holds an unfinished run" if unfinished else "exists already: choose another output"
+        raise UserError(f"{out} {state}{':' if unfinished else ','} {way_out}")
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"{out} holds no {RUN_FILE}, so there is no run to resume: choose another output")
+
+
+def parse_methods(text: str) -> dict[str, "Method"]:
+    """Methods by label, from a comma-separated list or a YAML file with a list of settings.
+
+    In YAML an entry may carry a `label` of its own, which it needs where names repeat.
+    """
+    import yaml
+
+    from imae_jax.decode.methods import parse_method, split_methods
+
+    if text.endswith((".yaml", ".yml")):
+        try:
+            entries = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"methods file {text} is not valid YAML: {error}") from None
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and "name" in entry for entry in entries
+        ):
+            raise UserError(f"methods file {text} must hold a list of `- {{name: …}}`")
+    else:
+        entries = split_methods(text)
+    methods: dict[str, Any] = {}
+    for entry in entries:
+        label = entry
+        if isinstance(entry, dict):
+            label = str(entry.get("label", entry["name"]))
+            entry = {key: value for key, value in entry.items() if key != "label"}
+        if label in methods:
+            raise UserError(f"method {label!r} is listed twice: give each a label of its own")
+        methods[label] = parse_method(entry)
+    return methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Methods that are scored together.
+
+    Attributes:
+        models, method: for `decode.score`; the method is a `Joint`.
+        labels: of its methods, in its order.
+        places: of the items that they score.
+    """
+
+    models: Any
+    method: Any
+    labels: tuple[str, ...]
+    places: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How methods are scored.
+
+    Attributes:
+        passes: with the models that they run on.
+        settings: of every label, resolved, and the fingerprint of what they name.
+    """
+
+    passes: tuple[Pass, ...]
+    settings: dict[str, dict[str, Any]]
+
+
+def plan(
+    lm: "LanguageModel",
+    methods: Mapping[str, "Method"],
+    keys: Sequence[str],
+    groups: Sequence[Sequence["Continuation"]],
+) -> Plan:
+    """Prepares methods, and finds which of them share forward passes.
+
+    Args:
+        lm: the model.
+        methods: by label.
+        keys: the items' questions, by which ITI's folds are told apart.
+        groups: the answers of every item.
+
+    Raises:
+        UserError: a method that the model cannot run, a resource that does not fit, or answers over the
+            context.
+    """
+    from imae_jax.decode.joint import Joint, share_streams
+    from imae_jax.decode.scoring import check_groups
+
+    everything = tuple(range(len(keys)))
+    passes, settings, whole = [], {}, {}
+    for label, method in methods.items():
+        parts = _parts(method, keys)
+        prepared = [lm.prepare(part, generating=False) for part, _ in parts]
+        settings[label] = method_settings(parts[0][0], prepared[0][1])
+        if len(parts) == 1:
+            whole[label] = prepared[0]
+            continue
+        folds = [_fingerprint(part) for part, _ in parts]
+        settings[label] |= {"directions": method.directions, "folds": len(parts), "fingerprint": folds}
+        for (models, resolved), (_, places) in zip(prepared, parts, strict=True):
+            passes.append(Pass(models, Joint((resolved,)), (label,), tuple(places)))
+    labels = list(whole)
+    shared = [
+        Pass(models, joint, tuple(labels[i] for i in places), everything)
+        for models, joint, places in share_streams(list(whole.values()))
+    ]
+    for part in (*shared, *passes):
+        check_groups(part.models, groups)
+    return Plan((*shared, *passes), settings)
+
+
+def _parts(method: Any, keys: Sequence[str]) -> list[tuple[Any, Sequence[int]]]:
+    """A method with the places of its items; of ITI with a directory of folds, one for each fold."""
+    from imae_jax.decode.methods.iti import ITI
+
+    from .iti import fold_files
+
+    if not isinstance(method, ITI) or not Path(method.directions).is_dir():
+        return [(method, range(len(keys)))]
+    files = fold_files(Path(method.directions), keys)
+    return [(dataclasses.replace(method, directions=str(file)), places) for file, places in files.items()]
+
+
+def method_settings(method: "Method", resolved: "Method") -> dict[str, Any]:
+    """A resolved method's settings, and the fingerprint of what they name."""
+    settings, fingerprint = resolved.settings(), _fingerprint(method)
+    return settings if fingerprint is None else settings | {"fingerprint": fingerprint}
+
+
+def _fingerprint(method: "Method") -> str | None:
+    """Hash of what a method's settings name."""
+    from imae_jax.convert.references import fingerprint
+
+    if method.resource is None:
+        return None
+    if method.resource.kind == "directions":
+        return hashlib.sha256(Path(method.resource.reference).read_bytes()).hexdigest()
+    return fingerprint(method.resource.reference)
+
+
+def model_settings(lm: "LanguageModel", reference: str) -> dict[str, Any]:
+    """What identifies a model in `run.json` and `results.json`."""
+    import jax
+
+    units = lm.model.weights().units
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(units):
+        digest.update(np.asarray(array).tobytes())
+    return {
+        "model": reference,
+        "base_model": dataclasses.asdict(lm.base),
+        "dtype": lm.base.dtype,
+        "anti_expert": lm.imae and lm.imae["anti_expert"],
+        "units": None if units is None else digest.hexdigest(),
+    }
+
+
+class Run:
+    """The directory of a run. `lines` are those of `scores.jsonl`, by (method, index).
+
+    Args:
+        out: the directory.
+        settings: what the scores depend on.
+        resume: go on with what is there.
+        overwrite: replace what is there.
+
+    Raises:
+        UserError: OUT may not be replaced, belongs to other settings, or holds a line that is none.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool):
+        self.out, self.lines = out, {}
+        settings = jsonable(settings)
+        if resume and out.exists():
+            self._check(settings)
+            self._read()
+        else:
+            marker = RESULTS_FILE if (out / RESULTS_FILE).exists() else RUN_FILE
+            with new_directory(out, marker=marker, overwrite=overwrite) as new:
+                (new / RUN_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
+                (new / SCORES_FILE).touch()
+        self.resumed = len(self.lines)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.out / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.out / RUN_FILE} cannot be read ({first_line(error)}): start anew"
+            ) from None
+        for name, old, new in differences(before, settings):
+            raise UserError(
+                f"{self.out} was scored with another {name} ({old}, now {new}): restore it, or choose "
+                "another output"
+            )
+
+    def _read(self) -> None:
+        """Reads `scores.jsonl`; an unfinished last line, which a kill leaves, is removed."""
+        path = self.out / SCORES_FILE
+        kept = []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for place, line in enumerate(text.splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                entry = json.loads(line)
+                key = entry["method"], entry["index"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path} line {place} is damaged: remove it, and it is scored again"
+                ) from None
+            if key not in self.lines:
+                self.lines[key] = entry
+                kept.append(line)
+        write_text(path, "".join(kept))
+
+    def score(
+        self,
+        lm: "LanguageModel",
+        passes: Sequence[Pass],
+        groups: Sequence[Sequence["Continuation"]],
+        line: Callable[[int, list[np.ndarray]], dict[str, Any]],
+        *,
+        index: Sequence[int],
+        quiet: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        """Scores what has no line yet.
+
+        Args:
+            lm: the model.
+            passes: from `plan`.
+            groups: the answers of every item.
+            line: the fields of an item's line, from its place and its answers' token scores.
+            index: every item's number in its data.
+            quiet: no progress bar.
+
+        Returns:
+            For every method how long its pass took and which others it held.
+        """
+        from tqdm import tqdm
+
+        from imae_jax.decode import score
+
+        costs: dict[str, dict[str, Any]] = {}
+        path = self.out / SCORES_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                for part in passes:
+                    start = time.perf_counter()
+                    missing = [
+                        place
+                        for place in part.places
+                        if any((label, index[place]) not in self.lines for label in part.labels)
+                    ]
+                    scored = score(part.models, lm.config, [groups[p] for p in missing], part.method)
+                    bar = tqdm(
+                        scored,
+                        total=len(part.places),
+                        initial=len(part.places) - len(missing),
+                        desc=", ".join(part.labels),
+                        unit="item",
+                        disable=quiet,
+                    )
+                    for i, scores in bar:
+                        place = missing[i]
+                        for column, label in enumerate(part.labels):
+                            key = label, index[place]
+                            if key not in self.lines:
+                                of_method = [answer[:, column] for answer in scores]
+                                entry = {
+                                    "index": index[place],
+                                    "method": label,
+                                    **line(place, of_method),
+                                }
+                                file.write(dumps(entry) + "\n")
+                                self.lines[key] = jsonable(entry)
+                        file.flush()
+                    seconds = time.perf_counter() - start
+                    for label in part.labels:
+                        cost = costs.setdefault(label, {"seconds": 0.0, "scored_with": []})
+                        cost["seconds"] += seconds
+                        cost["scored_with"] = [other for other in part.labels if other != label]
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        return costs
+
+    def of(self, label: str, index: Sequence[int]) -> list[dict[str, Any]]:
+        """A method's lines, in the order of the items."""
+        return [self.lines[label, i] for i in index]
+
+    def finish(
+        self,
+        results: dict[str, Any],
+        tables: Sequence[Table],
+        plots: Mapping[str, Any],
+        index: Sequence[int],
+    ) -> None:
+        """Writes results, tables, plots and the lines in their order: method by method, item by item.
+
+        Args:
+            results: for `results.json`.
+            tables: for Markdown and LaTeX.
+            plots: matplotlib figures by the name of their file.
+            index: the items' numbers.
+        """
+        lines = [line for label in results["methods"] for line in self.of(label, index)]
+        write_text(self.out / SCORES_FILE, "".join(dumps(line) + "\n" for line in lines))
+        write_outputs(self.out, tables, plots)
+        write_text(self.out / RESULTS_FILE, dumps(results, indent=2) + "\n")
+
+
+def write_outputs(out: Path, tables: Sequence[Table], plots: Mapping[str, Any]) -> None:
+    """Tables as Markdown and LaTeX, plots as PNG and SVG."""
+    write_text(out / MARKDOWN_FILE, "\n".join(table.markdown() for table in tables))
+    write_text(out / LATEX_FILE, "\n".join(table.latex() for table in tables))
+    for name, figure in plots.items():
+        for suffix in ("png", "svg"):
+            try:
+                figure.savefig(out / f"{name}.{suffix}", dpi=150)
+            except OSError as error:
+                raise UserError(f"{out / name}.{suffix} cannot be written: {error.strerror}") from None
+
+
+def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two settings differ: dotted names with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield name, a, b
+
+
+def jsonable(value: Any) -> Any:
+    """Values that strict JSON can hold: NaN is None, an infinity the text "inf" or "-inf"."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
+def dumps(value: Any, **kwargs: Any) -> str:
+    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, **kwargs)
+
+
+def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
+    """A finished run's `results.json`.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another benchmark.
+    """
+    file = path / RESULTS_FILE
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        state = "its run is unfinished: go on with --resume" if (path / RUN_FILE).is_file() else "no run"
+        raise UserError(f"{path} holds no {RESULTS_FILE} ({state})") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    keys = ("benchmark", "protocol", "model", "dtype", "versions", "methods")
+    missing = [key for key in keys if key not in results] if isinstance(results, dict) else keys
+    if missing or not results["methods"]:
+        raise UserError(f"{file} lacks {', '.join(missing) or 'methods'}: evaluate again")
+    if benchmark not in (None, results["benchmark"]):
+        raise UserError(f"{path} is a run of {results['benchmark']}, not of {benchmark}: give another")
+    return results
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a finished run's `scores.jsonl`."""
+    try:
+        text = (path / SCORES_FILE).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / SCORES_FILE} cannot be read: {first_line(error)}") from None
+
+
+def environment() -> dict[str, Any]:
+    return {"versions": runtime.versions(), "git": runtime.git_state()}

@@ -1,0 +1,132 @@
+"""Intervals and tests of per-item scores: how sure a mean is, and whether two methods differ.
+
+Intervals are percentile bootstraps over items: also defined where all values are equal, which BCa's
+correction is not. Two methods are compared on the items that both have a value for: the bootstrap is of the
+per-item differences, and where values are 0 or 1 McNemar's test is exact. P-values are of single
+comparisons, not corrected for their number.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES, CONFIDENCE = 10_000, 0.95
+# Numbers that a bootstrap draws at a time: 16 MB of float64.
+DRAWN_AT_ONCE = 2_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its interval; None where no item has a value, an interval only from two items on.
+
+    Attributes:
+        value: the mean.
+        interval: lower and upper bound.
+        count: items with a value.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None
+    count: int
+
+    def scaled(self, factor: float) -> dict[str, Any]:
+        """As JSON, times a factor."""
+        interval = self.interval and [factor * bound for bound in self.interval]
+        value = None if self.value is None else factor * self.value
+        return {"value": value, "interval": interval, "n": self.count}
+
+
+def mean(values: Sequence[float], *, seed: int = 0) -> Mean:
+    """The mean of all values that are not NaN, with a bootstrap interval.
+
+    Args:
+        values: one an item; NaN where it has none.
+        seed: of the resamples.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return Mean(None, None, 0)
+    if len(values) == 1:
+        return Mean(float(values[0]), None, 1)
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, DRAWN_AT_ONCE // len(values)),
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = found.confidence_interval
+    return Mean(float(values.mean()), (float(low), float(high)), len(values))
+
+
+def difference(values: Sequence[float], others: Sequence[float], *, seed: int = 0) -> Mean:
+    """Mean of `values − others`, item by item, with a paired bootstrap interval; NaN in either leaves out."""
+    return mean(np.asarray(values, np.float64) - np.asarray(others, np.float64), seed=seed)
+
+
+def mcnemar(values: Sequence[float], others: Sequence[float]) -> dict[str, Any] | None:
+    """McNemar's exact test of values that are 0 or 1; None for others.
+
+    Returns:
+        `gained`, items that are 1 in `values` alone, `lost`, those in `others` alone, and the two-sided p
+        of the binomial test that both are equally likely.
+    """
+    values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    both = ~np.isnan(values) & ~np.isnan(others)
+    values, others = values[both], others[both]
+    if not np.isin([*values, *others], (0.0, 1.0)).all():
+        return None
+    from scipy.stats import binomtest
+
+    gained, lost = int(np.sum(values > others)), int(np.sum(values < others))
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {"gained": gained, "lost": lost, "p": p}
+
+
+def length_auc(shorter: Sequence[int], longer: Sequence[int]) -> float:
+    """Chance that a draw of `longer` exceeds one of `shorter`, ties half: 0.5 if lengths tell nothing."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(longer, shorter).statistic / (len(longer) * len(shorter)))
+
+
+def describe(seed: int) -> dict[str, Any]:
+    """How intervals and tests were made, to be written into results."""
+    return {
+        "interval": f"percentile bootstrap over items, {RESAMPLES} resamples",
+        "confidence": CONFIDENCE,
+        "seed": seed,
+        "difference": "paired bootstrap of per-item differences",
+        "test": "McNemar's, exact binomial, two-sided, not corrected for several methods",
+    }
+
+
+def compare(
+    metrics: Sequence[str],
+    values: dict[str, Sequence[float]],
+    others: dict[str, Sequence[float]],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Differences of every metric, times 100, and McNemar's test of those that are 0 or 1.
+
+    Args:
+        metrics: their names.
+        values, others: of every metric, item by item.
+        seed: of the resamples.
+    """
+    found = {}
+    for metric in metrics:
+        found[metric] = difference(values[metric], others[metric], seed=seed).scaled(100)
+        test = mcnemar(values[metric], others[metric])
+        if test is not None:
+            found[metric]["mcnemar"] = test
+    return found

@@ -1,0 +1,249 @@
+"""HaluEval QA preferences, and harm on neutral text."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, hf_logits, log_softmax, user_error, write_rows
+
+from imae_jax.evaluate.halueval import length_statistics, preferences, trained_questions
+from imae_jax.evaluate.halueval import main as halueval
+from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS, Window, windows
+from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.harm import summarize as summarize_harm
+from imae_jax.evaluate.truthfulqa import main as truthfulqa
+from imae_jax.train.config import DataConfig
+from imae_jax.train.data import load_rows, tokenize
+
+# HaluEval QA
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", 12)
+
+
+def test_preferences():
+    # -3 over 1 token against -4 over 4: the sum prefers the first, the mean the second.
+    assert preferences(-3.0, -4.0, (1, 4)) == {"raw": 1.0, "per_token": 0.0}
+    assert preferences(-4.0, -4.0, (2, 2)) == {"raw": 0.0, "per_token": 0.0}
+    assert all(np.isnan(value) for value in preferences(np.nan, -1.0, (1, 1)).values())
+
+
+def test_what_length_alone_tells():
+    found = length_statistics([(1, 2), (3, 3), (4, 2)])
+    assert (found["n"], found["shorter"], found["mean_tokens"]) == (3, 50.0, [8 / 3, 7 / 3])
+    assert found["auc"] == pytest.approx(3.5 / 9)
+    assert length_statistics([])["n"] == 0
+
+
+def test_answers_are_compared_raw_per_token_and_matched(tiny_imae, rows, tmp_path, capfd):
+    out = tmp_path / "out"
+    command = ["--model", tiny_imae.directory, "--methods", "base,in-model-contrast", "--data", rows]
+    command = [*map(str, command), "--quiet", "--length-ratio", "1.4"]
+    assert halueval([*command, "--out", str(out)]) == 0
+    assert "AUC of length alone" in capfd.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["protocol"] == "halueval-qa-v1/plain"
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 24
+    lm = tiny_imae.load()
+    for line, row in zip(lines[:12], load_rows(DataConfig(source=str(rows))), strict=True):
+        sums = []
+        for answer in (row.right_answer, row.hallucinated_answer):
+            tokens = lm.tokenizer(f"Q: {row.question}\nA: {answer}")["input_ids"]
+            log_probs = log_softmax(hf_logits(tiny_imae.hf, [tokens])[0])
+            count = len(answer.split())
+            places = range(len(tokens) - count, len(tokens))
+            sums.append(sum(log_probs[i - 1, tokens[i]] for i in places))
+        np.testing.assert_allclose([line["right"], line["hallucinated"]], sums, atol=1e-4)
+        assert line["tokens"] == [len(row.right_answer.split()), len(row.hallucinated_answer.split())]
+        expected = preferences(line["right"], line["hallucinated"], tuple(line["tokens"]))
+        assert {key: line[key] for key in expected} == expected
+    # Hallucinated answers have 3, 4, 5 or 6 tokens, right ones 3: 3 and 4 are within a factor of 1.4.
+    assert results["length"]["matched"]["n"] == results["parts"]["matched"]["base"]["n"] == 6
+    for part, chosen in (("all", range(12)), ("matched", [i for i in range(12) if i % 4 < 2])):
+        for metric in ("raw", "per_token"):
+            expected = 100 * np.mean([lines[i][metric] for i in chosen])
+            assert results["parts"][part]["base"][metric] == pytest.approx(expected)
+    assert results["length"]["all"]["shorter"] == pytest.approx(100 * (9 + 3 / 2) / 12)
+    assert "matched-preferences.png" in {path.name for path in out.iterdir()}
+
+    # Killed and resumed.
+    kept = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(kept[:20]))
+    (out / "results.json").unlink()
+    assert halueval([*command, "--out", str(out), "--resume"]) == 0
+    resumed = json.loads((out / "results.json").read_text())
+    assert resumed["resumed_lines"] == 20
+    assert resumed["parts"] == results["parts"]
+
+
+def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    # The same question in another row must go as well.
+    lines = rows.read_text().splitlines()
+    run = tmp_path / "run"
+    run.mkdir()
+    config = f"model: m\nout: o\ndata: {{source: {rows}, held_out: 4, limit: 8, format: plain}}\n"
+    (run / "config.yaml").write_text(config)
+    lm = tiny_imae.load()
+    data_config = DataConfig(source=str(rows), held_out=4, limit=8, format="plain")
+    everything = load_rows(data_config)
+    trained = tokenize(everything, lm.tokenizer, data_config).train
+    questions = {everything[example.row].question for example in trained}
+    assert len(questions) == 4
+    assert trained_questions(run, lm.tokenizer) == questions
+
+    again = json.loads(lines[trained[0].row]) | {"right_answer": "t5"}
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join([*lines, json.dumps(again)]) + "\n")
+    out = tmp_path / "out"
+    command = ["--model", tiny_imae.directory, "--data", more, "--train-run", run]
+    assert halueval([*map(str, command), "--out", str(out), "--quiet"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["n_questions"], results["n_excluded"]) == (8, 5)
+    seen = {json.loads(line)["question"] for line in (out / "scores.jsonl").read_text().splitlines()}
+    assert not seen & questions
+
+    (run / "imae").mkdir()
+    record = {"training": {"data": {"rows": 99, "held_out_rows": []}}}
+    (run / "imae" / "imae_config.json").write_text(json.dumps(record))
+    with user_error("other rows now"):
+        trained_questions(run, lm.tokenizer)
+    capfd.readouterr()
+    assert halueval([*map(str, command[:-1]), str(tmp_path), "--out", str(tmp_path / "x"), "--quiet"]) == 2
+    assert "holds no config.yaml" in capfd.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# Harm
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 50])
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 40])
+def test_windows_score_every_token_once(length, count):
+    tokens = list(range(100, 100 + count))
+    found = windows(tokens, length)
+    scored = [token for part in found for token in part.tokens[part.first :]]
+    assert scored == tokens[1:]
+    assert all(part.first >= 1 and len(part.tokens) <= length for part in found)
+    assert all(part.first >= length // 2 for part in found[1:])
+    assert windows(tokens, 50) == [Window(tuple(tokens), 1)]
+
+
+def text(tmp_path, count=90):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"t{i}" for i in np.random.default_rng(0).integers(3, TINY.vocab_size, count)))
+    return path
+
+
+def test_harm_is_that_of_whole_distributions(tiny_imae, tmp_path, capfd):
+    """Against transformers, window by window, and NumPy."""
+    out, path = tmp_path / "out", text(tmp_path)
+    methods = "base,expert,in-model-contrast:alpha=0.1,dola-static:layer=1"
+    command = ["--model", tiny_imae.directory, "--methods", methods, "--text", path, "--window", "40"]
+    command = [*map(str, command), "--out", str(out)]
+    assert harm(command) == 0
+    assert "ruled out" in capfd.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    found = results["methods"]
+    assert results["n_tokens"] == found["base"]["n"] == 89
+    assert found["base"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert (found["base"]["top1_agreement"], found["base"]["ruled_out"]) == (1.0, 0.0)
+    assert found["expert"]["kl"] > 1e-4
+
+    lm = tiny_imae.load()
+    tokens = lm.tokenizer(path.read_text())["input_ids"]
+    strong, early, targets = [], [], []
+    for part in windows(tokens, 40):
+        places = np.arange(part.first - 1, len(part.tokens) - 1)
+        strong.append(log_softmax(hf_logits(tiny_imae.hf, [part.tokens])[0])[places])
+        targets += part.tokens[part.first :]
+        early.append(log_softmax(exit_logits(tiny_imae.hf, part.tokens, 1))[places])
+    strong, early = np.concatenate(strong), np.concatenate(early)
+    rows = np.arange(len(targets))
+    assert found["base"]["cross_entropy"] == pytest.approx(-strong[rows, targets].mean(), abs=1e-4)
+    assert found["base"]["perplexity"] == pytest.approx(np.exp(-strong[rows, targets].mean()), rel=1e-3)
+    q = log_softmax(strong - early)
+    kl = (np.exp(strong) * (strong - q)).sum(axis=-1)
+    static = found["dola-static:layer=1"]
+    assert static["kl"] == pytest.approx(kl.mean(), rel=1e-3)
+    assert static["cross_entropy"] == pytest.approx(-q[rows, targets].mean(), rel=1e-3)
+    agreement = (q.argmax(-1) == strong.argmax(-1)).mean()
+    assert static["top1_agreement"] == pytest.approx(agreement, abs=0.03)  # a tie of rounding or two
+    # A mask of -1000 leaves the KL finite, and rules out what is not plausible.
+    masked = found["in-model-contrast:alpha=0.1"]
+    plausible = strong >= strong.max(-1, keepdims=True) + np.log(0.1)
+    assert masked["ruled_out"] == pytest.approx(1 - plausible[rows, targets].mean(), abs=0.03)
+    assert 50 < masked["kl"] < 1000
+
+    assert harm([*command, "--settings", "generating", "--overwrite"]) == 0
+    assert "infinite" in capfd.readouterr().out
+    masked = json.loads((out / "results.json").read_text())["methods"]["in-model-contrast:alpha=0.1"]
+    assert (masked["kl"], masked["infinite_kl"]) == ("inf", 1.0)
+
+
+def exit_logits(hf, tokens, layer):
+    import torch
+
+    with torch.no_grad():
+        hidden = hf(torch.tensor([tokens]), output_hidden_states=True).hidden_states[layer]
+        return hf.lm_head(hidden)[0].float().numpy()
+
+
+def test_means_that_are_infinite_stay_so():
+    values = np.ones((len(STATISTICS), 4))
+    values[1, 0] = np.inf
+    values[0] = 1e4
+    found = summarize_harm(values)
+    assert (found["kl"], found["infinite_kl"], found["perplexity"]) == (np.inf, 0.25, np.inf)
+
+
+def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
+    command, out = [*scored[0]], tmp_path / "out"
+    harms = [tmp_path / "harm", tmp_path / "other"]
+    model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30))]
+    for path, methods in zip(harms, ("base,in-model-contrast", "in-model-contrast:alpha=0.1"), strict=True):
+        assert harm([*model, "--methods", methods, "--out", str(path)]) == 0
+    command[command.index("--out") + 1] = out
+    command[command.index("--methods") + 1] = "base,expert,in-model-contrast"
+    capfd.readouterr()
+    assert truthfulqa([*map(str, command), "--quiet", "--harm", str(harms[0])]) == 0
+    assert "KL(base ‖ method)" in capfd.readouterr().out
+    methods = json.loads((out / "results.json").read_text())["methods"]
+    measured = json.loads((harms[0] / "results.json").read_text())["methods"]["in-model-contrast"]
+    assert methods["in-model-contrast"]["harm"]["kl"] == measured["kl"]
+    assert "harm" not in methods["expert"]
+    # Under one label, other settings: what was measured is not what was scored.
+    results = json.loads((harms[1] / "results.json").read_text())
+    results["methods"]["in-model-contrast"] = results["methods"].pop("in-model-contrast:alpha=0.1")
+    (harms[1] / "results.json").write_text(json.dumps(results))
+    before = (out / "results.json").read_bytes()
+    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[1])]) == 2
+    assert "has other settings there" in capfd.readouterr().err
+    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(scored[1])]) == 2
+    assert "is a run of truthfulqa, not of harm" in capfd.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_bad_input_ends_in_one_line(tiny_imae, tmp_path, capfd):
+    model = ["--model", str(tiny_imae.directory), "--out", str(tmp_path / "out")]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folds").mkdir()
+    bad = {
+        "fewer than 2 tokens": ["--text", str(tmp_path / "empty.txt")],
+        "nowhere.txt cannot be read": ["--text", "nowhere.txt"],
+        "--window 1": ["--window", "1"],
+        "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
+    }
+    for part, arguments in bad.items():
+        assert harm([*model, *arguments]) == 2
+        error = capfd.readouterr().err
+        assert part in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_neutral_text_is_as_long_as_the_docs_say():
+    assert 400 <= len(NEUTRAL_TEXT.read_text(encoding="utf-8").split()) <= 520
