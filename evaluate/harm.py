@@ -5,7 +5,6 @@ every method on plain prose: cross-entropy, Kullback-Leibler divergence from the
 most likely token is the base model's.
 """
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -20,7 +19,7 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
-from imae_jax.decode import scoring, streams
+from imae_jax.decode import Continuation, scoring, streams, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.errors import UserError
@@ -52,44 +51,15 @@ RULED_OUT = -80.0
 STATISTICS = ("cross_entropy", "kl", "top1_agreement", "ruled_out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A part of a text.
-
-    Attributes:
-        tokens: at most the window's length.
-        first: place in `tokens` of the first token that is scored; those before it are context.
-    """
-
-    tokens: tuple[int, ...]
-    first: int
-
-
-def windows(tokens: Sequence[int], length: int) -> list[Window]:
-    """Windows that overlap by half: every token but the text's first is scored once.
-
-    All but the first window's tokens have at least `length // 2` tokens before them.
-    """
-    stride = max(1, length // 2)
-    found, scored = [], 1
-    for start in range(0, len(tokens), stride):
-        part = tuple(tokens[start : start + length])
-        if scored >= start + len(part):
-            break
-        found.append(Window(part, scored - start))
-        scored = start + len(part)
-    return found
-
-
 def measure(
-    lm: "LanguageModel", prepared: Mapping[str, tuple[Any, Any]], parts: Sequence[Window], length: int
+    lm: "LanguageModel", prepared: Mapping[str, tuple[Any, Any]], parts: Sequence[Continuation], length: int
 ) -> dict[str, np.ndarray]:
     """Statistics of every scored token.
 
     Args:
         lm: the model.
         prepared: models and method by label, from `LanguageModel.prepare`.
-        parts: from `windows`.
+        parts: from `decode.windows`.
         length: of a window, to which all are padded.
 
     Returns:
@@ -106,14 +76,14 @@ def measure(
             tokens, mask, scored = (np.zeros((batch, length), kind) for kind in (np.int32, bool, bool))
             for row, part in enumerate(rows):
                 tokens[row, : len(part.tokens)], mask[row, : len(part.tokens)] = part.tokens, True
-                scored[row, part.first - 1 : len(part.tokens) - 1] = True
+                scored[row, part.start - 1 : len(part.tokens) - 1] = True
             values = np.asarray(_statistics(models, tokens, mask, method=both), np.float64)
             for column, place in enumerate(places):
                 found[labels[place]].append(values[column][:, scored])
     return {label: np.concatenate(each, axis=1) for label, each in found.items()}
 
 
-def _batches(parts: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+def _batches(parts: Sequence[Continuation], size: int) -> Iterator[Sequence[Continuation]]:
     for start in range(0, len(parts), size):
         yield parts[start : start + size]
 

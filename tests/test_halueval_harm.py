@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import TINY, hf_logits, log_softmax, user_error, write_rows
 
+from imae_jax.decode import windows
 from imae_jax.evaluate.halueval import length_statistics, preferences, trained_questions
 from imae_jax.evaluate.halueval import main as halueval
-from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS, Window, windows
+from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.harm import summarize as summarize_harm
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
@@ -121,17 +122,6 @@ def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("length", [2, 3, 8, 50])
-@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 40])
-def test_windows_score_every_token_once(length, count):
-    tokens = list(range(100, 100 + count))
-    found = windows(tokens, length)
-    scored = [token for part in found for token in part.tokens[part.first :]]
-    assert scored == tokens[1:]
-    assert all(part.first >= 1 and len(part.tokens) <= length for part in found)
-    assert all(part.first >= length // 2 for part in found[1:])
-    assert windows(tokens, 50) == [Window(tuple(tokens), 1)]
-
-
 def text(tmp_path, count=90):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(f"t{i}" for i in np.random.default_rng(0).integers(3, TINY.vocab_size, count)))
@@ -157,9 +147,9 @@ def test_harm_is_that_of_whole_distributions(tiny_imae, tmp_path, capfd):
     tokens = lm.tokenizer(path.read_text())["input_ids"]
     strong, early, targets = [], [], []
     for part in windows(tokens, 40):
-        places = np.arange(part.first - 1, len(part.tokens) - 1)
+        places = np.arange(part.start - 1, len(part.tokens) - 1)
         strong.append(log_softmax(hf_logits(tiny_imae.hf, [part.tokens])[0])[places])
-        targets += part.tokens[part.first :]
+        targets += part.tokens[part.start :]
         early.append(log_softmax(exit_logits(tiny_imae.hf, part.tokens, 1))[places])
     strong, early = np.concatenate(strong), np.concatenate(early)
     rows = np.arange(len(targets))
