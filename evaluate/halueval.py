@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "length": length,
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
-        **environment(),
+        **environment(parser.prog, argv),
         "resumed_lines": run.resumed,
         "methods": {name: {"settings": s, **costs[name]} for name, s in planned.settings.items()},
         "parts": parts,

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "window": {"length": length, "stride": max(1, length // 2)},
             "ruled_out_below": RULED_OUT,
             "n_tokens": len(tokens) - 1,
-            **environment(),
+            **environment(parser.prog, argv),
             "methods": {
                 label: {
                     **summarize(values[label]),

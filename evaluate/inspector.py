@@ -8,7 +8,6 @@ i − 1, as the training loss reads it; nobody predicts the first token. The pag
 import base64
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -18,9 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from imae_jax import runtime
 from imae_jax.anti_expert import MODES
@@ -31,6 +28,8 @@ from imae_jax.files import write_text
 from imae_jax.language_model import LanguageModel
 from imae_jax.llama import Taps, Weights, forward, project
 
+from . import pages
+
 MODE_NAMES = ("base", "expert", "anti-expert")
 BASE, EXPERT = 0, 1
 TOP = 5
@@ -38,7 +37,6 @@ WINDOW = 2048
 TOKENS_PER_BATCH, LENGTH_BUCKET, POSITIONS_PER_PROJECTION = 2048, 64, 128
 ROWS_SHOWN = 8
 MOST_TOKENS = 20_000
-ASSETS = Path(__file__).parent
 GENERATOR = "imae_jax.evaluate.inspector"
 INCOMPLETE = "\ufffd"
 # The longest run of tokens that is tried as one text where a character is cut into several.
@@ -476,18 +474,8 @@ def render_page(
             for excerpt, inspection, whole_texts in zip(excerpts, inspections, shown, strict=True)
         ],
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    style, script = (
-        (ASSETS / f"inspector.{kind}").read_text(encoding="utf-8").strip() for kind in ("css", "js")
-    )
-    return environment.get_template("inspector.html").render(
+    return pages.render(
+        "inspector",
         generator=GENERATOR,
         model=model,
         settings=settings,
@@ -495,10 +483,6 @@ def render_page(
         modes=MODE_NAMES,
         layers=data["layers"],
         data=data,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
     )
 
 
@@ -508,10 +492,6 @@ def _fact_places(excerpt: Excerpt) -> list[int] | None:
 
 def _pack(array: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(array.astype(dtype)).tobytes()).decode()
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

@@ -1,124 +1,692 @@
-"""`python -m imae_jax.evaluate.report RUN…`: a Markdown page with tables and plots of runs."""
+"""`python -m imae_jax.evaluate.report RUN…`: training and evaluation runs as one page, HTML and Markdown."""
 
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import html
 import json
-import shutil
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
+from imae_jax import __version__
 from imae_jax.cli import ArgumentParser, command
-from imae_jax.errors import UserError
+from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
-from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
-from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
 
-from .runs import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
+from .questions import DATA_DIRECTORY
+from .runs import RESULTS_FILE, RUN_FILE, read_run
+from .summaries import against_baseline, differences_table, note_undefined, scores_table, sums_of
+from .tables import Table, number
 
-REPORT_FILE = "report.md"
-TITLES = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "Neutral text"}
+REPORT_FILE, PAGE_FILE = "report.md", "report.html"
+PAPER_FILE = DATA_DIRECTORY / "paper_results.json"
+CONFIG_FILE, ENVIRONMENT_FILE, ICD_DIR, IMAE_CONFIG = (
+    "config.yaml",
+    "environment.json",
+    "icd",
+    "imae_config.json",
+)
+COST = "cost"
+KINDS = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "neutral text", COST: "cost"}
+# Fields of a results.json that tables show, or that are too long to be read.
+SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark")
+LONGEST_LIST = 12
+NOTES = (
+    "In square brackets: 95 % percentile bootstrap intervals over questions. They are about the choice of "
+    "questions, not about training seeds. McNemar's test is of the first metric, exact and two-sided; p-values "
+    "are not corrected for the number of methods.",
+    "The column *sums* says what was added up over an answer's tokens: `log p`, or differences of log-probabilities "
+    "that are `raw` or `renormalized`. Raw sums are likelihood ratios, not log-probabilities of any one "
+    "distribution: compare figures of the same kind.",
+)
+NOTE_HARM = (
+    "KL(base ‖ method), nats a token, and the share of tokens whose most likely successor is base's, are of neutral "
+    "text ({}): a gain bought with a broken model shows there."
+)
+NOTE_PAPER = (
+    "Published figures, on other models, hardware and with other training than the runs of this report: not to be "
+    "compared with them as equals. What can be held against each other is how far a method moves its own base. "
+    "Source: {}."
+)
+NOTE_COST = (
+    "Memory is {}. ms/token is the time of a decoding step, without the prompt and without compiling; × base is "
+    "against base in the same run."
+)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`."""
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A table whose rows come in groups.
+
+    Attributes:
+        title: one line.
+        columns: heads; the first column is left-aligned, the others right.
+        groups: rows by the label of their group; an empty label has no line of its own.
+    """
+
+    kind: ClassVar[str] = "grid"
+    title: str
+    columns: tuple[str, ...]
+    groups: Mapping[str, Sequence[Sequence[str]]]
+
+    @classmethod
+    def of(cls, table: Table) -> "Grid":
+        return cls(table.title, table.columns, {"": table.rows})
+
+    def markdown(self) -> str:
+        rows: list[tuple[str, ...]] = []
+        for label, of_group in self.groups.items():
+            if label:
+                rows.append((f"**{label}**", *[""] * (len(self.columns) - 1)))
+            rows += map(tuple, of_group)
+        return Table(self.title, self.columns, tuple(rows)).markdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A picture.
+
+    Attributes:
+        name: of its PNG file in the report's directory.
+        caption: one line.
+        png: its bytes.
+        svg: the same as SVG, which the page prefers.
+    """
+
+    kind: ClassVar[str] = "plot"
+    name: str
+    caption: str
+    png: bytes
+    svg: bytes | None = None
+
+    def uri(self) -> str:
+        """As a data URI."""
+        kind, data = ("svg+xml", self.svg) if self.svg else ("png", self.png)
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    def markdown(self) -> str:
+        return f"![{self.caption}]({self.name})\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Names with their values, folded up.
+
+    Attributes:
+        title: one line.
+        values: by name.
+    """
+
+    kind: ClassVar[str] = "facts"
+    title: str
+    values: Mapping[str, str]
+
+    def markdown(self) -> str:
+        lines = (
+            f"<dt>{html.escape(k)}</dt><dd><code>{html.escape(v)}</code></dd>" for k, v in self.values.items()
+        )
+        return (
+            f"<details><summary>{html.escape(self.title)}</summary>\n<dl>\n"
+            + "\n".join(lines)
+            + "\n</dl>\n</details>\n"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A paragraph of text; `warning` where it takes something from the figures' worth."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    warning: bool = False
+
+    def markdown(self) -> str:
+        return f"{'**Note:** ' if self.warning else ''}{self.text}\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what is below it; level 2 or 3."""
+
+    title: str
+    blocks: tuple[Grid | Plot | Facts | Note, ...] = ()
+    level: int = 2
+
+    def markdown(self) -> str:
+        return "\n".join([f"{'#' * self.level} {self.title}\n", *(block.markdown() for block in self.blocks)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation run; `number` is its place among the report's runs, from 1."""
+
+    number: int
+    path: Path
+    results: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.results["benchmark"]
+
+    def label(self) -> str:
+        """What its rows are headed with."""
+        return f"{self.results['model']} ({self.results['dtype']}), run {self.number}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training run.
+
+    Attributes:
+        number, path: as of `Evaluation`.
+        stages: lines of metrics and of held-out rows, by the stage's name.
+        config: settings; empty where there are none.
+        environment: of every start.
+        data: statistics of the rows; empty where the run is unfinished.
+    """
+
+    number: int
+    path: Path
+    stages: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+    config: Mapping[str, Any]
+    environment: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's JSONL file; a last line that a killed run left unfinished is dropped.
+
+    Raises:
+        UserError: it cannot be read, or a line is damaged.
+    """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not lines:
-        raise UserError(f"{path} holds no steps: the run has not trained yet")
-    keys = {"step", "tokens_per_second", *LOSSES, *GATES}
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not keys <= line.keys():
-            raise UserError(f"{path} line {number} lacks some of {', '.join(sorted(keys))}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    lines = []
+    for place, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or "step" not in entry or "loss" not in entry:
+                raise ValueError("it lacks a step or a loss")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise UserError(f"{path} line {place} is damaged: {first_line(error)}") from None
+        lines.append(entry)
     return lines
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Writes `report.md` and its plots for training and evaluation runs.
+def read_training(number: int, path: Path) -> Training:
+    """A training run, or one of its stages, whether finished or not.
+
+    Raises:
+        UserError: it has not trained yet, or a file is damaged.
+    """
+    import yaml
+
+    from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE
+
+    stages = {}
+    for directory in (path / ICD_DIR, path):
+        if not (directory / METRICS_FILE).is_file():
+            continue
+        lines = read_lines(directory / METRICS_FILE)
+        held_out = directory / EVALUATION_FILE
+        if lines:
+            name = "anti-expert units" if "anti" in lines[0] else "anti-expert LLM"
+            stages[name] = (lines, read_lines(held_out) if held_out.is_file() else [])
+    if not stages:
+        raise UserError(f"{path} holds no steps: the run has not trained yet")
+    config_file, environment_file = path / CONFIG_FILE, path / ENVIRONMENT_FILE
+    try:
+        config = yaml.safe_load(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file} cannot be read: {first_line(error)}") from None
+    environment = _read_json(environment_file) if environment_file.is_file() else []
+    recorded = path / "imae" / IMAE_CONFIG
+    data = _read_json(recorded).get("training", {}).get("data", {}) if recorded.is_file() else {}
+    return Training(number, path, stages, config, environment, data)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {first_line(error)}") from None
+
+
+def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
+    """Runs of any kind.
 
     Args:
-        runs: output directories of `imae_jax.train` and of evaluations.
+        paths: output directories of `imae_jax.train` and of evaluations.
+
+    Raises:
+        UserError: a directory is no run, an evaluation is unfinished, a file is damaged, or two are the same
+            run.
+    """
+    from imae_jax.train.run_log import METRICS_FILE
+
+    runs: list[Evaluation | Training] = []
+    seen: dict[str, Path] = {}
+    for place, path in enumerate(paths, 1):
+        files = [path / RESULTS_FILE, path / METRICS_FILE, path / ICD_DIR / METRICS_FILE]
+        file = next(filter(Path.is_file, files), None)
+        if file is None and not (path / RUN_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+            state = f"holds neither {RESULTS_FILE} nor {METRICS_FILE}" if path.exists() else "does not exist"
+            raise UserError(f"{path} {state}: give output directories of imae_jax.train or imae_jax.evaluate")
+        if file is not None:
+            # A copy of a run is the same run, too.
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if digest in seen:
+                raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
+            seen[digest] = path
+        if file == files[0] or (path / RUN_FILE).is_file():
+            runs.append(Evaluation(place, path, read_results(path)))
+        else:
+            with _damaged(path):
+                runs.append(read_training(place, path))
+    return runs
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of a finished evaluation run, of `evaluate.cost` too, which has no benchmark."""
+    if (path / RESULTS_FILE).is_file():
+        results = _read_json(path / RESULTS_FILE)
+        if isinstance(results, dict) and "batch_sizes" in results:
+            return {**results, "benchmark": COST}
+    results = read_run(path)
+    if results["benchmark"] not in KINDS:
+        raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: leave it out")
+    return results
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turns what a file of another form leads to into a `UserError` that names the run."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} holds files of another form than expected ({type(error).__name__}: {first_line(error)}): "
+            "make the run again"
+        ) from None
+
+
+def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:
+    """The report: results first, then training, pictures, and what all of it was made with."""
+    by_kind: dict[str, list[Evaluation]] = {kind: [] for kind in KINDS}
+    for run in runs:
+        if isinstance(run, Evaluation):
+            by_kind[run.kind].append(run)
+    trainings = [run for run in runs if isinstance(run, Training)]
+    paper = _read_json(PAPER_FILE)
+    sections = truthfulqa_sections(by_kind["truthfulqa"], by_kind["harm"], paper)
+    sections += halueval_sections(by_kind["halueval"])
+    sections += harm_sections(by_kind["harm"])
+    sections += cost_sections(by_kind[COST], paper)
+    sections += training_sections(trainings)
+    sections += plot_sections([run for run in runs if isinstance(run, Evaluation)])
+    return sections + provenance_sections(runs)
+
+
+def truthfulqa_sections(
+    runs: Sequence[Evaluation], harms: Sequence[Evaluation], paper: Mapping[str, Any]
+) -> list[Section]:
+    """Scores and differences, a section for each protocol and set of questions; the paper's scores last."""
+    from .truthfulqa import HEADS, harm_cells
+
+    if not runs:
+        return []
+    together: dict[str, list[Evaluation]] = {}
+    for run in runs:
+        with _damaged(run.path):
+            together.setdefault(_questions(run.results), []).append(run)
+    sections = [Section("TruthfulQA", tuple(map(Note, NOTES)))]
+    for title, of_title in together.items():
+        scores, compared, blocks = {}, {}, []
+        harm_of = {run.number: _harm_of(run, harms) for run in of_title}
+        for run in of_title:
+            with _damaged(run.path):
+                methods = run.results["methods"]
+                heads = {metric: HEADS[metric] for metric in run.results["metrics"]}
+                table = scores_table("", methods, heads)
+                found = harm_of[run.number]
+                columns = table.columns
+                rows = table.rows
+                if any(harm_of.values()):
+                    columns += ("KL(base ‖ method)", "same top 1")
+                    rows = [(*cells, *harm_cells(found.get(cells[0]))) for cells in rows]
+                scores[run.label()] = rows
+                differences = differences_table("", against_baseline(methods), heads)
+                if differences.rows:
+                    compared[f"{run.label()}, less {run.results['baseline']}"] = differences.rows
+                for warning in note_undefined(methods):
+                    blocks.append(
+                        Note(f"Run {run.number}: {warning.removeprefix('warning: ')}.", warning=True)
+                    )
+        blocks.insert(0, Grid("Scores × 100 [95 % interval]", columns, scores))
+        if any(harm_of.values()):
+            blocks.insert(1, Note(NOTE_HARM.format(_harm_sources(of_title, harms))))
+        if compared:
+            blocks.append(
+                Grid("Differences on the same questions [95 % interval]", differences.columns, compared)
+            )
+        sections.append(Section(title, tuple(blocks), level=3))
+    published = paper["truthfulqa"]
+    groups = {}
+    for model, methods in published["models"].items():
+        base = methods["base"]
+        groups[model] = [
+            (
+                name,
+                *(number(value) for value in values),
+                *("–" if name == "base" else f"{a - b:+.2f}" for a, b in zip(values, base, strict=True)),
+            )
+            for name, values in methods.items()
+        ]
+    heads = [HEADS[metric] for metric in published["metrics"]]
+    columns = ("method", *heads, *(f"Δ {head}" for head in heads))
+    grid = Grid("As published; Δ: less base, of the same figures", columns, groups)
+    note = Note(NOTE_PAPER.format(paper["source"]), warning=True)
+    return [*sections, Section("The paper's results on TruthfulQA, on other models", (note, grid), level=3)]
+
+
+def _questions(results: Mapping[str, Any]) -> str:
+    """Protocol and questions in words; equal for runs whose scores are of the same ones alone."""
+    data, split, limit = results["data"], results["split"], results["limit"]
+    part = (
+        ""
+        if split["name"] == "all"
+        else f", {split['name']} split (seed {split['seed']}, {split['dev_share']:g} dev)"
+    )
+    cut = "" if limit is None else f", the first {limit} alone"
+    return (
+        f"{results['protocol']}: {results['n_questions']} questions{part}{cut} of {Path(data['path']).name} "
+        f"(SHA-256 {data['sha256'][:8]})"
+    )
+
+
+def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, Mapping[str, Any]]:
+    """The harm of a run's methods: what the run itself was given, else of a run of the same model and settings."""
+    with _damaged(run.path):
+        found = {k: row["harm"] for k, row in run.results["methods"].items() if "harm" in row}
+        for harm in harms:
+            if any(run.results[key] != harm.results[key] for key in ("base_model", "units")):
+                continue
+            for label, row in run.results["methods"].items():
+                for other in harm.results["methods"].values():
+                    if other["settings"] == row["settings"]:
+                        found.setdefault(label, other)
+        return found
+
+
+def _harm_sources(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> str:
+    given = {str(run.results["harm"]) for run in runs if run.results.get("harm")}
+    return ", ".join([*sorted(given), *(f"run {harm.number}" for harm in harms)])
+
+
+def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    from .halueval import tables_of
+
+    sections = [Section("HaluEval QA", (Note(HALUEVAL_NOTE),))] if runs else []
+    for run in runs:
+        with _damaged(run.path):
+            blocks = [Grid.of(table) for table in tables_of(run.results)]
+            warnings = note_undefined(run.results["parts"]["all"])
+            blocks += [Note(f"{warning.removeprefix('warning: ')}.", warning=True) for warning in warnings]
+            sections.append(Section(run.label(), tuple(blocks), level=3))
+    return sections
+
+
+HALUEVAL_NOTE = (
+    "How often the right answer's score is above the hallucinated one's, in per cent; by sums over tokens and by their "
+    "means. Hallucinated answers are longer, so that length alone tells much: *the shorter answer* is what "
+    "preferring it would score."
+)
+
+
+def harm_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    from .harm import results_table
+
+    grids = []
+    for run in runs:
+        with _damaged(run.path):
+            grids.append(Grid.of(results_table(run.results)))
+    return [Section("Harm on neutral text", tuple(grids))] if runs else []
+
+
+def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[Section]:
+    """Memory and time of decoding beside the paper's."""
+    if not runs:
+        return []
+    columns = ("method", *paper["cost"]["columns"])
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for run in runs:
+        with _damaged(run.path):
+            workload, versions = run.results["workload"], run.results["environment"]["versions"]
+            for batch_size, figures in run.results["batch_sizes"].items():
+                label = (
+                    f"{run.label()}: batch {batch_size}, {workload['prompt_tokens']} + "
+                    f"{workload['new_tokens']} tokens, {versions['device']}"
+                )
+                base = figures["base"]
+                groups[label] = [
+                    (
+                        name,
+                        number(row["memory_bytes"] and row["memory_bytes"] / 1e9),
+                        number(_ratio(row["memory_bytes"], base["memory_bytes"])),
+                        number(row["ms_per_token"]),
+                        number(_ratio(row["ms_per_token"], base["ms_per_token"])),
+                    )
+                    for name, row in figures.items()
+                ]
+    kinds = "; ".join(dict.fromkeys(str(run.results["memory"]) for run in runs))
+    published = {"": [(name, *cells) for name, cells in paper["cost"]["methods"].items()]}
+    return [
+        Section("Cost of decoding", (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups))),
+        Section(
+            "The paper's cost",
+            (
+                Note(NOTE_PAPER.format(paper["source"]), warning=True),
+                Grid("As published", columns, published),
+            ),
+            level=3,
+        ),
+    ]
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value and base else None
+
+
+def training_sections(runs: Sequence[Training]) -> list[Section]:
+    """Losses, gates and held-out rows of every stage, and their curves."""
+    sections = [Section("Training")] if runs else []
+    for run in runs:
+        with _damaged(run.path):
+            blocks: list[Any] = []
+            for name, (lines, held_out) in run.stages.items():
+                blocks += _stage_blocks(run, name, lines, held_out)
+            sections.append(Section(f"{run.path}, run {run.number}", tuple(blocks), level=3))
+    return sections
+
+
+def _stage_blocks(
+    run: Training, name: str, lines: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> list[Any]:
+    from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
+
+    is_units = "anti" in lines[0]
+    settings = run.config if is_units else run.config.get("icd", {})
+    steps = settings.get("optimizer", {}).get("steps") if settings.get("epochs") is None else None
+    done, last = lines[-1]["step"], lines[-1]
+    parts = [f"{name}: {done} steps"]
+    if settings:
+        parts.append(f"batches of {settings['batch_size']} rows")
+        parts.append(f"peak learning rate {settings['optimizer']['learning_rate']:g}")
+    if run.data and is_units:
+        parts.append(f"{run.data['rows']} training rows")
+        parts.append(f"{100 * run.data['kept_share']:.1f} % of answer tokens in T_fact")
+    parts.append(f"{last['tokens_per_second']:.0f} tokens/s at the end")
+    text = ", ".join(parts)
+    blocks: list[Any] = [Note(text[:1].upper() + text[1:] + ".")]
+    if steps is not None and done < steps:
+        blocks.append(Note(f"Unfinished: {done} of {steps} steps are done.", warning=True))
+    rows_of = LOSSES | GATES if is_units else {"loss": "loss", "accuracy": "accuracy"}
+    rows_of |= {key: f"log p of right answers' tokens, {mode}" for key, mode in MODES.items()}
+    columns: dict[str, Mapping[str, Any]] = {f"step {lines[0]['step']}": lines[0], f"step {done}": last}
+    if held_out:
+        columns |= {f"held out, step {line['step']}": line for line in (held_out[0], held_out[-1])}
+    rows = tuple(
+        (label, *(number(line.get(key), 3) for line in columns.values()))
+        for key, label in rows_of.items()
+        if any(key in line for line in columns.values())
+    )
+    blocks.append(Grid(f"Means over tokens, {name}; losses in nats", ("quantity", *columns), {"": rows}))
+    slug = name.replace(" ", "-")
+    png, svg = (_drawn(training_plot, suffix, lines, held_out) for suffix in ("png", "svg"))
+    plot = "training" if is_units else slug
+    blocks.append(Plot(f"{run.number}-{plot}.png", f"Training curves, {name}", png, svg))
+    return blocks
+
+
+def _drawn(draw: Any, suffix: str, lines: Sequence[Any], held_out: Sequence[Any]) -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"plot.{suffix}"
+        draw(lines, path, held_out)
+        return path.read_bytes()
+
+
+def plot_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    """The pictures that runs hold."""
+    sections = []
+    for run in runs:
+        plots = []
+        for path in sorted(run.path.glob("*.png")):
+            svg = path.with_suffix(".svg")
+            caption = f"{path.stem.replace('-', ' ')}: {run.label()}"
+            plots.append(
+                Plot(
+                    f"{run.number}-{path.name}",
+                    caption[:1].upper() + caption[1:],
+                    path.read_bytes(),
+                    svg.read_bytes() if svg.is_file() else None,
+                )
+            )
+        if plots:
+            sections.append(Section(f"{KINDS[run.kind]}, run {run.number}", tuple(plots), level=3))
+    return [Section("Plots"), *sections] if sections else []
+
+
+def provenance_sections(runs: Sequence[Evaluation | Training]) -> list[Section]:
+    """All runs in one table, then everything that each of them recorded."""
+    rows, blocks = [], []
+    for run in runs:
+        with _damaged(run.path):
+            if isinstance(run, Training):
+                environment = run.environment[-1] if run.environment else {}
+                kind, model, seed = "training", run.config.get("model"), run.config.get("seed")
+                facts = _flat({"config": run.config, "data": run.data})
+                for start in run.environment:
+                    called = {**start, "command": shlex.join(start["command"])}
+                    facts |= _flat({f"start {start['started']}": called})
+            else:
+                results = run.results
+                environment = results.get("environment", results)
+                kind, model = KINDS[run.kind], results["model"]
+                seed = results.get("statistics", {}).get("seed")
+                facts = _flat({k: v for k, v in results.items() if k not in SHOWN_ELSEWHERE})
+                for label, settings in _settings_of(results).items():
+                    facts[f"method {label}"] = json.dumps(settings, ensure_ascii=False)
+            versions, git = environment.get("versions", {}), environment.get("git")
+            commit = "–" if not git else git["commit"][:10] + (" + changes" if git["dirty"] else "")
+            rows.append(
+                (
+                    f"{run.number}: {run.path}",
+                    kind,
+                    str(model or "–"),
+                    str(versions.get("imae_jax", "–")),
+                    commit,
+                    str(versions.get("jax", "–")),
+                    str(versions.get("device", "–")),
+                    "–" if seed is None else str(seed),
+                )
+            )
+            blocks.append(Facts(f"Run {run.number}, {kind}: {run.path}", facts))
+    columns = ("run", "kind", "model", "imae_jax", "git", "jax", "device", "seed")
+    return [Section("How these figures were made", (Grid("Runs", columns, {"": rows}), *blocks))]
+
+
+def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Every method's settings, resolved."""
+    methods = results.get("methods") or next(iter(results["batch_sizes"].values()))
+    kept = ("settings", "scored_with", "seconds")
+    return {
+        label: {"sums": sums_of(row["settings"]), **{key: row[key] for key in kept if key in row}}
+        for label, row in methods.items()
+    }
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """Nested settings by dotted name."""
+    if isinstance(value, Mapping) and value:
+        found: dict[str, str] = {}
+        for key, item in value.items():
+            found |= _flat(item, f"{name}.{key}" if name else str(key))
+        return found
+    if isinstance(value, list) and len(value) > LONGEST_LIST:
+        return {name: f"{len(value)} values"}
+    return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+
+
+def write_report(paths: Sequence[Path], out: Path) -> None:
+    """Writes `report.html`, `report.md` and its plots for training and evaluation runs.
+
+    Args:
+        paths: output directories of `imae_jax.train` and of evaluations.
         out: an existing, empty directory.
 
     Raises:
-        UserError: a directory is neither.
+        UserError: see `read_runs`.
     """
-    parts = ["# Report", ""]
-    for number, run in enumerate(runs, 1):
-        if (run / RESULTS_FILE).is_file() or (run / RUN_FILE).is_file():
-            results = read_run(run)
-            parts += [f"## {TITLES[results['benchmark']]}: {results['model']}", ""]
-            parts += [f"Protocol `{results['protocol']}`, {results['dtype']}.", ""]
-            parts += [_read(run / MARKDOWN_FILE), ""]
-            for plot in sorted(run.glob("*.png")):
-                copy = f"{number}-{plot.name}"
-                shutil.copyfile(plot, out / copy)
-                parts += [f"![{plot.stem}]({copy})", ""]
-            parts += [f"Versions: {_joined(results['versions'])}.", ""]
-        elif (run / METRICS_FILE).is_file():
-            lines = read_metrics(run / METRICS_FILE)
-            plot = f"{number}-training.png"
-            measured = read_lines(run / EVALUATION_FILE)
-            training_plot(lines, out / plot, measured)
-            first, last = lines[0], lines[-1]
-            held_out = ["held out"] if measured else []
-            right = {
-                mode: f"{measured[-1][key]:.3f}"
-                for key, mode in MODES.items()
-                if measured and key in measured[-1]
-            }
-            parts += [
-                f"## Training: {run}",
-                "",
-                f"{last['step']} steps, {last['tokens_per_second']:.0f} tokens/s at the end.",
-                "",
-                f"| {' | '.join(['loss', 'first step', 'last step', *held_out])} |",
-                "|---|---:|---:|" + "---:|" * len(held_out),
-                *(
-                    f"| {label} | " + " | ".join(f"{x[k]:.3f}" for x in [first, last, *measured[-1:]]) + " |"
-                    for k, label in LOSSES.items()
-                ),
-                "",
-                *(
-                    ["Mean log-probability of right answers' tokens, held out: " + _joined(right) + ".", ""]
-                    if right
-                    else []
-                ),
-                f"![training curves]({plot})",
-                "",
-            ]
-        else:
-            raise UserError(
-                f"{run} holds neither {RESULTS_FILE} nor {METRICS_FILE}: give output directories of "
-                "imae_jax.train or imae_jax.evaluate"
-            )
-    (out / REPORT_FILE).write_text("\n".join(parts), encoding="utf-8")
+    from . import pages
 
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _joined(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    sections = sections_of(read_runs(paths))
+    lead = f"{len(paths)} run{'s' * (len(paths) > 1)}, gathered by imae_jax {__version__}."
+    text = "\n".join([f"# Report\n\n{lead}\n", *(section.markdown() for section in sections)])
+    (out / REPORT_FILE).write_text(text, encoding="utf-8")
+    page = pages.render("report", lead=lead, sections=sections)
+    (out / PAGE_FILE).write_text(page, encoding="utf-8")
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, Plot):
+                (out / block.name).write_bytes(block.png)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.evaluate.report",
-        description="Gathers training and evaluation runs into one Markdown page with plots.",
+        description="Gathers training and evaluation runs into one page: OUT/report.html, which holds all that it "
+        "shows, and OUT/report.md with its plots beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory of a run")
-    parser.add_argument("--out", required=True, help="directory to write")
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     with new_directory(args.out, marker=REPORT_FILE, overwrite=args.overwrite) as out:
         write_report(args.runs, out)
-    print(f"wrote {Path(args.out) / REPORT_FILE}")
+    print(f"wrote {args.out / PAGE_FILE} and {args.out / REPORT_FILE}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -457,5 +461,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path / SCORES_FILE} cannot be read: {first_line(error)}") from None
 
 
-def environment() -> dict[str, Any]:
-    return {"versions": runtime.versions(), "git": runtime.git_state()}
+def environment(program: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What a run was made with and on.
+
+    Args:
+        program: how it is called, `ArgumentParser.prog`.
+        arguments: of `main`; None for those of the process.
+    """
+    called = shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    return {
+        "command": called,
+        "versions": runtime.versions(),
+        "git": runtime.git_state(),
+        "machine": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+    }

@@ -111,7 +111,7 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
     methods, heads = results["methods"], {m: HEADS[m] for m in results["metrics"]}
     scores = scores_table(f"{title(results)}, [95 % interval]", methods, heads)
     if results.get("harm"):
-        rows = [(*cells, *_harm_cells(methods[cells[0]].get("harm"))) for cells in scores.rows]
+        rows = [(*cells, *harm_cells(methods[cells[0]].get("harm"))) for cells in scores.rows]
         columns = (*scores.columns, "KL(base ‖ method)", "same top 1 as base")
         scores = Table(scores.title, columns, tuple(rows))
     compared = against_baseline(methods)
@@ -121,7 +121,7 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
     return [scores, differences_table(against, compared, heads)]
 
 
-def _harm_cells(harm: Mapping[str, Any] | None) -> tuple[str, str]:
+def harm_cells(harm: Mapping[str, Any] | None) -> tuple[str, str]:
     if harm is None:
         return "–", "–"
     kl = float(harm["kl"])
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "boundary_merged": sum(answer.boundary_merged for group in groups for answer in group),
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
-        **environment(),
+        **environment(parser.prog, argv),
         "resumed_lines": run.resumed,
         "harm": args.harm,
         "methods": {
