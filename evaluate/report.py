@@ -35,26 +35,33 @@ KINDS = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "neutral
 # Fields of a results.json that tables show, or that are too long to be read.
 SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark")
 LONGEST_LIST = 12
-NOTES = (
+NOTE_INTERVALS = (
     "In square brackets: 95 % percentile bootstrap intervals over questions. They are about the choice of "
-    "questions, not about training seeds. McNemar's test is of the first metric, exact and two-sided; p-values "
-    "are not corrected for the number of methods.",
-    "The column *sums* says what was added up over an answer's tokens: `log p`, or differences of log-probabilities "
-    "that are `raw` or `renormalized`. Raw sums are likelihood ratios, not log-probabilities of any one "
-    "distribution: compare figures of the same kind.",
+    "questions, not about training seeds. McNemar's test is of MC1 (or of the binary choice), exact and "
+    "two-sided; p-values are not corrected for the number of methods."
+)
+NOTE_SUMS = (
+    "The column *sums* says what was added up over an answer's tokens: `log p`, or differences of "
+    "log-probabilities that are `raw` or `renormalized`. Raw sums are likelihood ratios, not "
+    "log-probabilities of any one distribution: compare figures of the same kind."
 )
 NOTE_HARM = (
-    "KL(base ‖ method), nats a token, and the share of tokens whose most likely successor is base's, are of neutral "
-    "text ({}): a gain bought with a broken model shows there."
+    "KL(base ‖ method), nats a token, and the share of tokens where the most likely one is base's, are of "
+    "neutral text ({}): a gain bought with a broken model shows there."
 )
 NOTE_PAPER = (
-    "Published figures, on other models, hardware and with other training than the runs of this report: not to be "
-    "compared with them as equals. What can be held against each other is how far a method moves its own base. "
-    "Source: {}."
+    "Published figures, on other models and hardware and with other training than the runs of this "
+    "report: not to be compared with them as equals. What can be held against each other is how far a method "
+    "moves its own base. Source: {}."
+)
+NOTE_HALUEVAL = (
+    "How often the right answer's score is above the hallucinated one's, in per cent; by sums over tokens "
+    "and by their means. Hallucinated answers are longer, so that length alone tells much: *the shorter "
+    "answer* is what preferring it would score."
 )
 NOTE_COST = (
-    "Memory is {}. ms/token is the time of a decoding step, without the prompt and without compiling; × base is "
-    "against base in the same run."
+    "Memory is the {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
+    "× base is against base in the same run and batch size."
 )
 
 
@@ -315,8 +322,8 @@ def _damaged(path: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{path} holds files of another form than expected ({type(error).__name__}: {first_line(error)}): "
-            "make the run again"
+            f"{path} holds files of another form than expected ({type(error).__name__}: "
+            f"{first_line(error)}): make the run again"
         ) from None
 
 
@@ -333,7 +340,6 @@ def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:
     sections += harm_sections(by_kind["harm"])
     sections += cost_sections(by_kind[COST], paper)
     sections += training_sections(trainings)
-    sections += plot_sections([run for run in runs if isinstance(run, Evaluation)])
     return sections + provenance_sections(runs)
 
 
@@ -341,62 +347,77 @@ def truthfulqa_sections(
     runs: Sequence[Evaluation], harms: Sequence[Evaluation], paper: Mapping[str, Any]
 ) -> list[Section]:
     """Scores and differences, a section for each protocol and set of questions; the paper's scores last."""
-    from .truthfulqa import HEADS, harm_cells
-
     if not runs:
         return []
     together: dict[str, list[Evaluation]] = {}
     for run in runs:
         with _damaged(run.path):
             together.setdefault(_questions(run.results), []).append(run)
-    sections = [Section("TruthfulQA", tuple(map(Note, NOTES)))]
-    for title, of_title in together.items():
-        scores, compared, blocks = {}, {}, []
-        harm_of = {run.number: _harm_of(run, harms) for run in of_title}
-        for run in of_title:
-            with _damaged(run.path):
-                methods = run.results["methods"]
-                heads = {metric: HEADS[metric] for metric in run.results["metrics"]}
-                table = scores_table("", methods, heads)
-                found = harm_of[run.number]
-                columns = table.columns
-                rows = table.rows
-                if any(harm_of.values()):
-                    columns += ("KL(base ‖ method)", "same top 1")
-                    rows = [(*cells, *harm_cells(found.get(cells[0]))) for cells in rows]
-                scores[run.label()] = rows
-                differences = differences_table("", against_baseline(methods), heads)
-                if differences.rows:
-                    compared[f"{run.label()}, less {run.results['baseline']}"] = differences.rows
-                for warning in note_undefined(methods):
-                    blocks.append(
-                        Note(f"Run {run.number}: {warning.removeprefix('warning: ')}.", warning=True)
-                    )
-        blocks.insert(0, Grid("Scores × 100 [95 % interval]", columns, scores))
-        if any(harm_of.values()):
-            blocks.insert(1, Note(NOTE_HARM.format(_harm_sources(of_title, harms))))
-        if compared:
-            blocks.append(
-                Grid("Differences on the same questions [95 % interval]", differences.columns, compared)
-            )
-        sections.append(Section(title, tuple(blocks), level=3))
-    published = paper["truthfulqa"]
+    notes = (Note(NOTE_INTERVALS), Note(NOTE_SUMS))
+    return [
+        Section("TruthfulQA", notes),
+        *(Section(title, _scores(of_title, harms), level=3) for title, of_title in together.items()),
+        _paper_scores(paper),
+        Section("Plots of TruthfulQA", tuple(plot for run in runs for plot in plots_of(run)), level=3),
+    ]
+
+
+def _scores(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> tuple[Any, ...]:
+    """Tables of runs of one protocol on the same questions."""
+    from .truthfulqa import HEADS, harm_cells
+
+    heads = {metric: HEADS[metric] for metric in runs[0].results["metrics"]}
+    harm_of = {run.number: _harm_of(run, harms) for run in runs}
+    sources = {source: None for found in harm_of.values() for _, source in found.values()}
+    scores, compared, warnings = {}, {}, []
+    for run in runs:
+        with _damaged(run.path):
+            methods, found = run.results["methods"], harm_of[run.number]
+            rows = scores_table("", methods, heads).rows
+            if sources:
+                rows = [(*cells, *harm_cells(found.get(cells[0], (None,))[0])) for cells in rows]
+            scores[run.label()] = rows
+            differences = differences_table("", against_baseline(methods), heads).rows
+            if differences:
+                compared[f"{run.label()}, less {run.results['baseline']}"] = differences
+            warnings += _warnings(run, methods)
+    columns = scores_table("", {}, heads).columns
+    if not sources:
+        blocks = [Grid("Scores × 100 [95 % interval]", columns, scores)]
+    else:
+        columns += ("KL(base ‖ method)", "same top 1")
+        blocks = [Grid("Scores × 100 [95 % interval], and harm on neutral text", columns, scores)]
+        blocks.append(Note(NOTE_HARM.format(", ".join(sources))))
+    if compared:
+        columns = differences_table("", {}, heads).columns
+        blocks.append(Grid("Differences on the same questions [95 % interval]", columns, compared))
+    return (*blocks, *warnings)
+
+
+def _warnings(run: Evaluation, methods: Mapping[str, Any]) -> list[Note]:
+    found = (warning.removeprefix("warning: ") for warning in note_undefined(methods))
+    return [Note(f"Run {run.number}: {warning}.", warning=True) for warning in found]
+
+
+def _paper_scores(paper: Mapping[str, Any]) -> Section:
+    from .truthfulqa import HEADS
+
     groups = {}
-    for model, methods in published["models"].items():
+    for model, methods in paper["truthfulqa"]["models"].items():
         base = methods["base"]
         groups[model] = [
             (
                 name,
-                *(number(value) for value in values),
+                *map(number, values),
                 *("–" if name == "base" else f"{a - b:+.2f}" for a, b in zip(values, base, strict=True)),
             )
             for name, values in methods.items()
         ]
-    heads = [HEADS[metric] for metric in published["metrics"]]
+    heads = [HEADS[metric] for metric in paper["truthfulqa"]["metrics"]]
     columns = ("method", *heads, *(f"Δ {head}" for head in heads))
-    grid = Grid("As published; Δ: less base, of the same figures", columns, groups)
+    grid = Grid("As published; Δ is the difference to base of these figures", columns, groups)
     note = Note(NOTE_PAPER.format(paper["source"]), warning=True)
-    return [*sections, Section("The paper's results on TruthfulQA, on other models", (note, grid), level=3)]
+    return Section("The paper's results on TruthfulQA, on other models", (note, grid), level=3)
 
 
 def _questions(results: Mapping[str, Any]) -> str:
@@ -409,48 +430,36 @@ def _questions(results: Mapping[str, Any]) -> str:
     )
     cut = "" if limit is None else f", the first {limit} alone"
     return (
-        f"{results['protocol']}: {results['n_questions']} questions{part}{cut} of {Path(data['path']).name} "
-        f"(SHA-256 {data['sha256'][:8]})"
+        f"{results['protocol']}: {results['n_questions']} questions of {Path(data['path']).name} "
+        f"(SHA-256 {data['sha256'][:8]}){drawn}{cut}"
     )
 
 
-def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, Mapping[str, Any]]:
-    """The harm of a run's methods: what the run itself was given, else of a run of the same model and settings."""
+def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """The harm of a run's methods and where it is from: what the run itself was given, else the first run of
+    the same model and settings."""
     with _damaged(run.path):
-        found = {k: row["harm"] for k, row in run.results["methods"].items() if "harm" in row}
+        methods = run.results["methods"]
+        found = {k: (row["harm"], str(run.results["harm"])) for k, row in methods.items() if "harm" in row}
         for harm in harms:
             if any(run.results[key] != harm.results[key] for key in ("base_model", "units")):
                 continue
-            for label, row in run.results["methods"].items():
+            for label, row in methods.items():
                 for other in harm.results["methods"].values():
                     if other["settings"] == row["settings"]:
-                        found.setdefault(label, other)
+                        found.setdefault(label, (other, f"run {harm.number}"))
         return found
-
-
-def _harm_sources(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> str:
-    given = {str(run.results["harm"]) for run in runs if run.results.get("harm")}
-    return ", ".join([*sorted(given), *(f"run {harm.number}" for harm in harms)])
 
 
 def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
     from .halueval import tables_of
 
-    sections = [Section("HaluEval QA", (Note(HALUEVAL_NOTE),))] if runs else []
+    sections = [Section("HaluEval QA", (Note(NOTE_HALUEVAL),))] if runs else []
     for run in runs:
         with _damaged(run.path):
-            blocks = [Grid.of(table) for table in tables_of(run.results)]
-            warnings = note_undefined(run.results["parts"]["all"])
-            blocks += [Note(f"{warning.removeprefix('warning: ')}.", warning=True) for warning in warnings]
-            sections.append(Section(run.label(), tuple(blocks), level=3))
+            blocks = [*map(Grid.of, tables_of(run.results)), *_warnings(run, run.results["parts"]["all"])]
+            sections.append(Section(run.label(), (*blocks, *plots_of(run)), level=3))
     return sections
-
-
-HALUEVAL_NOTE = (
-    "How often the right answer's score is above the hallucinated one's, in per cent; by sums over tokens and by their "
-    "means. Hallucinated answers are longer, so that length alone tells much: *the shorter answer* is what "
-    "preferring it would score."
-)
 
 
 def harm_sections(runs: Sequence[Evaluation]) -> list[Section]:
@@ -488,10 +497,13 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
                     )
                     for name, row in figures.items()
                 ]
+    plots = [plot for run in runs for plot in plots_of(run)]
     kinds = "; ".join(dict.fromkeys(str(run.results["memory"]) for run in runs))
     published = {"": [(name, *cells) for name, cells in paper["cost"]["methods"].items()]}
     return [
-        Section("Cost of decoding", (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups))),
+        Section(
+            "Cost of decoding", (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups), *plots)
+        ),
         Section(
             "The paper's cost",
             (
@@ -567,25 +579,22 @@ def _drawn(draw: Any, suffix: str, lines: Sequence[Any], held_out: Sequence[Any]
         return path.read_bytes()
 
 
-def plot_sections(runs: Sequence[Evaluation]) -> list[Section]:
-    """The pictures that runs hold."""
-    sections = []
-    for run in runs:
-        plots = []
-        for path in sorted(run.path.glob("*.png")):
-            svg = path.with_suffix(".svg")
-            caption = f"{path.stem.replace('-', ' ')}: {run.label()}"
-            plots.append(
-                Plot(
-                    f"{run.number}-{path.name}",
-                    caption[:1].upper() + caption[1:],
-                    path.read_bytes(),
-                    svg.read_bytes() if svg.is_file() else None,
-                )
+def plots_of(run: Evaluation) -> list[Plot]:
+    """The pictures that a run holds."""
+    plots = []
+    # Scores first, categories last.
+    last = ("categories", "differences")
+    for path in sorted(run.path.glob("*.png"), key=lambda path: ([name in path.stem for name in last], path)):
+        svg = path.with_suffix(".svg")
+        plots.append(
+            Plot(
+                f"{run.number}-{path.name}",
+                f"Run {run.number}, {run.results['model']}: {path.stem.replace('-', ' ')}",
+                path.read_bytes(),
+                svg.read_bytes() if svg.is_file() else None,
             )
-        if plots:
-            sections.append(Section(f"{KINDS[run.kind]}, run {run.number}", tuple(plots), level=3))
-    return [Section("Plots"), *sections] if sections else []
+        )
+    return plots
 
 
 def provenance_sections(runs: Sequence[Evaluation | Training]) -> list[Section]:
@@ -677,8 +686,8 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m imae_jax.evaluate.report",
-        description="Gathers training and evaluation runs into one page: OUT/report.html, which holds all that it "
-        "shows, and OUT/report.md with its plots beside it.",
+        description="Gathers training and evaluation runs into one page: OUT/report.html, which needs no "
+        "other file, and OUT/report.md with its plots beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory of a run")
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
