@@ -423,11 +423,9 @@ def _paper_scores(paper: Mapping[str, Any]) -> Section:
 def _questions(results: Mapping[str, Any]) -> str:
     """Protocol and questions in words; equal for runs whose scores are of the same ones alone."""
     data, split, limit = results["data"], results["split"], results["limit"]
-    part = (
-        ""
-        if split["name"] == "all"
-        else f", {split['name']} split (seed {split['seed']}, {split['dev_share']:g} dev)"
-    )
+    drawn = ""
+    if split["name"] != "all":
+        drawn = f", {split['name']} split (seed {split['seed']}, dev share {split['dev_share']:g})"
     cut = "" if limit is None else f", the first {limit} alone"
     return (
         f"{results['protocol']}: {results['n_questions']} questions of {Path(data['path']).name} "
