@@ -30,7 +30,7 @@ CONFIG_FILE, ENVIRONMENT_FILE, ICD_DIR, IMAE_CONFIG = (
     "icd",
     "imae_config.json",
 )
-COST = "cost"
+COST, UNITS = "cost", "anti-expert units"
 KINDS = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "neutral text", COST: "cost"}
 # Fields of a results.json that tables show, or that are too long to be read.
 SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark")
@@ -245,7 +245,7 @@ def read_training(number: int, path: Path) -> Training:
         lines = read_lines(directory / METRICS_FILE)
         held_out = directory / EVALUATION_FILE
         if lines:
-            name = "anti-expert units" if "anti" in lines[0] else "anti-expert LLM"
+            name = UNITS if "anti" in lines[0] else "anti-expert LLM"
             stages[name] = (lines, read_lines(held_out) if held_out.is_file() else [])
     if not stages:
         raise UserError(f"{path} holds no steps: the run has not trained yet")
@@ -293,10 +293,10 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
             if digest in seen:
                 raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
             seen[digest] = path
-        if file == files[0] or (path / RUN_FILE).is_file():
-            runs.append(Evaluation(place, path, read_results(path)))
-        else:
-            with _damaged(path):
+        with _damaged(path):
+            if file == files[0] or (path / RUN_FILE).is_file():
+                runs.append(Evaluation(place, path, read_results(path)))
+            else:
                 runs.append(read_training(place, path))
     return runs
 
@@ -366,7 +366,8 @@ def _scores(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> tuple[An
     """Tables of runs of one protocol on the same questions."""
     from .truthfulqa import HEADS, harm_cells
 
-    heads = {metric: HEADS[metric] for metric in runs[0].results["metrics"]}
+    with _damaged(runs[0].path):
+        heads = {metric: HEADS[metric] for metric in runs[0].results["metrics"]}
     harm_of = {run.number: _harm_of(run, harms) for run in runs}
     sources = {source: None for found in harm_of.values() for _, source in found.values()}
     scores, compared, warnings = {}, {}, []
@@ -498,18 +499,11 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
     plots = [plot for run in runs for plot in plots_of(run)]
     kinds = "; ".join(dict.fromkeys(str(run.results["memory"]) for run in runs))
     published = {"": [(name, *cells) for name, cells in paper["cost"]["methods"].items()]}
+    notes = (Note(NOTE_PAPER.format(paper["source"]), warning=True), Note(paper["cost"]["note"]))
+    measured = (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups), *plots)
     return [
-        Section(
-            "Cost of decoding", (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups), *plots)
-        ),
-        Section(
-            "The paper's cost",
-            (
-                Note(NOTE_PAPER.format(paper["source"]), warning=True),
-                Grid("As published", columns, published),
-            ),
-            level=3,
-        ),
+        Section("Cost of decoding", measured),
+        Section("The paper's cost", (*notes, Grid("As published", columns, published)), level=3),
     ]
 
 
@@ -525,6 +519,8 @@ def training_sections(runs: Sequence[Training]) -> list[Section]:
             blocks: list[Any] = []
             for name, (lines, held_out) in run.stages.items():
                 blocks += _stage_blocks(run, name, lines, held_out)
+            if run.config and UNITS not in run.stages:
+                blocks.append(Note("The units have not been trained.", warning=True))
             sections.append(Section(f"{run.path}, run {run.number}", tuple(blocks), level=3))
     return sections
 
@@ -534,7 +530,7 @@ def _stage_blocks(
 ) -> list[Any]:
     from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
 
-    is_units = "anti" in lines[0]
+    is_units = name == UNITS
     settings = run.config if is_units else run.config.get("icd", {})
     steps = settings.get("optimizer", {}).get("steps") if settings.get("epochs") is None else None
     done, last = lines[-1]["step"], lines[-1]
