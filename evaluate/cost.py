@@ -42,7 +42,7 @@ BASE = "base"
 # What `--random-weights` draws where a method names a trained adapter of the model.
 RANDOM_ADAPTER = "adapter"
 ON_DEVICE = "peak of the device's allocator"
-OF_PROCESS = "peak resident memory of the process while it decodes, less what it had before loading"
+OF_PROCESS = "bytes of the weights, and what the process's resident memory grows by at most while it decodes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,29 +111,38 @@ class Timing:
 
 
 class MemoryMeter:
-    """Peak memory while decoding, of the accelerator or of this process; made before a model is loaded."""
+    """Peak memory while decoding: of the accelerator's allocator, or of this process.
+
+    A process also holds libraries, compiled programs and what loading left behind, all of which depend on the
+    file's format more than on the method. So it counts the weights by their bytes, and what resident memory
+    grows by at most while it decodes: caches and temporaries.
+    """
 
     def __init__(self):
-        self._before = _resident_bytes("VmRSS")
-        self._is_reset = False
+        self._before: int | None = None
 
     def start(self) -> None:
-        """Forgets the peaks of loading and compiling, where the peak is the process's."""
-        # Garbage, and freed memory that the C library keeps, would count.
+        """To be called when all is loaded and compiled, and nothing is decoding."""
+        # Garbage, and freed memory that the C library keeps, would be filled before the process grows.
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-            self._is_reset = True
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self._before = _resident_bytes("VmRSS")
 
-    def peak_bytes(self, device: Any = None) -> int | None:
-        """Of a JAX device where it counts, else of the process; None where neither can be found out."""
-        of_device = device and device.memory_stats()
-        if of_device:
-            return of_device["peak_bytes_in_use"]
+    def peak_bytes(self, weight_bytes: int, device: Any = None) -> int | None:
+        """With the weights; None where the system does not tell.
+
+        Args:
+            weight_bytes: of all weights in memory.
+            device: a JAX device, whose own statistics are taken where it has them.
+        """
+        statistics_of_device = device and device.memory_stats()
+        if statistics_of_device:
+            return statistics_of_device["peak_bytes_in_use"]
         peak = _resident_bytes("VmHWM")
-        return peak - self._before if self._is_reset and peak is not None else None
+        return None if self._before is None or peak is None else weight_bytes + max(0, peak - self._before)
 
 
 def _resident_bytes(field: str) -> int | None:
@@ -198,7 +207,6 @@ def measure(
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]
     needs_units = any(stream.strength for stream in method.streams)
-    memory = MemoryMeter()
     lm = source.load(units=needs_units)
     models, method = lm.prepare(method, generating=True)
     if not needs_units:
@@ -234,10 +242,12 @@ def measure(
         at_end()
         return Timing(prefilled - start, end - prefilled, num_chunks * chunk_size)
 
+    memory = MemoryMeter()
     figures = time_runs(run, workload.repeats, memory)
+    weight_bytes = sum(x.nbytes for x in jax.tree.leaves(models.weights))
     figures |= {
-        "memory_bytes": memory.peak_bytes(device),
-        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(models.weights)),
+        "memory_bytes": memory.peak_bytes(weight_bytes, device),
+        "weight_bytes": weight_bytes,
         # JSON has no infinity.
         "settings": {k: str(v) if v == -math.inf else v for k, v in method.settings().items()},
         "dtype": dtype,
