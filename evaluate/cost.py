@@ -12,8 +12,6 @@ import gc
 import json
 import math
 import multiprocessing
-import os
-import platform
 import re
 import statistics
 import sys
@@ -29,8 +27,8 @@ from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arg
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
+from .runs import called, environment, parse_methods
 from .tables import Table, number, show
-from .truthfulqa import parse_methods
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
@@ -261,16 +259,6 @@ def measure(
         with jax.profiler.trace(profile, profiler_options=options):
             run(lambda: jax.profiler.save_device_memory_profile(profile / MEMORY_PROFILE))
     return figures
-
-
-def environment() -> dict[str, Any]:
-    """What figures depend on besides the settings."""
-    return {
-        "versions": runtime.versions(),
-        "git": runtime.git_state(),
-        "machine": platform.machine(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
 
 
 def random_model(reference: str, *, dtype: str | None, units: bool) -> "LanguageModel":
@@ -533,7 +521,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             path and stack.enter_context(new_directory(path, marker=RESULTS_FILE, overwrite=args.overwrite))
             for path in (args.out, args.profile)
         )
-        results = measure_all(source, methods, workloads, profile=profile, quiet=args.quiet)
+        figures = measure_all(source, methods, workloads, profile=profile, quiet=args.quiet)
+        results = {"command": called(parser.prog, argv), **figures}
         tables = cost_tables(results)
         for directory in filter(None, (out, profile)):
             (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")

@@ -25,6 +25,7 @@ from .questions import select
 from .runs import (
     Run,
     add_run_arguments,
+    called,
     check_arguments,
     dumps,
     environment,
@@ -256,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "length": length,
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
-        **environment(parser.prog, argv),
+        "command": called(parser.prog, argv),
+        **environment(),
         "resumed_lines": run.resumed,
         "methods": {name: {"settings": s, **costs[name]} for name, s in planned.settings.items()},
         "parts": parts,

@@ -29,6 +29,7 @@ from .questions import DATA_DIRECTORY
 from .runs import (
     MANY_METHODS,
     RESULTS_FILE,
+    called,
     dumps,
     environment,
     method_settings,
@@ -225,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "window": {"length": length, "stride": max(1, length // 2)},
             "ruled_out_below": RULED_OUT,
             "n_tokens": len(tokens) - 1,
-            **environment(parser.prog, argv),
+            "command": called(parser.prog, argv),
+            **environment(),
             "methods": {
                 label: {
                     **summarize(values[label]),

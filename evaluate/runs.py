@@ -461,18 +461,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path / SCORES_FILE} cannot be read: {first_line(error)}") from None
 
 
-def environment(program: str, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """What a run was made with and on.
+def called(program: str, arguments: Sequence[str] | None) -> str:
+    """The command line of this run.
 
     Args:
-        program: how it is called, `ArgumentParser.prog`.
+        program: `ArgumentParser.prog`.
         arguments: of `main`; None for those of the process.
     """
-    called = shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    return shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on besides the settings."""
     return {
-        "command": called,
         "versions": runtime.versions(),
         "git": runtime.git_state(),
         "machine": platform.machine(),
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }

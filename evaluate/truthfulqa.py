@@ -23,6 +23,7 @@ from .questions import Data, Question, load_data, read_questions, select
 from .runs import (
     Run,
     add_run_arguments,
+    called,
     check_arguments,
     environment,
     jsonable,
@@ -269,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "boundary_merged": sum(answer.boundary_merged for group in groups for answer in group),
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
-        **environment(parser.prog, argv),
+        "command": called(parser.prog, argv),
+        **environment(),
         "resumed_lines": run.resumed,
         "harm": args.harm,
         "methods": {
