@@ -60,7 +60,7 @@ NOTE_HALUEVAL = (
     "answer* is what preferring it would score."
 )
 NOTE_COST = (
-    "Memory is the {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
+    "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
     "× base is against base in the same run and batch size."
 )
 
@@ -481,8 +481,9 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
         with _damaged(run.path):
             workload, versions = run.results["workload"], run.results["environment"]["versions"]
             for batch_size, figures in run.results["batch_sizes"].items():
+                drawn = ", random weights" if run.results["random_weights"] else ""
                 label = (
-                    f"{run.label()}: batch {batch_size}, {workload['prompt_tokens']} + "
+                    f"{run.label()}{drawn}: batch {batch_size}, {workload['prompt_tokens']} + "
                     f"{workload['new_tokens']} tokens, {versions['device']}"
                 )
                 base = figures["base"]

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -373,6 +374,31 @@ def scored(tiny_imae, tmp_path_factory) -> tuple[list[Any], Path]:
     command += ["--data", write_questions(directory / "questions.csv"), "--primer", directory / "primer.txt"]
     assert truthfulqa([*map(str, command), "--quiet"]) == 0
     return command, out
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A session of the system's chromium, which logs what a page writes and asks for."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver and importlib.util.find_spec("selenium")):
+        pytest.skip("chromium, chromedriver or the package selenium is not installed")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
+        *("disable-dev-shm-usage", "disable-background-networking", "disable-component-update"),
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        "window-size=1280,1000",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    session = webdriver.Chrome(options=options, service=Service(driver))
+    session.get("about:blank")  # A new tab's own page fetches parts of the browser.
+    yield session
+    session.quit()
 
 
 def losses_of(out: Path) -> list[dict]:

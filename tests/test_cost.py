@@ -16,7 +16,7 @@ from test_docs import blocks
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode import Continuation, generate, parse_method, score
-from imae_jax.evaluate import cost
+from imae_jax.evaluate import cost, report
 from imae_jax.evaluate.cost import MemoryMeter, Source, Timing, Workload, main
 from imae_jax.llama import Weights
 
@@ -84,6 +84,17 @@ def test_the_command_writes_figures_a_table_and_a_plot(measured):
     assert f"| dola | {rows['dola']['memory_bytes'] / 1e9:.2f} | " in table
     assert f" | {rows['dola']['ms_per_token'] / rows['base']['ms_per_token']:.2f} | " in table
     assert (measured / "out" / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_shows_the_figures_beside_the_papers(measured, tmp_path):
+    assert report.main([str(measured / "out"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    base, dola = json.loads((measured / "out" / "results.json").read_text())["batch_sizes"]["2"].values()
+    ratios = [dola[key] / base[key] for key in ("memory_bytes", "ms_per_token")]
+    cells = [dola["memory_bytes"] / 1e9, ratios[0], dola["ms_per_token"], ratios[1]]
+    assert f"| dola | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in text
+    assert "| IMAE | 18.4 | 1.4 | 2.60 | 1.2 |" in text
+    assert (tmp_path / "report" / "1-cost.png").exists()
 
 
 def test_traces_hold_the_names_of_steps_and_layers(measured):

@@ -1,4 +1,4 @@
-"""TruthfulQA: metrics, data, protocols, the command and its output contract, the report."""
+"""TruthfulQA: metrics, data, protocols, the command and its output contract."""
 
 import csv
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 from conftest import SMOLLM2, hf_logits, log_softmax, user_error
 
 from imae_jax.decode import parse_method
-from imae_jax.evaluate import protocols, report
+from imae_jax.evaluate import protocols
 from imae_jax.evaluate.questions import DEMO_DATA, Data, load_data, read_questions, select
 from imae_jax.evaluate.runs import parse_methods
 from imae_jax.evaluate.truthfulqa import main, mc_metrics, metrics_of
@@ -407,23 +407,6 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     assert "needs a model with anti-expert units" in run_main(capfd, *base, "--methods", "expert")
     assert "'nowhere' does not exist" in run_main(capfd, "--model", "nowhere", "--out", out)
     assert list(tmp_path.iterdir()) == [rows], "nothing may be left behind"
-
-
-def test_report_of_runs(scored, tmp_path, capfd):
-    training, out = tmp_path / "training", tmp_path / "report"
-    training.mkdir()
-    line = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}
-    steps = [json.dumps({"step": i, "loss": 4.0, "tokens_per_second": 10.0, **line}) for i in (1, 2)]
-    (training / "metrics.jsonl").write_text("\n".join(steps))
-    assert report.main([str(training), str(scored[1]), "--out", str(out)]) == 0
-    text = (out / "report.md").read_text()
-    assert (scored[1] / "table.md").read_text() in text
-    for plot in ("1-training.png", "2-scores.png", "2-differences.png"):
-        assert f"({plot})" in text
-        assert (out / plot).read_bytes().startswith(b"\x89PNG")
-    assert report.main([str(tmp_path), "--out", str(tmp_path / "other")]) == 2
-    assert "holds neither" in capfd.readouterr().err
-    assert not (tmp_path / "other").exists()
 
 
 def test_command_runs_from_the_checkout():

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import importlib.util
 import json
 import re
 import shlex
@@ -431,30 +430,6 @@ def test_a_page_of_1000_tokens_is_small(lm, tmp_path):
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver and importlib.util.find_spec("selenium")):
-        pytest.skip("chromium, chromedriver or the package selenium is not installed")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
-        *("disable-dev-shm-usage", "disable-background-networking", "disable-component-update"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-        "window-size=1280,1000",
-    ):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=Service(driver))
-    session.get("about:blank")  # A new tab's own page fetches parts of the browser.
-    yield session
-    session.quit()
 
 
 def open_page(browser, path: Path) -> None:

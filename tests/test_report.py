@@ -1,0 +1,349 @@
+"""Reports: every figure on both pages, what stands together, what runs recorded, bad input."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from imae_jax.evaluate.halueval import main as halueval
+from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.report import main
+from imae_jax.train.run_log import RunLog
+
+UNITS = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}
+GATES = {"gate_on_fact_by_layer": [0.6, 0.7], "gate_off_fact_by_layer": [0.4, 0.3]}
+RIGHT = {"right_base": -2.0, "right_expert": -5.25, "right_anti_expert": -1.5}
+
+
+class Page(HTMLParser):
+    """What a page shows: its cells by table, its headings, its tags' attributes."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tables, self.captions, self.headings, self.tags, self.text = [], [], [], [], ""
+        self._inside: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self._inside.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self._inside.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self._inside):
+            self.tables[-1][-1][-1] += data
+        if self._inside and self._inside[-1] in ("h2", "h3"):
+            self.headings.append(data)
+        if self._inside and self._inside[-1] == "caption":
+            self.captions.append(data)
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [
+        [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
+        for table in tables
+    ]
+
+
+def write_training(path: Path, steps: int = 4, done: int = 4) -> Path:
+    """What `imae_jax.train` leaves behind, written by its own log."""
+    for directory, metrics, more in (
+        (path / "icd", {"loss": 2.5, "accuracy": 0.25}, {"right_base": -2.0, "right_anti_expert_llm": -1.0}),
+        (path, {"loss": 4.0, **UNITS}, {**GATES, **RIGHT}),
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
+        log = RunLog(directory, 0)
+        log.evaluation(0, metrics | more)
+        for step in range(1, done + 1):
+            log.train(step, {**metrics, "tokens_per_second": 10.0})
+        log.evaluation(done, metrics | more)
+        log.close()
+    stage = f"{{steps: {steps}, learning_rate: 0.001}}"
+    (path / "config.yaml").write_text(
+        f"model: base\nseed: 7\nbatch_size: 8\noptimizer: {stage}\n"
+        f"icd:\n  batch_size: 8\n  epochs: null\n  optimizer: {stage}\n"
+    )
+    start = {"started": "2026-01-01", "command": ["train", "a b"], "versions": {"jax": "0.0"}, "git": None}
+    (path / "environment.json").write_text(json.dumps([start]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(scored, tiny_imae, tmp_path_factory) -> dict[str, Path]:
+    """A run of every kind but cost, of one tiny model."""
+    path = tmp_path_factory.mktemp("runs")
+    (path / "text.txt").write_text(" ".join(f"t{i}" for i in range(3, 60)))
+    model = ["--model", str(tiny_imae.directory)]
+    command = [*model, "--methods", "base,expert", "--text", str(path / "text.txt")]
+    assert harm([*command, "--out", str(path / "harm")]) == 0
+    command = [*model, "--methods", "base,expert", "--data", str(write_rows(path / "rows.jsonl"))]
+    assert halueval([*command, "--format", "plain", "--quiet", "--out", str(path / "halueval")]) == 0
+    return {
+        "training": write_training(path / "training"),
+        "truthfulqa": scored[1],
+        **{name: path / name for name in ("harm", "halueval")},
+    }
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+def changed(run: Path, path: Path, **change) -> Path:
+    """A copy of a run with other results."""
+    shutil.copytree(run, path)
+    (path / "results.json").write_text(json.dumps(results_of(run) | change))
+    return path
+
+
+def report(out: Path, *paths: Path) -> tuple[str, Page]:
+    assert main([*map(str, paths), "--out", str(out)]) == 0
+    return (out / "report.md").read_text(encoding="utf-8"), Page(out / "report.html")
+
+
+@pytest.fixture(scope="module")
+def full(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "out"
+    return out, *report(out, *runs.values())
+
+
+def test_both_pages_hold_the_same_tables(full):
+    _, text, page = full
+    tables = markdown_tables(text)
+    assert len(tables) == len(page.tables) == len(page.captions) > 6
+    for ours, theirs in zip(tables, page.tables, strict=True):
+        ours.pop(1)  # ---
+        assert [list(filter(None, row)) for row in ours] == [
+            [cell.replace("−", "-") for cell in row] for row in theirs
+        ]
+
+
+def test_scores_stand_with_intervals_sums_tests_and_harm(full, runs):
+    _, text, page = full
+    results, of_harm = results_of(runs["truthfulqa"]), results_of(runs["harm"])["methods"]
+    rows = {row[0]: row for row in page.tables[0]}
+    for label, row in results["methods"].items():
+        cells = rows[label]
+        sums = {True: "renormalized", False: "raw", None: "log p"}
+        assert cells[1:3] == [sums[row["settings"].get("renormalize")], "6"]
+        for cell, metric in zip(cells[3:6], ("mc1", "mc2", "mc3"), strict=True):
+            low, high = row["intervals"][metric]
+            assert cell == f"{row[metric]:.2f} [{low:.2f}, {high:.2f}]"
+        # In-model contrast was not measured: its settings are in no run of harm.
+        measured = of_harm.get(label)
+        assert cells[6] == (f"{measured['kl']:.3f}" if measured else "–")
+    differences = {row[0]: row for row in page.tables[1]}
+    test = results["methods"]["expert"]["against_baseline"]["mc1"]["mcnemar"]
+    assert differences["expert"][-3:] == [str(test["gained"]), str(test["lost"]), f"{test['p']:.4f}"]
+    assert "run 3" in text.split("### The paper's")[0]
+
+
+def test_harm_of_another_model_is_not_shown(runs, tmp_path):
+    other = changed(runs["harm"], tmp_path / "harm", units="0" * 64)
+    _, page = report(tmp_path / "out", runs["truthfulqa"], other)
+    assert page.tables[0][0][-1] == "MC3"
+
+
+def test_other_protocols_data_and_limits_have_tables_of_their_own(runs, tmp_path):
+    run = runs["truthfulqa"]
+    data = results_of(run)["data"] | {"sha256": "f" * 64}
+    others = [
+        changed(run, tmp_path / "same", model="another model"),
+        changed(run, tmp_path / "protocol", protocol="tqa-v1/chat"),
+        changed(run, tmp_path / "data", data=data),
+        changed(run, tmp_path / "limit", limit=6),
+    ]
+    text, page = report(tmp_path / "out", run, *others)
+    headings = [h for h in page.headings if "6 questions" in h]
+    assert len(set(headings)) == len(headings) == 4
+    assert [h for h in headings if "chat" in h] == [headings[1]]
+    assert "ffffffff" in headings[2]
+    assert "the first 6 alone" in headings[3]
+    scores = [t for t, c in zip(page.tables, page.captions, strict=True) if c.startswith("Scores")]
+    groups = [[row[0] for row in table if len(row) == 1] for table in scores]
+    assert [len(group) for group in groups] == [2, 1, 1, 1]
+    assert "another model" in groups[0][1]
+
+
+def test_the_papers_numbers_are_said_to_be_of_other_models(full, runs, tmp_path):
+    _, text, _ = full
+    paper = text.split("### The paper's results on TruthfulQA, on other models")[1]
+    assert "not to be compared" in paper
+    assert "Kadotani" in paper
+    assert "| **Llama-2-7B-Chat** |" in paper
+    assert "| IMAE | 40.02 | 57.12 | 28.96 | +3.06 | +2.50 | +1.01 |" in paper
+    assert "| ICD | 44.80 | 79.03 | 50.99 | +3.92 | +19.13 | +19.64 |" in paper
+    text, _ = report(tmp_path / "out", runs["training"])
+    assert "paper" not in text
+
+
+def test_the_page_needs_nothing_else(full):
+    out, text, page = full
+    pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    for tag, attrs in page.tags:
+        for name in ("src", "href"):
+            assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
+    assert not [tag for tag, _ in page.tags if tag == "script"]
+    for picture in pictures:
+        kind, data = re.fullmatch(r"data:image/(svg\+xml|png);base64,(.*)", picture).groups()
+        start = b"<?xml" if kind == "svg+xml" else b"\x89PNG"
+        assert base64.b64decode(data).startswith(start)
+    names = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert {"1-training.png", "2-scores.png", "2-differences.png"} <= set(names)
+    assert len(names) == len(set(names)) == len(pictures)
+    assert {path.name for path in out.iterdir()} == {"report.md", "report.html", *names}
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    anchors = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert anchors <= {f"#{attrs['id']}" for _, attrs in page.tags if "id" in attrs}
+
+
+def test_what_runs_recorded_is_shown(full, runs):
+    _, text, page = full
+    results = results_of(runs["truthfulqa"])
+    for shown in (text, page.text):
+        for part in (
+            results["data"]["sha256"],
+            results["units"],
+            results["base_model"]["fingerprint"],
+            results["versions"]["jax"],
+            results["statistics"]["interval"],
+        ):
+            assert part in shown
+        assert "train 'a b'" in shown
+    assert results["command"].startswith("python -m imae_jax.evaluate.truthfulqa --model ")
+    assert results["command"] in page.text
+    settings = results["methods"]["in-model-contrast:renormalize=true"]["settings"]
+    assert json.dumps(settings) in page.text
+    overview = page.tables[-1]
+    assert [row[1] for row in overview[1:]] == ["training", "TruthfulQA", "neutral text", "HaluEval QA"]
+    assert overview[1][-1] == "7"
+
+
+def test_labels_are_text_not_markup(runs, tmp_path):
+    label = '<img src=x onerror="alert(1)">&"|'
+    results = results_of(runs["truthfulqa"])
+    methods = {label if name == "expert" else name: row for name, row in results["methods"].items()}
+    run = changed(runs["truthfulqa"], tmp_path / "run", methods=methods, model="<script>")
+    _, page = report(tmp_path / "out", run)
+    assert label in [row[0] for row in page.tables[0]]
+    assert not [attrs for tag, attrs in page.tags if tag == "script" or "onerror" in attrs]
+
+
+def test_scores_that_are_not_finite_are_named(runs, tmp_path):
+    results = results_of(runs["truthfulqa"])
+    results["methods"]["expert"] |= {"mc1": None, "n": 5, "n_undefined": 1, "undefined": [3]}
+    run = changed(runs["truthfulqa"], tmp_path / "run", methods=results["methods"])
+    text, page = report(tmp_path / "out", run)
+    assert next(row for row in page.tables[0] if row[0] == "expert")[3] == "–"
+    assert "expert: 1 of 6 have a score that is not finite" in text
+
+
+def test_training_runs_show_both_stages(full):
+    _, text, _ = full
+    part = text.split("## Training")[1]
+    assert "Anti-expert LLM: 4 steps" in part
+    assert "Anti-expert units: 4 steps, batches of 8 rows, peak learning rate 0.001" in part
+    assert "| L_anti | 3.000 | 3.000 | 3.000 | 3.000 |" in part
+    assert "| log p of right answers' tokens, expert | – | – | -5.250 | -5.250 |" in part
+    assert "Unfinished" not in part
+
+
+def test_unfinished_training_says_so(tmp_path):
+    run = write_training(tmp_path / "run", steps=9)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill leaves it
+    text, _ = report(tmp_path / "out", run)
+    assert text.count("Unfinished: 4 of 9 steps are done.") == 2
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        (run / name).unlink()
+    text, _ = report(tmp_path / "icd", run)
+    assert "The units have not been trained." in text
+
+
+def fails(capfd, *arguments) -> str:
+    assert main([*map(str, arguments)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
+    run, bad, out = runs["truthfulqa"], tmp_path / "bad", tmp_path / "out"
+    bad.mkdir()
+    assert "holds neither" in fails(capfd, bad, "--out", out)
+    assert "does not exist" in fails(capfd, tmp_path / "nowhere", "--out", out)
+    (bad / "run.json").write_text("{}")
+    assert "unfinished: go on with --resume" in fails(capfd, run, bad, "--out", out)
+    for content, part in {
+        "{": "not readable JSON",
+        "[]": "lacks benchmark",
+        '{"benchmark": "truthfulqa"}': "lacks protocol",
+        json.dumps(results_of(run) | {"methods": {"base": {}}}): "of another form than expected (KeyError",
+        json.dumps(results_of(run) | {"benchmark": "chess"}): "a run of chess",
+        '{"batch_sizes": {"1": {}}}': "of another form",
+    }.items():
+        (bad / "results.json").write_text(content)
+        error = fails(capfd, run, bad, "--out", out)
+        assert part in error
+        assert str(bad) in error
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for again in (run, copy):
+        assert f"is the same run as {run}" in fails(capfd, run, again, "--out", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad", "copy"}, "nothing may be left behind"
+
+    training = write_training(tmp_path / "training")
+    file = training / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 2', '"step"'))
+    assert "metrics.jsonl line 2 is damaged" in fails(capfd, training, "--out", out)
+    (training / "environment.json").write_text("{")
+    file.write_text("")
+    assert "environment.json is not readable" in fails(capfd, training, "--out", out)
+    shutil.rmtree(training / "icd")
+    assert "has not trained yet" in fails(capfd, training, "--out", out)
+
+
+def test_only_reports_are_overwritten(runs, tmp_path, capfd):
+    out = tmp_path / "out"
+    report(out, runs["harm"])
+    assert "exists already" in fails(capfd, runs["truthfulqa"], "--out", out)
+    assert main([str(runs["truthfulqa"]), "--out", str(out), "--overwrite"]) == 0
+    assert "TruthfulQA" in (out / "report.md").read_text()
+    before = sorted(path.name for path in runs["harm"].iterdir())
+    error = fails(capfd, runs["truthfulqa"], "--out", runs["harm"], "--overwrite")
+    assert "holds no report.md" in error
+    assert sorted(path.name for path in runs["harm"].iterdir()) == before
+
+
+def test_tables_scroll_on_a_phone(full, browser):
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get_log("browser")
+    try:
+        browser.get((full[0] / "report.html").as_uri())
+        widths = "return [document.documentElement.scrollWidth, innerWidth]"
+        assert browser.execute_script(widths) == [390, 390]
+        scrolls = "return [...document.querySelectorAll('.scroll')].map(x => x.scrollWidth > x.clientWidth)"
+        assert any(browser.execute_script(scrolls))
+        loaded = "return [...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        assert browser.execute_script(loaded)
+        assert browser.get_log("browser") == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
