@@ -133,14 +133,13 @@ class Facts:
     values: Mapping[str, str]
 
     def markdown(self) -> str:
-        lines = (
-            f"<dt>{html.escape(k)}</dt><dd><code>{html.escape(v)}</code></dd>" for k, v in self.values.items()
+        title, *texts = (
+            html.escape(text, quote=False)
+            for text in (self.title, *(text for pair in self.values.items() for text in pair))
         )
-        return (
-            f"<details><summary>{html.escape(self.title)}</summary>\n<dl>\n"
-            + "\n".join(lines)
-            + "\n</dl>\n</details>\n"
-        )
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        lines = "".join(f"<dt>{name}</dt><dd><code>{value}</code></dd>\n" for name, value in pairs)
+        return f"<details><summary>{title}</summary>\n<dl>\n{lines}</dl>\n</details>\n"
 
 
 @dataclasses.dataclass(frozen=True)

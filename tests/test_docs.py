@@ -27,7 +27,13 @@ def run_commands(text: str, directory: Path) -> None:
 
 def test_commands_of_the_evaluation_run(smollm2, tmp_path):
     run_commands((ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), tmp_path)
-    for name in ("harm/results.json", "tqa/scores.svg", "comparison/table.tex", "halueval/table.md"):
+    for name in (
+        "harm/results.json",
+        "tqa/scores.svg",
+        "comparison/table.tex",
+        "halueval/table.md",
+        "report/report.html",
+    ):
         assert (tmp_path / "out" / name).exists()
 
 

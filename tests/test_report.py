@@ -169,7 +169,7 @@ def test_other_protocols_data_and_limits_have_tables_of_their_own(runs, tmp_path
         changed(run, tmp_path / "data", data=data),
         changed(run, tmp_path / "limit", limit=6),
     ]
-    text, page = report(tmp_path / "out", run, *others)
+    _, page = report(tmp_path / "out", run, *others)
     headings = [h for h in page.headings if "6 questions" in h]
     assert len(set(headings)) == len(headings) == 4
     assert [h for h in headings if "chat" in h] == [headings[1]]
@@ -217,17 +217,13 @@ def test_what_runs_recorded_is_shown(full, runs):
     _, text, page = full
     results = results_of(runs["truthfulqa"])
     for shown in (text, page.text):
-        for part in (
-            results["data"]["sha256"],
-            results["units"],
-            results["base_model"]["fingerprint"],
-            results["versions"]["jax"],
-            results["statistics"]["interval"],
-        ):
-            assert part in shown
         assert "train 'a b'" in shown
+        assert results["command"] in shown
+        assert results["data"]["sha256"] in shown
+        assert results["units"] in shown
+        assert results["base_model"]["fingerprint"] in shown
+        assert results["statistics"]["interval"] in shown
     assert results["command"].startswith("python -m imae_jax.evaluate.truthfulqa --model ")
-    assert results["command"] in page.text
     settings = results["methods"]["in-model-contrast:renormalize=true"]["settings"]
     assert json.dumps(settings) in page.text
     overview = page.tables[-1]
