@@ -1,164 +1,177 @@
-"""ms per generated token and peak memory of every decoding method, against base and transformers' `generate`.
+"""ms per generated token of every decoding method, against base and transformers' `generate`.
 
     python benchmarks/decode.py --methods base,dola,sled:scale=10
     python benchmarks/decode.py --model OUT/imae --methods base,expert,icd:anti_expert=OUT/icd/adapter
 
-All decode greedily from the same prompt to exactly `--new-tokens` tokens, each in a process of its own, so
-that peak memory is its own too; the first run, which compiles, is left out; the figure is the median of
-`--repeats`. The bound is the time that reading the base's weights once takes at the bandwidth of a
+Methods are measured as by `python -m imae_jax.evaluate.cost`, the peer likewise: greedily, on the same random
+prompts, to exactly `--new-tokens` tokens, each in a process of its own, without the prefill and without the
+first run. The bound is the time that reading the base's weights once takes at the bandwidth of a
 matrix-vector product over 1 GiB, measured in the same run. Needs torch (`pip install -e '.[test]'`).
+
+The machine must be idle: among other processes torch's threads, which spin while they wait for each other,
+take many times longer. `cores` in the JSON file tells how many were busy.
 """
 
-import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-PROMPT = "The three laws of thermodynamics are"
-PEER = "transformers generate"
+from imae_jax import runtime
+from imae_jax.cli import ArgumentParser, command
+from imae_jax.evaluate.cost import (
+    BASE,
+    MemoryMeter,
+    Source,
+    Timing,
+    Workload,
+    add_cost_arguments,
+    bar_plot,
+    in_own_process,
+    measure_all,
+    time_runs,
+    with_base,
+    workloads_of,
+)
+from imae_jax.evaluate.tables import Table, number, show
+from imae_jax.evaluate.truthfulqa import parse_methods
+
+PEER, BOUND = "transformers generate", "bandwidth bound"
 
 
-def median_ms(run: Callable[[], object], repeats: int, new_tokens: int) -> float:
-    run()
+def measure_peer(exported: Path, workload: Workload) -> dict[str, Any]:
+    """The figures of `cost.measure` for transformers, on the CPU."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, StoppingCriteria
+
+    peer = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").eval()
+    shape = (workload.batch_size, workload.prompt_tokens)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, peer.config.vocab_size, shape))
+
+    class Clock(StoppingCriteria):
+        """Stops nothing; notes when each token was drawn."""
+
+        def __init__(self):
+            self.times: list[float] = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def run() -> Timing:
+        clock, start = Clock(), time.perf_counter()
+        peer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=workload.new_tokens,
+            max_new_tokens=workload.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+        )
+        first, last = clock.times[0], clock.times[-1]
+        return Timing(first - start, last - first, len(clock.times) - 1)
+
+    memory = MemoryMeter()
+    figures = time_runs(run, workload.repeats, memory)
+    weight_bytes = sum(x.nbytes for x in peer.parameters())
+    return figures | {"memory_bytes": memory.peak_bytes(weight_bytes), "weight_bytes": weight_bytes}
+
+
+def export_base(source: Source, directory: Path) -> int:
+    """Writes the base for the peer.
+
+    Returns:
+        The bytes of its weights that a step reads.
+    """
+    import jax
+
+    from imae_jax.convert.hf import save_hf
+
+    runtime.set_up()
+    lm = source.load(units=False)
+    save_hf(lm.model, lm.tokenizer, directory)
+    base = lm.model.weights().base
+    num_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
+    # Of which a token reads one row, unless it is the vocabulary projection as well.
+    return num_bytes - base["embed"].nbytes if "unembed" in base else num_bytes
+
+
+def bytes_per_second() -> float:
+    """Of reading a matrix of 1 GiB, the best of three."""
+    import jax
+    import jax.numpy as jnp
+
+    runtime.set_up()
+    matrix, vector = jnp.ones((2**30 // 4 // 4096, 4096), jnp.float32), jnp.ones(4096, jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(matrix, vector).block_until_ready()
+    seconds = (median_seconds(lambda: product(matrix, vector).block_until_ready(), 9) for _ in range(3))
+    return matrix.nbytes / min(seconds)
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times) / new_tokens
+    return statistics.median(times)
 
 
-def peak_bytes() -> int:
-    """Of this process; of the accelerator where there is one."""
-    import jax
-
-    statistics_of = jax.devices()[0].memory_stats()
-    if statistics_of:
-        return statistics_of["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure_ours(args: argparse.Namespace, method: str) -> dict[str, float]:
-    from imae_jax import runtime
-    from imae_jax.convert import load_model
-    from imae_jax.decode import generate
-
-    runtime.set_up()
-    lm = load_model(args.model, dtype=args.dtype)
-    prompts = [lm.tokenizer(PROMPT)["input_ids"]] * args.batch_size
-    models, resolved = lm.prepare(method, generating=True)
-
-    def run():
-        return generate(models, lm.config, prompts, method=resolved, max_new_tokens=args.new_tokens)
-
-    return {"ms_per_token": median_ms(run, args.repeats, args.new_tokens), "peak_bytes": peak_bytes()}
-
-
-def measure_peer(args: argparse.Namespace) -> dict[str, float]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    peer = AutoModelForCausalLM.from_pretrained(args.exported, dtype="auto").eval()
-    ids = torch.tensor([AutoTokenizer.from_pretrained(args.exported)(PROMPT)["input_ids"]] * args.batch_size)
-
-    def run():
-        return peer.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=args.new_tokens,
-            max_new_tokens=args.new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-
-    figure = median_ms(run, args.repeats, args.new_tokens)
-    return {"ms_per_token": figure, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
-def measure_bound(args: argparse.Namespace) -> dict[str, float]:
-    """Also exports the base for the peer."""
-    import jax
-    import jax.numpy as jnp
-
-    from imae_jax.convert import load_model
-    from imae_jax.convert.hf import save_hf
-
-    lm = load_model(args.model, dtype=args.dtype)
-    save_hf(lm.model, lm.tokenizer, Path(args.exported))
-    base = lm.model.weights().base
-    weight_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
-    if "unembed" in base:
-        weight_bytes -= base["embed"].nbytes  # of which a token reads one row
-    matrix = jnp.ones((2**30 // 4 // 4096, 4096), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    vector = jnp.ones(4096, jnp.float32)
-    seconds = (
-        min(median_ms(lambda: product(matrix, vector).block_until_ready(), 9, 1) for _ in range(3)) / 1e3
+def table_of(results: dict[str, Any], batch_size: str) -> Table:
+    figures = results["batch_sizes"][batch_size]
+    base, peer, rows = figures[BASE], figures[PEER], []
+    for name, row in figures.items():
+        ms, memory = row["ms_per_token"], row.get("memory_bytes")
+        ratios = (ms / base["ms_per_token"], ms / peer["ms_per_token"])
+        cells = (number(ms), *map(number, ratios), number(1e3 * int(batch_size) / ms, 1))
+        rows.append((name, *cells, number(memory and memory / 1e9)))
+    workload = results["workload"]
+    title = (
+        f"{results['model']}, {results['dtype']}, batch {batch_size}, {workload['prompt_tokens']} + "
+        f"{workload['new_tokens']} tokens"
     )
-    bandwidth = matrix.nbytes / seconds
-    return {"ms_per_token": 1e3 * weight_bytes / bandwidth, "bytes_per_second": bandwidth, "peak_bytes": 0}
+    columns = ("method", "ms/token", "× base", "× transformers", "tokens/s", "memory GB")
+    return Table(title, columns, tuple(rows))
 
 
-def plot(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    names = list(figures)
-    figure = Figure(figsize=(8, 0.5 + 0.35 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, [figures[name]["ms_per_token"] for name in names])
-    axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="ms per token", title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python benchmarks/decode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype")
-    parser.add_argument("--methods", default="base", help="comma-separated, base first")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", default=BASE)
+    add_cost_arguments(parser, batch_sizes="1,32")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--png", type=Path, help="also draw them")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--exported", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only:
-        measure = {"bound": measure_bound, PEER: measure_peer}.get(args.only)
-        print(json.dumps(measure(args) if measure else measure_ours(args, args.only)))
-        return
+    args = parser.parse_args(argv)
 
-    from imae_jax.decode import split_methods
-
-    figures = {}
+    workloads, methods = workloads_of(args), with_base(parse_methods(args.methods))
+    source = Source(args.model, {"dtype": args.dtype, "revision": None, "tokenizer": None, "base": None})
+    results = measure_all(source, methods, workloads, quiet=args.quiet)
     with tempfile.TemporaryDirectory() as directory:
-        for name in ("bound", PEER, *split_methods(args.methods)):
-            command = [sys.executable, *sys.argv, "--only", name, "--exported", directory]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            figures[name] = json.loads(run.stdout.splitlines()[-1])
-    base = figures.get("base", figures[PEER])
-    title = f"{args.model}, batch {args.batch_size}, {args.new_tokens} new tokens"
-    print(title)
-    print(f"{'':40}{'ms/token':>10}{'× base':>8}{'× peer':>8}{'GB':>7}{'× base':>8}")
-    for name, figure in figures.items():
-        ms, size = figure["ms_per_token"], figure["peak_bytes"]
-        memory = f"{size / 1e9:7.2f}{size / base['peak_bytes']:8.2f}" if size else ""
-        ratios = f"{ms / base['ms_per_token']:8.2f}{ms / figures[PEER]['ms_per_token']:8.2f}"
-        print(f"{name[-39:]:40}{ms:10.1f}{ratios}{memory}")
+        weight_bytes = in_own_process(export_base, source, Path(directory))
+        results["bytes_per_second"] = in_own_process(bytes_per_second)
+        bound = {"ms_per_token": 1e3 * weight_bytes / results["bytes_per_second"]}
+        for workload in workloads:
+            peer = in_own_process(measure_peer, Path(directory), workload)
+            results["batch_sizes"][str(workload.batch_size)] |= {PEER: peer, BOUND: bound}
+    show([table_of(results, batch_size) for batch_size in results["batch_sizes"]])
     if args.json:
-        args.json.write_text(json.dumps(vars(args) | {"figures": figures}, default=str, indent=2) + "\n")
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.png:
-        plot(figures, title, args.png)
+        series = {
+            f"batch {batch_size}": {name: row["ms_per_token"] for name, row in figures.items()}
+            for batch_size, figures in results["batch_sizes"].items()
+        }
+        bar_plot({"ms/token": series}, f"{results['model']}, {results['dtype']}", args.png)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -165,13 +165,19 @@ def _prefill(models, tokens, mask, eos, key, *, method, sampler, capacity):
     hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
     # [..., B, T, D] to [..., B, D].
     hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
-    scores = method.scores(streams.logits_of(models, method, hidden))
+    scores = _scores(models, method, hidden)
     seen = None
     if sampler.needs_seen:
         seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens].max(mask)
     token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
     seen = _with_token(seen, token)
     return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen)
+
+
+def _scores(models, method, hidden):
+    logits = streams.logits_of(models, method, hidden)
+    with jax.named_scope(method.name):
+        return method.scores(logits)
 
 
 def _with_token(seen, token):
@@ -186,7 +192,7 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
             models, method, state.token[:, None], attention_mask=every, answer=every, caches=state.caches
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
-        scores = method.scores(streams.logits_of(models, method, hidden))
+        scores = _scores(models, method, hidden)
         token = sampler.sample(scores, jax.random.fold_in(state.key, state.step), state.seen)
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
