@@ -27,14 +27,14 @@ from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arg
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
-from .runs import called, environment, parse_methods
+from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, parse_methods
 from .tables import Table, number, show
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
     from imae_jax.language_model import LanguageModel, LoadedResource
 
-RESULTS_FILE, MARKDOWN_FILE, PLOT_FILE = "results.json", "table.md", "cost.png"
+PLOT_FILE = "cost.png"
 MEMORY_PROFILE = "memory.prof"
 BASE = "base"
 # What `--random-weights` draws where a method names a trained adapter of the model.
