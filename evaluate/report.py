@@ -352,12 +352,12 @@ def truthfulqa_sections(
     for run in runs:
         with _damaged(run.path):
             together.setdefault(_questions(run.results), []).append(run)
-    notes = (Note(NOTE_INTERVALS), Note(NOTE_SUMS))
+    plots = tuple(plot for run in runs for plot in plots_of(run))
     return [
-        Section("TruthfulQA", notes),
+        Section("TruthfulQA", (Note(NOTE_INTERVALS), Note(NOTE_SUMS))),
         *(Section(title, _scores(of_title, harms), level=3) for title, of_title in together.items()),
         _paper_scores(paper),
-        Section("Plots of TruthfulQA", tuple(plot for run in runs for plot in plots_of(run)), level=3),
+        *([Section("Plots of TruthfulQA", plots, level=3)] if plots else []),
     ]
 
 
@@ -434,8 +434,10 @@ def _questions(results: Mapping[str, Any]) -> str:
 
 
 def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Mapping[str, Any], str]]:
-    """The harm of a run's methods and where it is from: what the run itself was given, else the first run of
-    the same model and settings."""
+    """The harm of a run's methods, and where it is from.
+
+    It is what the run itself was given, else that of the first run of the same model and settings.
+    """
     with _damaged(run.path):
         methods = run.results["methods"]
         found = {k: (row["harm"], str(run.results["harm"])) for k, row in methods.items() if "harm" in row}
