@@ -92,11 +92,17 @@ class StaticDoLa(Contrast):
 def _mixture_divergence(last: jax.Array, early: jax.Array) -> jax.Array:
     """`½ [KL(m ‖ q_N) + KL(m ‖ q_n)]` over the last axis, from log-probabilities."""
     m = (jnp.exp(last) + jnp.exp(early)) / 2
-    log_m = jnp.logaddexp(last, early) - jnp.log(2.0)
-    return jnp.sum(m * (log_m - (last + early) / 2), axis=-1)
+    return jnp.sum(m * (_log(m) - (last + early) / 2), axis=-1)
 
 
 def _jensen_shannon(last: jax.Array, early: jax.Array) -> jax.Array:
     """`½ [KL(q_N ‖ m) + KL(q_n ‖ m)]` over the last axis, from log-probabilities."""
-    log_m = jnp.logaddexp(last, early) - jnp.log(2.0)
-    return jnp.sum(jnp.exp(last) * (last - log_m) + jnp.exp(early) * (early - log_m), axis=-1) / 2
+    q_last, q_early = jnp.exp(last), jnp.exp(early)
+    log_m = _log((q_last + q_early) / 2)
+    return jnp.sum(q_last * (last - log_m) + q_early * (early - log_m), axis=-1) / 2
+
+
+def _log(m: jax.Array) -> jax.Array:
+    """The logarithm of probabilities that a factor of 0 follows where they underflow: cheaper than one of
+    log-probabilities."""
+    return jnp.log(jnp.maximum(m, jnp.finfo(m.dtype).tiny))
