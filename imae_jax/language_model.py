@@ -187,7 +187,7 @@ class LanguageModel:
                     text, closed[i] = text[: min(ends)], True
                 elif not last:
                     # A character of several tokens is still incomplete.
-                    text = text[: len(text) - held_back].rstrip("\ufffd")
+                    text = text[: max(len(text) - held_back, 0)].rstrip("\ufffd")
                 new.append(text[shown[i] :])
                 shown[i] = max(shown[i], len(text))
             return new

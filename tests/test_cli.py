@@ -280,6 +280,18 @@ def test_streamed_text_is_the_generated_text(smollm2):
     assert "".join(piece for (piece,) in smollm2.stream(prompt, stop=[stop], **options)) == cut
 
 
+def test_the_beginning_of_a_stop_string_is_held_back(checkpoint):
+    """Also where the text so far is shorter than the stop string, but by less than half."""
+    lm = checkpoint.load()
+    (text,) = lm.generate(["t5"], max_new_tokens=4)
+    first, second, *_ = text.split()
+    for stop in (f"{first} {second}", text[:-1]):
+        cut = text[: text.index(stop)]
+        assert lm.generate(["t5"], max_new_tokens=4, stop=[stop]) == [cut]
+        pieces = lm.stream(["t5"], max_new_tokens=4, stop=[stop], chunk_size=1)
+        assert "".join(piece for (piece,) in pieces) == cut
+
+
 def test_repetition_penalty_equals_recomputation(checkpoint):
     """On log-probabilities of transformers."""
     prompt, penalty = [5, 6, 7], 1.7
