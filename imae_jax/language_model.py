@@ -216,6 +216,8 @@ class LanguageModel:
         """Token ids of prompts in a format; see `generate`."""
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompts", prompts)
+        if not prompts:
+            return []
         texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
         return self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
 
@@ -241,6 +243,8 @@ class LanguageModel:
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompt", [prompt])
         _check_texts("answers", answers)
+        if not answers:
+            return []
         lead, _ = answer_frame(self.tokenizer, format)
         text = render(self.tokenizer, prompt, format)
         group = encode(
@@ -271,6 +275,8 @@ class LanguageModel:
                 are no log-probabilities.
         """
         _check_texts("texts", texts)
+        if not texts:
+            return []
         models, method = self.prepare(method, generating=False)
         if not method.normalized:
             raise UserError(

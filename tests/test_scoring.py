@@ -357,6 +357,7 @@ def test_perplexity_is_that_of_transformers(tiny):
     for function in (lm.perplexity, lm.generate, lambda text: lm.score("t3", text)):
         with user_error("one text", "list"):
             function("t3 t4")
+        assert function([]) == []
 
 
 def test_perplexity_cuts_texts_at_the_shorter_context_of_two_models(tiny):
