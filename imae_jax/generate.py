@@ -16,6 +16,7 @@ from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
+from imae_jax.prompts import resolve_format
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from imae_jax.decode import Sampler, parse_method, split_methods
 
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    names = split_methods(args.compare) if args.compare else [args.mode]
+    names = [args.mode] if args.compare is None else split_methods(args.compare)
     methods = [parse_method(name) for name in names if name is not None]
     lm = load_model(args.model, **model_arguments(args))
     if not methods:
@@ -99,11 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
     }
     if args.out is not None:
-        _continue_file(lm, args.prompts, args.out, methods[0], args.batch_size, options)
+        model = {"reference": args.model, **model_arguments(args)}
+        _continue_file(lm, model, args.prompts, args.out, methods[0], args.batch_size, options)
         return
 
+    titles = [methods[0].name] if args.compare is None else names
     columns, notes = [], []
-    for method in methods:
+    for title, method in zip(titles, methods, strict=True):
         start = time.perf_counter()
         if args.stream:
             print(args.prompt[0] if args.format == "raw" else "", end="", flush=True)
@@ -112,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print()
         else:
             columns.append(lm.generate(args.prompt, method, **options))
-        notes.append(f"{method.name}: {time.perf_counter() - start:.1f} s")
+        notes.append(f"{title}: {time.perf_counter() - start:.1f} s")
     if args.compare is not None:
-        _print_side_by_side(args.prompt, [method.name for method in methods], columns)
+        _print_side_by_side(args.prompt, titles, columns)
     elif not args.stream:
         for prompt, text in zip(args.prompt, columns[0], strict=True):
             print(prompt + text if args.format == "raw" else text.strip())
@@ -122,7 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _continue_file(
-    lm: "LanguageModel", source: Path, out: Path, method: "Method", batch_size: int, options: dict[str, Any]
+    lm: "LanguageModel",
+    model: dict[str, Any],
+    source: Path,
+    out: Path,
+    method: "Method",
+    batch_size: int,
+    options: dict[str, Any],
 ) -> None:
     """Continues the prompts of a JSONL file; lines that OUT has already are not done again.
 
@@ -132,38 +141,51 @@ def _continue_file(
     from tqdm import tqdm
 
     try:
-        lines = source.read_text(encoding="utf-8").split("\n")
+        # A byte-order mark is no part of the first line.
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} cannot be read: {first_line(error)}") from None
-    settings = json.loads(json.dumps({"method": method.settings(), **options}, default=dataclasses.asdict))
+    settings = {"model": model, "method": method.settings(), **options}
+    settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
     done = _done(out, settings)
+    # What is wrong with the settings is not a line's fault.
+    resolve_format(lm.tokenizer, options["format"], allow_raw=True)
+    models, _ = lm.prepare(method, generating=True)
     prompts, bad = {}, {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prompts[number] = _prompt_of(lm, line, options)
+                prompts[number] = _prompt_of(lm, line, options, models.context_length)
             except UserError as error:
                 bad[number] = str(error)
+    other = next((number for number, prompt in done.items() if prompts.get(number) != prompt), None)
+    if other is not None:
+        raise UserError(f"{out} has another prompt at line {other} than {source}: choose another --out")
     # Cut from all lines, those done too: what is drawn depends on a row's place in its batch.
     batches = [list(prompts)[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    with out.open("a", encoding="utf-8") as file:
-        for place, batch in enumerate(tqdm(batches, unit="batch")):
-            if done.issuperset(batch):
-                continue
-            seeded = options | {"seed": (options["seed"] + place) % 2**31}
-            texts = lm.generate([prompts[number] for number in batch], method, **seeded)
-            for number, text in zip(batch, texts, strict=True):
-                if number not in done:
-                    line = {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+    for place, batch in enumerate(tqdm(batches, unit="batch")):
+        if done.keys() >= set(batch):
+            continue
+        seeded = options | {"seed": (options["seed"] + place) % 2**31}
+        texts = lm.generate([prompts[number] for number in batch], method, **seeded)
+        new = [
+            {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
+            for number, text in zip(batch, texts, strict=True)
+            if number not in done
+        ]
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from None
     print(f"{out} holds {len(prompts)} lines, {len(done)} of them from before", file=sys.stderr)
     if bad:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
         raise UserError(f"{len(bad)} lines of {source} were left out: {shown}")
 
 
-def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any]) -> str:
+def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any], context: int) -> str:
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
@@ -172,29 +194,33 @@ def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any]) -> str:
         raise UserError("prompt is empty or no text")
     (tokens,) = lm.encode_prompts([prompt], options["format"])
     length = len(tokens) + options["max_new_tokens"]
-    if length > lm.config.context_length:
-        raise UserError(f"prompt and new tokens are {length}, the context is {lm.config.context_length}")
+    if length > context:
+        raise UserError(f"prompt and new tokens are {length}, the context is {context}")
     return prompt
 
 
-def _done(out: Path, settings: dict[str, Any]) -> set[int]:
-    """Numbers of the lines that OUT has; an unfinished last one is removed."""
+def _done(out: Path, settings: dict[str, Any]) -> dict[int, str]:
+    """Numbers and prompts of the lines that OUT has; an unfinished last one is removed."""
     if not out.exists():
-        return set()
-    done, kept = set(), []
-    for line in out.read_text(encoding="utf-8").splitlines(keepends=True):
+        return {}
+    try:
+        lines = out.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be read: {error.strerror}") from None
+    done, kept = {}, []
+    for line in lines:
         try:
             entry = json.loads(line)
-            number, used = entry["line"], entry["settings"]
+            number, prompt, used = entry["line"], entry["prompt"], entry["settings"]
         except (ValueError, KeyError, TypeError):
-            if not line.endswith("\n"):
+            if line.startswith(b'{"line"') and not line.endswith(b"\n"):
                 break  # A killed process left it.
             raise UserError(f"{out} was not written by this command: choose another --out") from None
         if used != settings:
             raise UserError(f"{out} was written with other settings: choose another --out")
-        done.add(number)
+        done[number] = prompt
         kept.append(line)
-    write_text(out, "".join(kept))
+    write_text(out, b"".join(kept).decode())
     return done
 
 

@@ -17,6 +17,7 @@ from imae_jax.llama import Llama
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 
 CHUNK_SIZE, STREAMED_CHUNK_SIZE = 32, 4
+WINDOW = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,7 @@ class LanguageModel:
         Args:
             chunk_size: tokens between pieces.
         """
+        _check_texts("stop", stop)
         if not all(stop):
             raise UserError("a stop string is empty: leave it out")
         models, method = self.prepare(method, generating=True)
@@ -187,7 +189,7 @@ class LanguageModel:
                     text, closed[i] = text[: min(ends)], True
                 elif not last:
                     # A character of several tokens is still incomplete.
-                    text = text[: len(text) - held_back].rstrip("\ufffd")
+                    text = text[: max(len(text) - held_back, 0)].rstrip("\ufffd")
                 new.append(text[shown[i] :])
                 shown[i] = max(shown[i], len(text))
             return new
@@ -213,6 +215,9 @@ class LanguageModel:
     def encode_prompts(self, prompts: Sequence[str], format: str) -> list[list[int]]:
         """Token ids of prompts in a format; see `generate`."""
         format = resolve_format(self.tokenizer, format, allow_raw=True)
+        _check_texts("prompts", prompts)
+        if not prompts:
+            return []
         texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
         return self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
 
@@ -236,6 +241,10 @@ class LanguageModel:
             UserError: an answer without tokens, or a method that the model cannot run.
         """
         format = resolve_format(self.tokenizer, format, allow_raw=True)
+        _check_texts("prompt", [prompt])
+        _check_texts("answers", answers)
+        if not answers:
+            return []
         lead, _ = answer_frame(self.tokenizer, format)
         text = render(self.tokenizer, prompt, format)
         group = encode(
@@ -254,22 +263,29 @@ class LanguageModel:
         """Perplexity of every text: exp of the mean negative log-probability of its tokens.
 
         The first token is only context. A text longer than a window goes in windows that overlap by half.
+        Attention takes memory with the square of a window.
 
         Args:
             texts: as they are; a tokenizer that adds BOS adds it.
             method: as in `generate`; one whose scores are log-probabilities.
-            window: tokens; default: the model's context.
+            window: tokens; default: 2048, or the model's context where that is less.
 
         Raises:
             UserError: a text of fewer than two tokens, a window over the context, or a method whose scores
                 are no log-probabilities.
         """
+        _check_texts("texts", texts)
+        if not texts:
+            return []
         models, method = self.prepare(method, generating=False)
         if not method.normalized:
             raise UserError(
                 f"perplexity of {method.name}: its scores are no log-probabilities; give it renormalize=true"
             )
-        window = window or self.config.max_position_embeddings
+        context = models.max_positions
+        window = min(WINDOW, context) if window is None else window
+        if window > context:
+            raise UserError(f"window {window} exceeds the model's context of {context}")
         groups = [windows(ids, window) for ids in self.tokenizer(list(texts))["input_ids"]]
         means = [0.0] * len(groups)
         for i, scores in score(models, self.config, groups, method):
@@ -284,3 +300,14 @@ class LanguageModel:
         if whole.startswith(before):
             return whole[len(before) :]
         return self.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    """Refuses one text, which is a sequence of texts too, and what no tokenizer takes."""
+    if isinstance(texts, str):
+        raise UserError(f"{name} is one text: give a list of texts")
+    for i, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{name} {i} holds half of a character (a lone surrogate)") from None

@@ -62,11 +62,10 @@ def test_generate_is_seeded(tiny_dir, capfd):
 
 
 def test_compare_shows_every_method(tiny_dir, capfd):
-    text = output_of(
-        capfd, generate, "--model", tiny_dir, "--prompt", "t5", "--compare", "base,0", "--max-new-tokens", 4
-    )
-    assert "prompt" in text
-    assert text.count("base") == 2
+    command = ["--model", tiny_dir, "--prompt", "t5", "--max-new-tokens", 4]
+    text = output_of(capfd, generate, *command, "--compare", "base,sled:scale={7,8}")
+    for title in ("prompt", "base", "sled:scale=7", "sled:scale=8"):
+        assert text.count(title) == 1
 
 
 BAD_GENERATE = {
@@ -88,6 +87,8 @@ BAD_GENERATE = {
     "seed": (["--seed", "-1"], "--seed -1"),
     "revision": (["--revision", "main"], "goes with a hub model"),
     "base": (["--base", "other"], "goes with an IMAE directory"),
+    "no methods": (["--compare", ""], "no method is given"),
+    "half a character": (["--prompt", "t5 \udcff"], "prompts 1 holds half of a character"),
 }
 
 
@@ -224,15 +225,17 @@ def test_a_file_of_prompts(checkpoint, tmp_path, capfd):
             '{"prompt": "t8"}',
         ),
         json.dumps({"prompt": " ".join(["t9"] * 80)}),
+        '{"prompt": "t9 \\ud800"}',
     )
     out = tmp_path / "out.jsonl"
     command = ["--model", str(checkpoint.directory), "--prompts", str(prompts), "--out", str(out)]
     command += ["--max-new-tokens", "6", "--batch-size", "2", "--temperature", "1.5"]
     assert generate(command) == 2
     error = capfd.readouterr().err
-    assert f"error: 3 lines of {prompts} were left out: line 3: prompt is empty" in error
+    assert f"error: 4 lines of {prompts} were left out: line 3: prompt is empty" in error
     assert "line 4: no JSON object" in error
     assert "line 7: prompt and new tokens are" in error
+    assert "line 8: prompts 0 holds half of a character" in error
     lines = out.read_text().splitlines(keepends=True)
     assert [json.loads(line)["line"] for line in lines] == [1, 5, 6]
     # Cut off in the middle of a line, as a kill leaves it: the same lines come again.
@@ -245,6 +248,49 @@ def test_a_file_of_prompts(checkpoint, tmp_path, capfd):
     # A row's text is that of the prompt alone.
     alone = checkpoint.load().generate(["t5 t6"], sampler=Sampler(1.5), max_new_tokens=6)
     assert json.loads(lines[0])["text"] == alone[0]
+
+
+def test_lines_end_at_line_feeds_alone(checkpoint, tmp_path, capfd):
+    """Not at what else Unicode calls a line's end; a byte-order mark belongs to no line."""
+    out, prompts = tmp_path / "new" / "out.jsonl", tmp_path / "in.jsonl"
+    texts = ["t5 \u2028 t6", "t7\u0085"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts]
+    prompts.write_text("".join(lines), encoding="utf-8-sig", newline="")
+    command = ["--model", str(checkpoint.directory), "--prompts", str(prompts), "--out", str(out)]
+    for before in (0, 2):
+        assert generate([*command, "--max-new-tokens", "2"]) == 0
+        assert f"holds 2 lines, {before} of them from before" in capfd.readouterr().err
+        assert [json.loads(line)["prompt"] for line in out.read_bytes().splitlines()] == texts
+
+
+def test_an_output_is_gone_on_with_for_the_same_model_and_prompts_alone(
+    checkpoint, tiny_dir, tmp_path, capfd
+):
+    out, prompts = tmp_path / "out.jsonl", write_prompts(tmp_path / "in.jsonl", '{"prompt": "t5"}')
+
+    def run(*arguments, model=checkpoint.directory):
+        command = ["--model", model, "--prompts", prompts, "--out", out, "--max-new-tokens", 2, *arguments]
+        assert generate([*map(str, command)]) == 2
+        return capfd.readouterr().err
+
+    # What no line can be done with leaves no file behind.
+    for arguments in (["--mode", "expert"], ["--format", "chat"], ["--max-new-tokens", 0], ["--stop", ""]):
+        assert "left out" not in run(*arguments)
+        assert not out.exists()
+    output_of(capfd, generate, "--model", tiny_dir, "--prompts", prompts, "--out", out, "--max-new-tokens", 2)
+    content = out.read_bytes()
+    assert "other settings" in run()
+    assert "other settings" in run("--dtype", "bfloat16", model=tiny_dir)
+    write_prompts(prompts, '{"prompt": "t6"}')
+    assert "another prompt at line 1" in run(model=tiny_dir)
+    assert out.read_bytes() == content
+    for foreign in (b"mine", b"mine\n", b"\xff\xfe"):
+        out.write_bytes(foreign)
+        assert "not written by this command" in run()
+        assert out.read_bytes() == foreign
+    out.unlink()
+    out.mkdir()
+    assert f"{out} cannot be read" in run()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +324,18 @@ def test_streamed_text_is_the_generated_text(smollm2):
     cut = whole[0][: whole[0].index(stop)]
     assert smollm2.generate(prompt, stop=[stop, "never"], **options) == [cut]
     assert "".join(piece for (piece,) in smollm2.stream(prompt, stop=[stop], **options)) == cut
+
+
+def test_the_beginning_of_a_stop_string_is_held_back(checkpoint):
+    """Also where the text so far is shorter than the stop string, but by less than half."""
+    lm = checkpoint.load()
+    (text,) = lm.generate(["t5"], max_new_tokens=4)
+    first, second, *_ = text.split()
+    for stop in (f"{first} {second}", text[:-1]):
+        cut = text[: text.index(stop)]
+        assert lm.generate(["t5"], max_new_tokens=4, stop=[stop]) == [cut]
+        pieces = lm.stream(["t5"], max_new_tokens=4, stop=[stop], chunk_size=1)
+        assert "".join(piece for (piece,) in pieces) == cut
 
 
 def test_repetition_penalty_equals_recomputation(checkpoint):

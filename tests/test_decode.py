@@ -316,6 +316,7 @@ def test_every_step_draws_anew(tiny_units):
     ("fields", "part"),
     [
         ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": 1e-45}, "temperature 1e-45"),
         ({"temperature": float("inf")}, "temperature inf"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_k": -1}, "top_k -1"),

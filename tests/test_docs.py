@@ -67,6 +67,9 @@ def test_what_documents_point_to_exists(document):
     links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^":]+)"', text)
     for link in links:
         assert (document.parent / link).exists(), link
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert anchors >= set(re.findall(r"\]\(#([^)]+)\)", text))
     assert not re.findall(r"@[A-Z]+@", text), "a figure is still to be filled in"
     paths = re.findall(r"`((?:imae_jax|convert|train|evaluate|tests|benchmarks)/[\w./]*)`", text)
     assert all((ROOT / path).exists() for path in paths), paths

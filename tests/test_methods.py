@@ -820,6 +820,7 @@ def test_buckets_of_layers(layers, tied, low, high):
     [
         ("dola:layer=3", ["dola", "'layer'", "candidates"]),
         ("icd:shared=true,anti_expert=m", ["icd", "'shared'", "anti_expert"]),
+        ("dola:alpha=0.1,alpha=0.2", ["dola", "alpha", "twice"]),
         ("icd", ["icd", "anti_expert="]),
         ("cd", ["cd", "amateur="]),
         ("iti", ["iti", "directions="]),
@@ -863,6 +864,7 @@ def test_wrong_settings_are_refused(settings, parts):
         ("dola:candidates=-1", ["dola", "layer -1"]),
         ("dola:candidates=2..1", ["dola", "candidates='2..1'"]),
         ("sled:candidates=0..3", ["sled", "layer 3"]),
+        ("sled:candidates=0..999999999999", ["sled", "layer 3"]),
         ("sled:candidates=", ["sled", "candidates=''"]),
         ({"name": "sled", "candidates": []}, ["sled", "candidates"]),
         ("dola-static:layer=3", ["dola-static", "layer 3"]),

@@ -22,7 +22,7 @@ from imae_jax.config import RopeConfig
 from imae_jax.decode import Continuation, encode, score, windows
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
-from imae_jax.decode.scoring import GROUPS_PER_WINDOW
+from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _projection_chunks
 
 LENGTH = 48
 
@@ -185,6 +185,33 @@ def test_one_shape_for_a_benchmark(weights):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5, 128])
+def test_chunks_hold_every_scored_node_once_with_its_parent(limit, monkeypatch):
+    """Trees where one node has many more children than a chunk has nodes, or all nodes have one."""
+    monkeypatch.setattr("imae_jax.decode.scoring.POSITIONS_PER_PROJECTION", limit)
+    random = np.random.default_rng(0)
+    nodes = np.arange(24)
+    layouts = {
+        "a star": np.where(nodes > 0, 0, -1),
+        "a chain": nodes - 1,
+        "random": np.where(nodes > 3, random.integers(0, np.maximum(nodes, 1)), -1),
+        "nothing": np.full(24, -1),
+    }
+    batch = np.stack([*layouts.values()]).astype(np.int32)
+    for parents in (batch, *batch[:, None]):
+        num_chunks, positions, places, parent_places = _projection_chunks(parents, projections=1)
+        found = {}
+        for chunk in range(num_chunks):
+            used = places[chunk] < parents.size
+            assert used.any()
+            for node, place in zip(places[chunk][used], parent_places[chunk][used], strict=True):
+                assert found.setdefault(node, chunk) == chunk
+                row, column = divmod(node, 24)
+                assert positions[chunk, place] == 24 * row + parents[row, column]
+        assert sorted(found) == np.flatnonzero(parents >= 0).tolist()
+        assert (places[num_chunks:] == parents.size).all()
+
+
 # Tokenizing
 
 
@@ -322,3 +349,22 @@ def test_perplexity_is_that_of_transformers(tiny):
         lm.perplexity(texts, "dola:candidates=low")
     with user_error("two"):
         lm.perplexity(["t3"])
+    with user_error("window 65", "64"):
+        lm.perplexity(texts, window=65)
+    for size in (0, 1):
+        with user_error(f"windows of {size}"):
+            lm.perplexity(texts, window=size)
+    for function in (lm.perplexity, lm.generate, lambda text: lm.score("t3", text)):
+        with user_error("one text", "list"):
+            function("t3 t4")
+        assert function([]) == []
+
+
+def test_perplexity_cuts_texts_at_the_shorter_context_of_two_models(tiny):
+    short = tiny("gqa", max_position_embeddings=16).directory
+    lm, method = tiny().load(), f"cd:amateur={short},renormalize=true"
+    text = " ".join(f"t{i}" for i in range(10, 40))
+    (expected,) = lm.perplexity([text], method, window=16)
+    assert lm.perplexity([text], method) == [expected]
+    with user_error("window 17", "16"):
+        lm.perplexity([text], method, window=17)

@@ -120,8 +120,7 @@ def stream_tokens(
     if not prompts:
         return
     tokens, mask = _pad(prompts, padding_side)
-    for each in models.configs:
-        _check_prompts(prompts, max_new_tokens, each)
+    _check_prompts(prompts, max_new_tokens, config, models.context_length)
 
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
@@ -216,8 +215,7 @@ def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.nd
     return tokens, mask
 
 
-def _check_prompts(prompts, max_new_tokens: int, config: LlamaConfig) -> None:
-    limit = config.context_length
+def _check_prompts(prompts, max_new_tokens: int, config: LlamaConfig, limit: int) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: give at least one token")

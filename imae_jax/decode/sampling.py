@@ -27,8 +27,9 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or above")
+        # Scores divided by less than this can overflow float32.
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or at least 1e-6")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
         if not 0 < self.top_p <= 1:

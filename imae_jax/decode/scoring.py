@@ -117,7 +117,7 @@ def score(
     row_length: int = ROW_LENGTH,
     rows_per_batch: int | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Scores every continuation's tokens: `s_t(x_t)` of METHODS section 2, teacher-forced.
+    """Scores every continuation's tokens: `s_t(x_t)` of docs/methods.md, teacher-forced.
 
     Args:
         model: with layers as separate arrays (`stacked=False`) for full speed; methods that need more than
@@ -199,7 +199,7 @@ def _score(
 def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
     """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context."""
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
-    limit = min(c.max_position_embeddings for c in models.configs)
+    limit = models.max_positions
     for i, group in enumerate(groups):
         for item in group:
             models.configs[0].check_token_ids(item.tokens)
@@ -364,8 +364,8 @@ def _projection_chunks(parents: np.ndarray, projections: int) -> tuple[np.ndarra
     flat = np.where(parents < 0, -1, parents + row_starts).ravel()
     nodes = np.flatnonzero(flat >= 0)
     nodes = nodes[np.argsort(flat[nodes], kind="stable")]
-    # A chunk but the last is full in P or in Q.
-    C = size // P + size // Q + 1
+    # A chunk but the last is full in P or in Q: it holds P nodes at least.
+    C = -(-size // P)
     positions, parent_places = np.zeros((C, P), np.int32), np.zeros((C, Q), np.int32)
     places = np.full((C, Q), size, np.int32)
     chunk, num_positions, num_nodes = 0, 0, 0
@@ -402,7 +402,7 @@ def _score_nodes(
     [B, T, M]; with `greedy` also
     whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
     B, T = tokens.shape
-    last_position = min(config.max_position_embeddings for config in models.configs) - 1
+    last_position = models.max_positions - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
     hidden, _ = streams.run(

@@ -33,6 +33,16 @@ class Models:
             return model
         return cls((model.weights() if isinstance(model, Llama) else model,), (config,))
 
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that all models were trained for: `dynamic` RoPE stretches beyond."""
+        return min(config.max_position_embeddings for config in self.configs)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a row may have in all models."""
+        return min(config.context_length for config in self.configs)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,8 @@ def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
             key, equals, value = item.partition("=")
             if not equals:
                 raise UserError(f"method {settings!r}: {item!r} is not of the form key=value")
+            if key in fields:
+                raise UserError(f"method {settings!r}: {key} is given twice")
             fields[key] = value
     else:
         fields = {str(key): value for key, value in settings.items()}
@@ -127,7 +129,7 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
     if value is None and len(kinds) < len(typing.get_args(kind)):
         return None
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    error = UserError(f"method {method}: {key}={value!r} is not a {names}")
+    error = UserError(f"method {method}: {key}={value!r} is no {names}")
     if isinstance(value, list | tuple) and any(typing.get_origin(k) is tuple for k in kinds):
         value = tuple(value)
         if all(isinstance(x, int) for x in value):

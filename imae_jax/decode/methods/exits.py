@@ -46,13 +46,13 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
     return tuple(sorted(set(layers)))
 
 
-def _numbers(method: str, candidates: str | Sequence[int]) -> list[int]:
+def _numbers(method: str, candidates: str | Sequence[int]) -> Sequence[int]:
     try:
         if not isinstance(candidates, str):
             return [int(layer) for layer in candidates]
         first, dots, last = candidates.partition("..")
         if dots:
-            return list(range(int(first), int(last) + 1))
+            return range(int(first), int(last) + 1)
         return [int(layer) for layer in candidates.split("+")]
     except (TypeError, ValueError):
         raise UserError(
