@@ -381,7 +381,8 @@ def test_contrast_samples_streams_and_stops(exported):
 
 def character_tokenizer():
     """Stop strings need a tokenizer that can write any text."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: TINY.vocab_size]
+    # Reversed, so that those which are no ASCII come first, where special tokens are.
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: TINY.vocab_size][::-1]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
