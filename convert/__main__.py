@@ -1,14 +1,19 @@
 """`python -m imae_jax.convert`: checkpoints from one format to another."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
+
+if TYPE_CHECKING:
+    from imae_jax.convert.references import OpenedModel
 
 
 @command
@@ -57,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.max_shard_gb is not None and args.max_shard_gb <= 0:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be above 0")
+    if args.max_shard_gb is not None and not 0 < args.max_shard_gb < math.inf:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb} must be a number above 0")
+    if not math.isfinite(args.iti_alpha):
+        raise UserError(f"--iti-alpha {args.iti_alpha} must be a number")
+    if args.iti_heads < 1:
+        raise UserError(f"--iti-heads {args.iti_heads} must be at least 1")
     if args.dry_run and args.push is None:
         raise UserError("--dry-run goes with --push: it lists what would be uploaded")
     max_shard_bytes = None if args.max_shard_gb is None else max(1, int(args.max_shard_gb * 1e9))
@@ -83,6 +92,7 @@ def _export(args: argparse.Namespace) -> None:
             lm = load_model(args.model, **model_arguments(args))
             if lm.imae is not None:
                 raise UserError(f"--iti goes with a plain model, which {args.model} is not: export its base")
+            _check_plain(args)
             model = lm.model
             if args.iti is not None:
                 directions = read_directions(Path(args.iti), lm.config)
@@ -91,6 +101,9 @@ def _export(args: argparse.Namespace) -> None:
             save_hf(model, lm.tokenizer, out, eos_token_ids=lm.eos_token_ids, max_shard_bytes=size)
         else:
             opened = open_model(args.model, revision=args.revision, base=args.base)
+            _keep_sources(opened, args.out)
+            if opened.imae is None:
+                _check_plain(args)
             write_model(
                 opened,
                 out,
@@ -120,12 +133,27 @@ def _export(args: argparse.Namespace) -> None:
         print("\n".join([f"{'would push' if args.dry_run else 'pushed'} to {args.push}:", *files]))
 
 
+def _check_plain(args: argparse.Namespace) -> None:
+    """Raises a `UserError` where an argument for a model card comes with a plain model, which gets none."""
+    for name, value in (("--results", args.results), ("--base-model", args.base_model)):
+        if value is not None:
+            raise UserError(f"{name} goes with an IMAE model, which {args.model} is not: leave it out")
+
+
+def _keep_sources(opened: "OpenedModel", out: str) -> None:
+    """Raises a `UserError` where `out` would replace the model that is read, or its base."""
+    for source in (opened.source, opened.unit_source):
+        if source is not None and Path(source.location).resolve().is_relative_to(Path(out).resolve()):
+            raise UserError(f"{out} holds {source.location}, which is read: choose another output")
+
+
 def _import(args: argparse.Namespace) -> None:
     runtime.set_up()
     from imae_jax.convert.export import import_model
     from imae_jax.convert.references import open_model
 
     opened = open_model(args.model, revision=args.revision)
+    _keep_sources(opened, args.out)
     import_model(opened, args.out, overwrite=args.overwrite)
     print(f"wrote {args.out}/imae and its base, {args.out}/base")
 

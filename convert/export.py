@@ -93,7 +93,8 @@ def write_model(
     else:
         shards = shards_of_size(tensors, max_shard_bytes or MAX_SHARD_BYTES)
     write_weights(directory, tensors, shards)
-    write_config(directory, hf, tensors.dtype, loaded_tokenizer, opened.eos_token_ids(loaded_tokenizer))
+    eos_token_ids = opened.eos_token_ids(loaded_tokenizer)
+    write_config(directory, hf, tensors.dtype, loaded_tokenizer, eos_token_ids, opened.generation_config())
 
 
 def _unit_tensors(opened: OpenedModel) -> SelectedSource | None:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -30,6 +31,7 @@ MAX_NAMES_IN_ERROR = 8
 # By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"
+GENERATION_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 # What the model types of exported IMAE models begin with.
 IMAE_PREFIX = "imae_"
@@ -411,7 +413,12 @@ def save_hf(
 
 
 def write_config(
-    directory: Path, hf: dict[str, Any], dtype: np.dtype, tokenizer: Any, eos_token_ids: Sequence[int]
+    directory: Path,
+    hf: dict[str, Any],
+    dtype: np.dtype,
+    tokenizer: Any,
+    eos_token_ids: Sequence[int],
+    generation_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes all of a HuggingFace directory but the weights.
 
@@ -421,6 +428,7 @@ def write_config(
         dtype: of the weights.
         tokenizer: a transformers tokenizer.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
+        generation_config: what else `generation_config.json` holds: how transformers samples by default.
     """
     with _quiet_tokenizers():
         tokenizer.save_pretrained(directory)
@@ -433,9 +441,11 @@ def write_config(
         (directory / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     eos = list(eos_token_ids)
     eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
-    hf = hf | {"dtype": str(dtype), "torch_dtype": str(dtype)} | generation
-    for name, values in (("config.json", hf), ("generation_config.json", generation)):
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+    hf = hf | {"dtype": str(dtype), "torch_dtype": str(dtype)} | ends
+    # The base's may name a token for empty prompts where the tokenizer has none.
+    known = {name: value for name, value in ends.items() if value is not None}
+    for name, values in (("config.json", hf), (GENERATION_FILE, ends | dict(generation_config) | known)):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

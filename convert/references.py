@@ -22,6 +22,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import (
+    GENERATION_FILE,
     IMAE_PREFIX,
     SafetensorsSource,
     TensorSource,
@@ -107,16 +108,21 @@ class OpenedModel:
                 f"the tokenizer in {location} cannot be loaded ({reason}): pass --tokenizer DIRECTORY"
             ) from None
 
+    def generation_config(self) -> dict[str, Any]:
+        """The contents of the model's `generation_config.json`, empty where there is none."""
+        if self.directory is None or not (self.directory / GENERATION_FILE).is_file():
+            return {}
+        return read_json(self.directory / GENERATION_FILE)
+
     def eos_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
         """Tokens that end a text."""
         ids = {tokenizer.eos_token_id}
         if isinstance(self.source, GGUFSource):
             ids |= self.source.end_token_ids
         if self.directory is not None:
-            for name in ("generation_config.json", "config.json"):
-                if (self.directory / name).is_file():
-                    value = read_json(self.directory / name).get("eos_token_id")
-                    ids |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+            for settings in (self.generation_config(), read_json(self.directory / "config.json")):
+                value = settings.get("eos_token_id")
+                ids |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
         return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 
@@ -145,7 +151,7 @@ def load_model(
             (float32 for GGUF).
         stacked: layer weights as stacks for training; see `Llama`.
         mesh: device mesh to shard over.
-        revision: branch, tag or commit of a hub model.
+        revision: branch, tag or commit of a hub model, or of a base there.
         tokenizer: directory or hub id of another tokenizer than the model's own.
         base: where the base of an IMAE directory or adapter is now, if it has moved; its weights must be
             the same.
@@ -159,7 +165,14 @@ def load_model(
         base_reference = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
         if not isinstance(base_reference, str) or base_reference == reference:
             raise UserError(f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path")
-        lm = load_model(base or base_reference, dtype=dtype, stacked=stacked, mesh=mesh, tokenizer=tokenizer)
+        lm = load_model(
+            base or base_reference,
+            dtype=dtype,
+            stacked=stacked,
+            mesh=mesh,
+            revision=revision,
+            tokenizer=tokenizer,
+        )
         deltas, lora = peft.read_adapter(directory, lm.config, stacked=stacked, mesh=mesh)
         peft.merge_into(lm.model, deltas, lora.scale)
         if int8 is not None:
@@ -200,7 +213,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     recorded = BaseReference(**imae["base"])
     location = base or recorded.reference
     try:
-        opened = _open(location, None if base else recorded.revision)
+        opened = _open(location, revision or (None if base else recorded.revision))
     except UserError as error:
         raise UserError(
             f"the base of {directory} is not found ({error}); pass --base if it has moved"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import (
     KINDS,
     TINY,
@@ -33,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from test_cli import error_of, output_of
 from test_convert import tensors_of
 from test_docs import ROOT, blocks
+from transformers import PreTrainedTokenizerFast
 
 from imae_jax import decode
 from imae_jax.anti_expert import MODES
@@ -67,30 +69,42 @@ def imae_dir(tiny, tmp_path_factory):
 
     @functools.cache
     def make(kind="gqa", dtype="float32", **fields) -> Path:
-        lm = tiny(kind, dtype=dtype, initializer_range=0.2, **fields).load()
-        path = tmp_path_factory.mktemp("imae") / f"{kind}-{dtype}"
-        write_imae_dir(
-            path,
-            with_random_units(lm.model.weights(), lm.config),
-            lm.config,
-            AntiExpertConfig(UNIT_SIZE),
-            base=dataclasses.asdict(lm.base),
-            training={"config": {"data": {"source": "halueval"}, "loss": {"beta": 2.0}}},
-        )
-        return path
+        directory = tiny(kind, dtype=dtype, initializer_range=0.2, **fields).directory
+        return write_units(directory, tmp_path_factory.mktemp("imae") / f"{kind}-{dtype}")
 
     return make
 
 
+def write_units(base: Path, path: Path) -> Path:
+    """An IMAE directory with random units."""
+    lm = load_model(str(base))
+    write_imae_dir(
+        path,
+        with_random_units(lm.model.weights(), lm.config),
+        lm.config,
+        AntiExpertConfig(UNIT_SIZE),
+        base=dataclasses.asdict(lm.base),
+        training={"config": {"data": {"source": "halueval"}, "loss": {"beta": 2.0}}},
+    )
+    return path
+
+
 @pytest.fixture(scope="module")
 def exported(imae_dir, tmp_path_factory):
-    """Factory of exports."""
+    """Factory of exports. What `export` verifies, the tests of IMAE models in transformers do, too."""
 
     @functools.cache
     def make(kind="gqa", dtype="float32", *arguments, **fields) -> Path:
         out = tmp_path_factory.mktemp("export") / "model"
-        command = ["export", "--model", str(imae_dir(kind, dtype, **fields)), "--out", str(out), *arguments]
-        assert convert(command) == 0
+        command = [
+            "export",
+            "--model",
+            str(imae_dir(kind, dtype, **fields)),
+            "--out",
+            str(out),
+            "--no-verify",
+        ]
+        assert convert([*command, *arguments]) == 0
         return out
 
     return make
@@ -159,7 +173,7 @@ def test_modes_of_calls_model_and_config(exported):
     hf.set_mode("anti-expert")
     assert_bitwise(hf_logits_of(hf, tokens, {}, None), of["anti-expert"])
     assert_bitwise(hf_logits_of(in_transformers(directory, mode="base"), tokens, {}, None), of["base"])
-    dial = exported("gqa", "float32", "--mode", "-0.5", "--no-verify")
+    dial = exported("gqa", "float32", "--mode", "-0.5")
     assert_bitwise(hf_logits_of(in_transformers(dial), tokens, {}, None), hf_logits_of(hf, tokens, {}, -0.5))
     for wrong in ("hallucinate", float("nan"), None):
         with pytest.raises(ValueError, match="does not exist"):
@@ -265,13 +279,17 @@ def test_units_attached_to_a_base(exported, imae_dir, tiny, kind):
     from imae_jax.convert.torch_side.modeling_imae import attach
 
     base = AutoModelForCausalLM.from_pretrained(tiny(kind, initializer_range=0.2).directory).eval()
-    tokens = random_tokens(2, 9)
+    torch, tokens = import_torch(), random_tokens(2, 9)
     before = hf_logits(base, tokens)
     model, hf = attach(base, imae_dir(kind)), in_transformers(exported(kind))
     for mode in MODES:
         assert_bitwise(hf_logits_of(model, tokens, {}, mode), hf_logits_of(hf, tokens, {}, mode))
+    second = attach(base, imae_dir(kind))
+    for parameter in second.model.layers[0].mlp.anti_expert.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert_bitwise(hf_logits_of(model, tokens, {}, "expert"), hf_logits_of(hf, tokens, {}, "expert"))
     assert_bitwise(hf_logits(base, tokens), before)
-    import torch
+    assert not any("anti_expert" in name for name in base.state_dict())
 
     assert torch.equal(
         model.generate(torch.as_tensor(tokens), max_new_tokens=5, do_sample=False),
@@ -288,7 +306,7 @@ def test_units_attached_to_a_base(exported, imae_dir, tiny, kind):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"beta": 2.0, "alpha": 0.0}, {"alpha": 0.4, "renormalize": True, "anti_strength": 1.5}]
+    "settings", [{}, {"beta": 2.0, "alpha": 0.0, "renormalize": True, "anti_strength": 1.5}]
 )
 def test_contrast_equals_this_library(exported, imae_dir, settings):
     import torch
@@ -350,11 +368,25 @@ def test_contrast_samples_streams_and_stops(exported):
     first = int(out[0, 6])
     stopped = hf.generate(tokens[:1], **command, max_new_tokens=6, do_sample=False, eos_token_id=first)
     assert stopped.shape[1] == 7
-    for wrong in ({"alpha": 1.5}, {"beta": float("nan")}, {"num_beams": 2}):
+    tokenizer = character_tokenizer()
+    stop = {"tokenizer": tokenizer, "stop_strings": [tokenizer.decode(first)]}
+    stopped = hf.generate(tokens[:1], **command, max_new_tokens=6, do_sample=False, **stop)
+    assert stopped.shape[1] == 7
+    for wrong in ({"alpha": 1.5}, {"beta": float("nan")}, {"num_beams": 2}, {"stop_strings": ["t5"]}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             hf.generate(tokens, **command, max_new_tokens=2, **wrong)
     with pytest.raises(ValueError, match="anti-expert"):
         plain_generate(directory)(model=torch.nn.Identity())
+
+
+def character_tokenizer():
+    """Stop strings need a tokenizer that can write any text."""
+    # Reversed, so that those which are no ASCII come first, where special tokens are.
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: TINY.vocab_size][::-1]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def plain_generate(directory):
@@ -405,6 +437,30 @@ def test_only_exports_are_imported(tiny, tmp_path, capfd):
     error = error_of(capfd, convert, "import", "--model", tiny().directory, "--out", tmp_path / "out")
     assert "no anti-expert units" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_not_replaced(exported, tiny, tmp_path, capfd):
+    shutil.copytree(exported(), tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for command in ("export", "import"):
+        arguments = [command, "--model", tmp_path / "model", "--out", tmp_path / "model", "--overwrite"]
+        assert "is read" in error_of(capfd, convert, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_plain_model_gets_no_card(tiny, tmp_path, capfd):
+    command = ["export", "--model", tiny().directory, "--out", tmp_path / "out", "--base-model", "org/name"]
+    assert "--base-model" in error_of(capfd, convert, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_generation_config_is_the_bases(tiny, tmp_path, capfd):
+    shutil.copytree(tiny().directory, tmp_path / "base")
+    settings = {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "top_p": 0.9, "pad_token_id": 0}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    output_of(capfd, convert, "export", "--model", tmp_path / "base", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == settings
 
 
 def test_an_export_is_no_base(exported, imae_dir, tmp_path):
@@ -543,13 +599,34 @@ def test_the_cards_snippet_runs(exported):
 # What is verified, and what goes wrong
 
 
-def test_an_export_that_computes_something_else_is_not_written(imae_dir, tmp_path, capfd, monkeypatch):
-    def swap_gates(hf, opened, mode):
-        return original(hf, opened, mode) | {"rms_norm_eps": 0.1}
+@pytest.fixture(scope="module")
+def amplifying(tiny, tmp_path_factory):
+    """An IMAE model whose logits are in the thousands, and so are their roundings."""
+    directory = tmp_path_factory.mktemp("amplifying")
+    shutil.copytree(tiny(initializer_range=0.2).directory, directory / "base")
+    tensors = load_file(directory / "base" / "model.safetensors")
+    tensors["lm_head.weight"] *= 1000
+    save_file(tensors, directory / "base" / "model.safetensors", {"format": "pt"})
+    return write_units(directory / "base", directory / "imae")
+
+
+def test_rounding_that_a_model_amplifies_is_no_error(amplifying, tmp_path, capfd):
+    command = ["export", "--model", amplifying, "--out", tmp_path / "out"]
+    assert "rounding alone" in output_of(capfd, convert, *command)
+    assert "Rounding alone" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("amplified", [False, True])
+def test_an_export_that_computes_something_else_is_not_written(
+    amplified, amplifying, imae_dir, tmp_path, capfd, monkeypatch
+):
+    def change_epsilon(hf, opened, mode):
+        return original(hf, opened, mode) | {"rms_norm_eps": 1e-3}
 
     original = export._imae_config
-    monkeypatch.setattr(export, "_imae_config", swap_gates)
-    command = ["export", "--model", imae_dir(), "--out", tmp_path / "out"]
+    monkeypatch.setattr(export, "_imae_config", change_epsilon)
+    model = amplifying if amplified else imae_dir()
+    command = ["export", "--model", model, "--out", tmp_path / "out"]
     assert "does not compute" in error_of(capfd, convert, *command)
     assert list(tmp_path.iterdir()) == []
     assert "not verified" in output_of(capfd, convert, *command, "--no-verify")
@@ -583,6 +660,11 @@ def test_without_torch_nothing_is_verified(imae_dir, exported, monkeypatch):
         (["--dry-run"], "--push"),
         (["--push", "not a name"], "'not a name'"),
         (["--max-shard-gb", "0"], "--max-shard-gb"),
+        (["--max-shard-gb", "inf"], "--max-shard-gb"),
+        (["--max-shard-gb", "nan"], "--max-shard-gb"),
+        (["--iti-alpha", "nan"], "--iti-alpha"),
+        (["--iti-heads", "0"], "--iti-heads"),
+        (["--revision", "main"], "--revision"),
         (["--results", "nowhere"], "nowhere"),
         (["--dtype", "int8"], "int8"),
         (["--iti", "directions"], "plain model"),

@@ -11,12 +11,22 @@ plausibility constraint: Li et al., "Contrastive Decoding", arXiv 2210.15097.
 import math
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
 def generate(
-    model, *args, beta=1.0, alpha=0.1, anti_strength=1.0, renormalize=False, streamer=None, **kwargs
+    model,
+    *args,
+    beta=1.0,
+    alpha=0.1,
+    anti_strength=1.0,
+    renormalize=False,
+    streamer=None,
+    stopping_criteria=None,
+    stop_strings=None,
+    tokenizer=None,
+    **kwargs,
 ):
     """As transformers' `generate`, greedy or sampling, with every logits processor and stopping criterion.
 
@@ -28,7 +38,7 @@ def generate(
             all.
         anti_strength: strength of the anti-expert rows.
         renormalize: log-softmax of the difference, before implausible tokens are masked.
-        streamer: as of `generate`.
+        streamer, stopping_criteria, stop_strings, tokenizer: as of `generate`.
 
     Raises:
         ValueError: a setting that makes no sense, beam search, or a model without modes.
@@ -58,6 +68,7 @@ def generate(
         mode = torch.tensor([0.0, anti_strength], device=input_ids.device).repeat_interleave(rows)
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
+        pad = generation_config._pad_token_tensor
         open_rows = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         tokens, cache, kept = input_ids, None, ()
         while open_rows.any():
@@ -79,8 +90,8 @@ def generate(
                 drawn = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
                 drawn = scores.argmax(-1)
-            if not open_rows.all():
-                drawn = torch.where(open_rows, drawn, generation_config._pad_token_tensor)
+            if pad is not None:
+                drawn = torch.where(open_rows, drawn, pad)
             if streamer is not None:
                 streamer.put(drawn.cpu())
             tokens = drawn[:, None]
@@ -93,5 +104,18 @@ def generate(
             return GenerateDecoderOnlyOutput(sequences=input_ids, scores=kept or None, past_key_values=cache)
         return input_ids
 
+    if stop_strings is not None:
+        # transformers loses the tokenizer on its way to a function of ours.
+        if tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass tokenizer=…")
+        stop = StopStringCriteria(tokenizer, stop_strings)
+        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or ()), stop])
     # Not `model.generate`, which transformers replaces by this function in models that do not mind.
-    return GenerationMixin.generate(model, *args, custom_generate=contrast, streamer=streamer, **kwargs)
+    return GenerationMixin.generate(
+        model,
+        *args,
+        custom_generate=contrast,
+        streamer=streamer,
+        stopping_criteria=stopping_criteria,
+        **kwargs,
+    )

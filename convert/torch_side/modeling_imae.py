@@ -151,13 +151,14 @@ class ImaeForCausalLMMixin:
 
     @property
     def generate(self):
-        # `from_pretrained` assigns the contrast of `custom_generate/` to this name. Here, only a call with
-        # `custom_generate=DIRECTORY` gets it.
-        return super().generate
+        return self.__dict__.get("generate", super().generate)
 
     @generate.setter
     def generate(self, function):
-        pass
+        # `from_pretrained` assigns the contrast of `custom_generate/` to this name, as a partial of it. Here,
+        # only a call with `custom_generate=DIRECTORY` gets it.
+        if getattr(function, "keywords", {}).get("model") is not self:
+            self.__dict__["generate"] = function
 
 
 class ImaeLlamaDecoderLayer(ImaeDecoderLayerMixin, LlamaDecoderLayer):
@@ -200,7 +201,7 @@ def attach(base, directory, mode="expert"):
 
     Args:
         base: transformers' `LlamaForCausalLM` or `Qwen2ForCausalLM`, on one device; the result shares its
-            modules, and it goes on working as before.
+            modules, and it stays as it is.
         directory: holds `imae_config.json` and `anti_expert.safetensors`. That the base is the one that the
             units were trained on is not checked.
         mode: as of `set_mode`.
@@ -232,11 +233,15 @@ def attach(base, directory, mode="expert"):
         raise ValueError(f"the units in {directory} do not fit this base: they belong to another model")
     model.load_state_dict(units, strict=False, assign=True)
     for layer, base_layer in zip(model.model.layers, base.model.layers, strict=True):
-        unit = layer.mlp.anti_expert
+        # The MLP's own parts, since a unit in the base's MLP would be in the base, too.
+        for name, module in base_layer.mlp.named_children():
+            setattr(layer.mlp, name, module)
         for name, module in base_layer.named_children():
-            setattr(layer, name, module)
-        weight = base_layer.mlp.down_proj.weight
-        layer.mlp.anti_expert = unit.to(weight.device, weight.dtype)
+            if name != "mlp":
+                setattr(layer, name, module)
+        # Not that of a matrix, which may be quantized.
+        weight = base_layer.post_attention_layernorm.weight
+        layer.mlp.anti_expert.to(weight.device, weight.dtype)
     for name, module in base.model.named_children():
         if name != "layers":
             setattr(model.model, name, module)
