@@ -398,9 +398,9 @@ def _score_nodes(
     method,
     greedy,
 ):
-    """Scores [B, T] of the scored nodes' tokens from the hidden states of their parents, of a `Joint`
-    [B, T, M]; with `greedy` also
-    whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
+    """Scores [B, T], of a `Joint` [B, T, M], of the scored nodes' tokens from the hidden states of their
+    parents; with `greedy` also whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and
+    `_projection_chunks`."""
     B, T = tokens.shape
     last_position = models.max_positions - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
