@@ -9,7 +9,7 @@ ASSETS = Path(__file__).parent
 
 
 def render(name: str, **values: Any) -> str:
-    """A page from `name.html`, `name.css` and, where there is one, `name.js`.
+    """A page from `name.html`, `page.css`, `name.css` and, where there is one, `name.js`.
 
     Args:
         name: of the files beside this one.
@@ -27,9 +27,9 @@ def render(name: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    for key, suffix in (("style", "css"), ("script", "js")):
-        path = ASSETS / f"{name}.{suffix}"
-        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    for key, files in (("style", ("page.css", f"{name}.css")), ("script", (f"{name}.js",))):
+        paths = (path for path in map(ASSETS.joinpath, files) if path.exists())
+        text = "\n".join(path.read_text(encoding="utf-8").strip() for path in paths)
         values |= {key: Markup(text), f"{key}_hash": _csp_hash(text)}
     return environment.get_template(f"{name}.html").render(values)
 
