@@ -15,6 +15,7 @@ from imae_jax.decode.loop import stream_tokens
 from imae_jax.decode.methods import StreamLogits
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
+from imae_jax.decode.sampling import argmax
 
 QUESTIONS = [
     "Q: What is the capital of France?\nA:",
@@ -531,3 +532,13 @@ def test_contexts_are_used_to_the_end():
 
 def test_no_prompts_no_rows():
     assert generate(tiny_llama(), TINY, []) == []
+
+
+def test_argmax_is_the_first_place_of_the_maximum():
+    x = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
+    x[0, 0, [7, 9]] = x.max() + 1
+    x[0, 1] = -np.inf
+    x[0, 2, :-1] = -np.inf
+    x[1, 0] = 2.0
+    np.testing.assert_array_equal(jax.jit(argmax)(x), np.argmax(x, axis=-1))
+    assert argmax(jnp.asarray(x)).dtype == jnp.int32

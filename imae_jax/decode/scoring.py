@@ -20,6 +20,7 @@ from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
 from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods import Method
+from imae_jax.decode.sampling import argmax
 from imae_jax.decode.streams import Caches, Models
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
@@ -427,7 +428,7 @@ def _score_nodes(
         chosen = tokens[jnp.minimum(at, B * T - 1)]
         new = [method.token_scores(logits, parent_places[chunk], chosen)]
         if greedy:
-            new.append(jnp.argmax(method.scores(logits), axis=-1)[parent_places[chunk]] == chosen)
+            new.append(argmax(method.scores(logits))[parent_places[chunk]] == chosen)
         return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))
 
     columns = (len(method.methods),) if isinstance(method, Joint) else ()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from imae_jax.config import LlamaConfig
 from imae_jax.decode.methods.exits import candidate_layers
 from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
+from imae_jax.decode.sampling import argmax
 from imae_jax.errors import UserError
 
 EPSILON = 1e-8
@@ -113,7 +114,7 @@ def _cosines(q: jax.Array, d: jax.Array, chosen: jax.Array) -> jax.Array:
     Returns:
         float32 [n, ..., k]; 0 where an exit points nowhere.
     """
-    peak = jnp.argmax(q, axis=-1, keepdims=True)
+    peak = argmax(q)[..., None]
     others = jnp.where(jnp.arange(q.shape[-1]) == peak, 0.0, q)
     others_dot_d, others_squared, d_squared = (
         jnp.sum(x, axis=-1, keepdims=True) for x in (others * d, others * others, d * d)
