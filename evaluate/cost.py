@@ -96,7 +96,7 @@ class Source:
             return load_model(self.reference, **options)
         recorded, moved = imae_dir.read_config(directory)["base"], options.pop("base")
         options["dtype"] = options["dtype"] or recorded["dtype"]
-        options["revision"] = None if moved else recorded["revision"]
+        options["revision"] = options["revision"] or (None if moved else recorded["revision"])
         return load_model(moved or recorded["reference"], **options)
 
 
@@ -524,8 +524,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     workloads = workloads_of(args)
-    if args.profile is not None and Path(args.profile).resolve() == Path(args.out).resolve():
-        raise UserError(f"--profile {args.profile}: choose another directory than OUT")
+    if args.profile is not None:
+        # Each replaces what is in its place, and with it the other.
+        one, other = Path(args.profile).resolve(), Path(args.out).resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UserError(f"--profile {args.profile}: choose another directory than OUT, beside it")
     methods = with_base(parse_methods(args.methods))
     source = Source(args.model, model_arguments(args), args.random_weights)
     with ExitStack() as stack:

@@ -101,9 +101,10 @@ def parse_methods(text: str) -> dict[str, "Method"]:
             raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"methods file {text} is not valid YAML: {error}") from None
-        if not isinstance(entries, list) or not all(
+        are_settings = isinstance(entries, list) and all(
             isinstance(entry, dict) and "name" in entry for entry in entries
-        ):
+        )
+        if not entries or not are_settings:
             raise UserError(f"methods file {text} must hold a list of `- {{name: …}}`")
     else:
         entries = split_methods(text)

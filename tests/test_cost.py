@@ -148,8 +148,9 @@ def test_existing_results_stay(tiny, tmp_path, capfd):
     assert "exists already" in capfd.readouterr().err
     assert main(arguments(tiny, tmp_path, "--overwrite")) == 2
     assert "holds no results.json" in capfd.readouterr().err
-    assert main(arguments(tiny, tmp_path, "--overwrite", "--profile", tmp_path / "out")) == 2
-    assert "choose another directory than OUT" in capfd.readouterr().err
+    for profile in (tmp_path / "out", tmp_path / "out" / "traces", tmp_path):
+        assert main(arguments(tiny, tmp_path, "--overwrite", "--profile", profile)) == 2
+        assert "choose another directory than OUT, beside it" in capfd.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 

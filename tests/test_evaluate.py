@@ -229,6 +229,10 @@ def test_methods_from_text_and_yaml(tmp_path):
     methods = parse_methods(str(path))
     assert list(methods) == ["base", "in-model-contrast", "strong"]
     assert methods["in-model-contrast"].renormalize
+    for nothing in ("", "[]", "base", "[base]"):
+        path.write_text(nothing)
+        with user_error("methods.yaml must hold a list"):
+            parse_methods(str(path))
 
 
 def test_settings_build_the_method_again():
