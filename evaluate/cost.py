@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import gc
 import json
-import math
 import multiprocessing
 import re
 import statistics
@@ -27,7 +26,7 @@ from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arg
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
-from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, parse_methods
+from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, jsonable, parse_methods
 from .summaries import precision_of
 from .tables import Table, number, show
 
@@ -88,7 +87,7 @@ class Source:
         directory, options = Path(self.reference), dict(self.options)
         loads_units = units or not (self.random_weights or imae_dir.is_imae_dir(directory))
         if options.get("int8") == "units" and not loads_units:
-            options["int8"] = None
+            options["int8"] = None  # There are none to quantize.
         if self.random_weights:
             dtype, int8 = options["dtype"], options.get("int8")
             return random_model(self.reference, dtype=dtype, units=units, int8=int8)
@@ -251,8 +250,7 @@ def measure(
     figures |= {
         "memory_bytes": memory.peak_bytes(weight_bytes, device),
         "weight_bytes": weight_bytes,
-        # JSON has no infinity.
-        "settings": {k: str(v) if v == -math.inf else v for k, v in method.settings().items()},
+        "settings": jsonable(method.settings()),
         "dtype": dtype,
         "memory": ON_DEVICE if device.memory_stats() else OF_PROCESS,
         "environment": environment(),

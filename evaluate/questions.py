@@ -199,11 +199,8 @@ def _from_targets(index: int, place: str, row: Any, form: str) -> Question:
         listed = targets if "choices" in targets else {"choices": [*targets], "labels": [*targets.values()]}
         choices[name], labels[name] = listed["choices"], listed.get("labels", [])
         are_lists = isinstance(choices[name], list) and isinstance(labels[name], list)
-        if (
-            not are_lists
-            or len(choices[name]) != len(labels[name])
-            or not all(isinstance(c, str) for c in choices[name])
-        ):
+        are_pairs = are_lists and len(choices[name]) == len(labels[name])
+        if not are_pairs or not all(isinstance(c, str) for c in choices[name]):
             raise UserError(f"{place}: {name} needs a label for every choice")
     mc1, mc2 = ([(c, bool(x)) for c, x in zip(choices[n], labels[n], strict=True)] for n in choices)
     question = str(row.get("question") or "").strip()
