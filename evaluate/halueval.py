@@ -196,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     n_excluded = sum(question in trained for question in questions)
     if not index:
         raise UserError(
-            f"--split {args.split} holds none of {len(rows)} pairs: {n_excluded} are of questions that the run "
-            "was trained on"
+            f"--split {args.split} holds none of {len(rows)} pairs: {n_excluded} are of questions that the "
+            "run was trained on"
         )
 
     format = resolve_format(lm.tokenizer, args.format)

@@ -139,7 +139,7 @@ def note_undefined(methods: Mapping[str, Any]) -> list[str]:
         if row["n_undefined"]:
             rows = ", ".join([*map(str, row["undefined"][:8]), *["…"] * (row["n_undefined"] > 8)])
             warnings.append(
-                f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score that "
-                f"is not finite (rows {rows}); means leave them out"
+                f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score "
+                f"that is not finite (rows {rows}); means leave them out"
             )
     return warnings

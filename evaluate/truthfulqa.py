@@ -72,7 +72,7 @@ def mc_metrics(
 
 
 def metrics_of(protocol: Protocol, question: Question, sums: Sequence[float]) -> dict[str, float]:
-    """A protocol's metrics of a question, from the sums of `Question.answers`; NaN where one is not finite."""
+    """A protocol's metrics of a question, from the sums of `Question.answers`; NaN if one is not finite."""
     # Also where the score that is not finite is of an answer that one of the metrics does not count.
     if not all(map(math.isfinite, sums)):
         return dict.fromkeys(protocol.metrics, math.nan)

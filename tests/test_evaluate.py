@@ -131,7 +131,6 @@ def test_choices_are_taken_as_they_are(tmp_path, suffix):
     p = np.exp([sums[c] for c in MC2])
     assert found["mc2"] == pytest.approx(p[:2].sum() / p.sum())
 
-
     # The harness's mc2 would have a value where only mc1's choice "No" has none: here neither has.
     found = metrics_of(protocols.PROTOCOLS["tqa-v1/lm-eval"], data.questions[0], [-2, -3, -4, -1, -math.inf])
     assert all(map(math.isnan, found.values()))
