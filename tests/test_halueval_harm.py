@@ -263,6 +263,7 @@ def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):
         "--window 1": ["--window", "1"],
         "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
     }
+    capfd.readouterr()  # Writing a checkpoint shows its progress.
     for part, arguments in bad.items():
         assert harm([*model, *arguments]) == 2
         error = capfd.readouterr().err
