@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="directory to write, too")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
     table = comparison_table(comparison)
     if args.out is not None:

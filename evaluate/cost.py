@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import gc
 import json
-import math
 import multiprocessing
 import re
 import statistics
@@ -27,7 +26,8 @@ from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arg
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
-from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, parse_methods
+from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, jsonable, parse_methods
+from .summaries import precision_of
 from .tables import Table, number, show
 
 if TYPE_CHECKING:
@@ -84,14 +84,18 @@ class Source:
         """The model; `units=False` loads the base of an IMAE directory alone."""
         from imae_jax.convert import imae_dir, load_model
 
-        if self.random_weights:
-            return random_model(self.reference, dtype=self.options["dtype"], units=units)
         directory, options = Path(self.reference), dict(self.options)
-        if units or not imae_dir.is_imae_dir(directory):
+        loads_units = units or not (self.random_weights or imae_dir.is_imae_dir(directory))
+        if options.get("int8") == "units" and not loads_units:
+            options["int8"] = None  # There are none to quantize.
+        if self.random_weights:
+            dtype, int8 = options["dtype"], options.get("int8")
+            return random_model(self.reference, dtype=dtype, units=units, int8=int8)
+        if loads_units:
             return load_model(self.reference, **options)
         recorded, moved = imae_dir.read_config(directory)["base"], options.pop("base")
         options["dtype"] = options["dtype"] or recorded["dtype"]
-        options["revision"] = None if moved else recorded["revision"]
+        options["revision"] = options["revision"] or (None if moved else recorded["revision"])
         return load_model(moved or recorded["reference"], **options)
 
 
@@ -246,8 +250,7 @@ def measure(
     figures |= {
         "memory_bytes": memory.peak_bytes(weight_bytes, device),
         "weight_bytes": weight_bytes,
-        # JSON has no infinity.
-        "settings": {k: str(v) if v == -math.inf else v for k, v in method.settings().items()},
+        "settings": jsonable(method.settings()),
         "dtype": dtype,
         "memory": ON_DEVICE if device.memory_stats() else OF_PROCESS,
         "environment": environment(),
@@ -261,7 +264,9 @@ def measure(
     return figures
 
 
-def random_model(reference: str, *, dtype: str | None, units: bool) -> "LanguageModel":
+def random_model(
+    reference: str, *, dtype: str | None, units: bool, int8: str | None = None
+) -> "LanguageModel":
     """A model with random weights of another's sizes, without a tokenizer.
 
     What methods name besides is drawn, too: any directions, `adapter` for a LoRA adapter of rank 16, and a
@@ -271,11 +276,13 @@ def random_model(reference: str, *, dtype: str | None, units: bool) -> "Language
         reference: as of `convert.references.model_config`; published sizes need no network.
         dtype: of the base; default: the checkpoint's own.
         units: with anti-expert units of the paper's ratio.
+        int8: which weights to quantize; see `imae_jax.int8`.
     """
     from flax import nnx
 
     from imae_jax.config import AntiExpertConfig
     from imae_jax.convert.references import DTYPES, model_config
+    from imae_jax.int8 import quantize
     from imae_jax.language_model import BaseReference, LanguageModel
     from imae_jax.llama import Llama
 
@@ -285,6 +292,8 @@ def random_model(reference: str, *, dtype: str | None, units: bool) -> "Language
         raise UserError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
     anti_expert = AntiExpertConfig.scaled_to(config) if units else None
     model = Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=DTYPES[dtype])
+    if int8 is not None:
+        quantize(model, int8)
     base = BaseReference(reference, None, "random weights", dtype)
     return LanguageModel(model, None, (), base, load_resource=_random_resource)
 
@@ -349,7 +358,7 @@ def cost_tables(results: Mapping[str, Any]) -> list[Table]:
             rows.append((name, *cells))
         workload = results["workload"]
         title = (
-            f"{results['model']}, {results['dtype']}, batch {batch_size}, {workload['prompt_tokens']} + "
+            f"{results['model']}, {precision_of(results)}, batch {batch_size}, {workload['prompt_tokens']} + "
             f"{workload['new_tokens']} tokens"
         )
         tables.append(Table(title, columns, tuple(rows)))
@@ -366,7 +375,7 @@ def cost_plot(results: Mapping[str, Any], path: Path) -> None:
         }
         for label, (key, scale) in panels.items()
     }
-    bar_plot(series, f"{results['model']}, {results['dtype']}", path)
+    bar_plot(series, f"{results['model']}, {precision_of(results)}", path)
 
 
 def bar_plot(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, path: Path) -> None:
@@ -465,6 +474,7 @@ def measure_all(
     return {
         "model": source.reference,
         "random_weights": source.random_weights,
+        "int8": source.options.get("int8"),
         "workload": settings,
         **common,
         "batch_sizes": figures,
@@ -512,8 +522,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     workloads = workloads_of(args)
-    if args.profile is not None and Path(args.profile).resolve() == Path(args.out).resolve():
-        raise UserError(f"--profile {args.profile}: choose another directory than OUT")
+    if args.profile is not None:
+        # Each replaces what is in its place, and with it the other.
+        one, other = Path(args.profile).resolve(), Path(args.out).resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UserError(f"--profile {args.profile}: choose another directory than OUT, beside it")
     methods = with_base(parse_methods(args.methods))
     source = Source(args.model, model_arguments(args), args.random_weights)
     with ExitStack() as stack:

@@ -189,15 +189,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     fields = [[row.question, row.right_answer, row.hallucinated_answer] for row in rows]
     lm = load_model(args.model, **model_arguments(args))
     trained = trained_questions(args.train_run, lm.tokenizer) if args.train_run else set()
-    usable = [i for i, row in enumerate(rows) if row.question not in trained]
-    split = select(
-        [rows[i].question for i in usable], args.split, seed=args.split_seed, dev_share=args.dev_share
-    )
-    index = [usable[place] for place in split][: args.limit]
+    questions = [row.question for row in rows]
+    # Drawn from all, so that no other run's exclusions move a question from one split to the other.
+    split = select(questions, args.split, seed=args.split_seed, dev_share=args.dev_share)
+    index = [i for i in split if questions[i] not in trained][: args.limit]
+    n_excluded = sum(question in trained for question in questions)
     if not index:
         raise UserError(
-            f"no pair is left of {len(rows)}: {len(rows) - len(usable)} are of questions that the run was "
-            "trained on"
+            f"--split {args.split} holds none of {len(rows)} pairs: {n_excluded} are of questions that the "
+            "run was trained on"
         )
 
     format = resolve_format(lm.tokenizer, args.format)
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = {
         "benchmark": BENCHMARK,
         "protocol": f"{PROTOCOL}/{format}",
-        **model_settings(lm, args.model),
+        **model_settings(lm, args),
         "data": {"path": args.data, "sha256": hashlib.sha256(dumps(fields).encode()).hexdigest()},
         "train_run": args.train_run,
         "split": {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share},
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "metrics": list(HEADS),
         "n_questions": len(index),
-        "n_excluded": len(rows) - len(usable),
+        "n_excluded": n_excluded,
         "n_answers": len(encoded),
         "boundary_merged": sum(c.boundary_merged for c in encoded),
         "length": length,

@@ -38,7 +38,7 @@ from .runs import (
     write_outputs,
 )
 from .summaries import sums_of
-from .tables import Table, number, show
+from .tables import Table, figure, show
 
 if TYPE_CHECKING:
     from imae_jax.language_model import LanguageModel
@@ -145,12 +145,6 @@ def summarize(values: np.ndarray) -> dict[str, Any]:
 def results_table(results: Mapping[str, Any]) -> Table:
     """The table of a `results.json`."""
 
-    def figure(value: Any) -> str:
-        value = math.nan if value is None else float(value)
-        if not math.isfinite(value):
-            return "NaN" if math.isnan(value) else "infinite"
-        return number(value, 3) if value < 1e5 else f"{value:.1e}"
-
     def share(value: float) -> str:
         return f"{100 * value:.1f} %"
 
@@ -213,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens = lm.tokenizer(text)["input_ids"]
         if len(tokens) < 2:
             raise UserError(f"text {args.text} has fewer than 2 tokens: give a longer one")
+        lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
         prepared = {label: lm.prepare(method, generating=generating) for label, method in methods.items()}
         context = min(c.max_position_embeddings for models, _ in prepared.values() for c in models.configs)
@@ -221,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {
             "benchmark": BENCHMARK,
             "protocol": f"{PROTOCOL}/{args.settings}",
-            **model_settings(lm, args.model),
+            **model_settings(lm, args),
             "data": {"path": str(args.text), "sha256": hashlib.sha256(text.encode()).hexdigest()},
             "window": {"length": length, "stride": max(1, length // 2)},
             "ruled_out_below": RULED_OUT,

@@ -177,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
     questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
         raise UserError(f"--folds {args.folds}: give 2 to {len(questions) // 2}")

@@ -198,7 +198,9 @@ def _from_targets(index: int, place: str, row: Any, form: str) -> Question:
             raise UserError(f"{place} has no {name}: the hub's multiple_choice form is needed")
         listed = targets if "choices" in targets else {"choices": [*targets], "labels": [*targets.values()]}
         choices[name], labels[name] = listed["choices"], listed.get("labels", [])
-        if len(choices[name]) != len(labels[name]) or not all(isinstance(c, str) for c in choices[name]):
+        are_lists = isinstance(choices[name], list) and isinstance(labels[name], list)
+        are_pairs = are_lists and len(choices[name]) == len(labels[name])
+        if not are_pairs or not all(isinstance(c, str) for c in choices[name]):
             raise UserError(f"{place}: {name} needs a label for every choice")
     mc1, mc2 = ([(c, bool(x)) for c, x in zip(choices[n], labels[n], strict=True)] for n in choices)
     question = str(row.get("question") or "").strip()

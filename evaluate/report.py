@@ -18,8 +18,15 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 
 from .questions import DATA_DIRECTORY
-from .runs import RESULTS_FILE, RUN_FILE, read_run
-from .summaries import against_baseline, differences_table, note_undefined, scores_table, sums_of
+from .runs import RESULTS_FILE, RUN_FILE, read_run, same_model
+from .summaries import (
+    against_baseline,
+    differences_table,
+    note_undefined,
+    precision_of,
+    scores_table,
+    sums_of,
+)
 from .tables import Table, number
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
@@ -180,7 +187,7 @@ class Evaluation:
 
     def label(self) -> str:
         """What its rows are headed with."""
-        return f"{self.results['model']} ({self.results['dtype']}), run {self.number}"
+        return f"{self.results['model']} ({precision_of(self.results)}), run {self.number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,7 +449,7 @@ def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Ma
         methods = run.results["methods"]
         found = {k: (row["harm"], str(run.results["harm"])) for k, row in methods.items() if "harm" in row}
         for harm in harms:
-            if any(run.results[key] != harm.results[key] for key in ("base_model", "units")):
+            if not same_model(run.results, harm.results):
                 continue
             for label, row in methods.items():
                 for other in harm.results["methods"].values():
@@ -478,8 +485,10 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
         return []
     columns = ("method", *paper["cost"]["columns"])
     groups: dict[str, list[tuple[str, ...]]] = {}
+    kinds: dict[str, None] = {}
     for run in runs:
         with _damaged(run.path):
+            kinds[run.results["memory"]] = None
             workload, versions = run.results["workload"], run.results["environment"]["versions"]
             for batch_size, figures in run.results["batch_sizes"].items():
                 drawn = ", random weights" if run.results["random_weights"] else ""
@@ -499,10 +508,9 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
                     for name, row in figures.items()
                 ]
     plots = [plot for run in runs for plot in plots_of(run)]
-    kinds = "; ".join(dict.fromkeys(str(run.results["memory"]) for run in runs))
     published = {"": [(name, *cells) for name, cells in paper["cost"]["methods"].items()]}
     notes = (Note(NOTE_PAPER.format(paper["source"]), warning=True), Note(paper["cost"]["note"]))
-    measured = (Note(NOTE_COST.format(kinds)), Grid("Measured", columns, groups), *plots)
+    measured = (Note(NOTE_COST.format("; ".join(kinds))), Grid("Measured", columns, groups), *plots)
     return [
         Section("Cost of decoding", measured),
         Section("The paper's cost", (*notes, Grid("As published", columns, published)), level=3),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+# Of `model_settings`: what scores depend on.
+IDENTITY = ("base_model", "units", "int8", "tokenizer")
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
 
 
@@ -99,9 +101,10 @@ def parse_methods(text: str) -> dict[str, "Method"]:
             raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"methods file {text} is not valid YAML: {error}") from None
-        if not isinstance(entries, list) or not all(
+        are_settings = isinstance(entries, list) and all(
             isinstance(entry, dict) and "name" in entry for entry in entries
-        ):
+        )
+        if not entries or not are_settings:
             raise UserError(f"methods file {text} must hold a list of `- {{name: …}}`")
     else:
         entries = split_methods(text)
@@ -219,8 +222,13 @@ def _fingerprint(method: "Method") -> str | None:
     return fingerprint(method.resource.reference)
 
 
-def model_settings(lm: "LanguageModel", reference: str) -> dict[str, Any]:
-    """What identifies a model in `run.json` and `results.json`."""
+def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a model in `run.json` and `results.json`.
+
+    Args:
+        lm: the model.
+        args: of `cli.add_model_arguments`, from which it was loaded.
+    """
     import jax
 
     units = lm.model.weights().units
@@ -228,12 +236,19 @@ def model_settings(lm: "LanguageModel", reference: str) -> dict[str, Any]:
     for array in jax.tree.leaves(units):
         digest.update(np.asarray(array).tobytes())
     return {
-        "model": reference,
+        "model": args.model,
         "base_model": dataclasses.asdict(lm.base),
         "dtype": lm.base.dtype,
+        "int8": args.int8,
+        "tokenizer": args.tokenizer,
         "anti_expert": lm.imae and lm.imae["anti_expert"],
         "units": None if units is None else digest.hexdigest(),
     }
+
+
+def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two runs' `model_settings` are of one model, wherever its directory is."""
+    return all(a.get(name) == b.get(name) for name in IDENTITY)
 
 
 class Run:
@@ -280,19 +295,19 @@ class Run:
         path = self.out / SCORES_FILE
         kept = []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for place, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
+        # Not `splitlines`: a question may hold what else Unicode breaks lines at.
+        for place, line in enumerate(text.split("\n")[:-1], 1):
             try:
                 entry = json.loads(line)
                 key = entry["method"], entry["index"]
+                is_new = key not in self.lines
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{path} line {place} is damaged: remove it, and it is scored again"
                 ) from None
-            if key not in self.lines:
+            if is_new:
                 self.lines[key] = entry
-                kept.append(line)
+                kept.append(line + "\n")
         write_text(path, "".join(kept))
 
     def score(

@@ -22,6 +22,11 @@ def sums_of(settings: Mapping[str, Any]) -> str:
     return "renormalized" if settings["renormalize"] else "raw"
 
 
+def precision_of(results: Mapping[str, Any]) -> str:
+    """A run's dtype, and which weights were 8-bit integers."""
+    return results["dtype"] + (f", int8 {results['int8']}" if results.get("int8") else "")
+
+
 def baseline_of(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:
     """The method that others are compared to: the one chosen, else base mode, else the first.
 
@@ -129,9 +134,12 @@ def against_baseline(methods: Mapping[str, Any]) -> dict[str, Any]:
 
 def note_undefined(methods: Mapping[str, Any]) -> list[str]:
     """A warning for every method with scores that are not finite."""
-    return [
-        f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score that is not "
-        f"finite (rows {', '.join(map(str, row['undefined'][:8]))}…); means leave them out"
-        for label, row in methods.items()
-        if row["n_undefined"]
-    ]
+    warnings = []
+    for label, row in methods.items():
+        if row["n_undefined"]:
+            rows = ", ".join([*map(str, row["undefined"][:8]), *["…"] * (row["n_undefined"] > 8)])
+            warnings.append(
+                f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score "
+                f"that is not finite (rows {rows}); means leave them out"
+            )
+    return warnings

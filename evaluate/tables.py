@@ -1,6 +1,7 @@
 """Tables for the terminal, Markdown and LaTeX."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ IN_LATEX = str.maketrans(
     {character: "\\" + character for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": "$<$", ">": "$>$", "|": r"$\vert$", "–": "--", "−": "$-$"}
-    | {"Δ": r"$\Delta$", "‖": r"$\Vert$", "×": r"$\times$"}
+    | {"Δ": r"$\Delta$", "‖": r"$\Vert$", "×": r"$\times$", "→": r"$\to$"}
 )
 
 
@@ -83,6 +84,14 @@ def show(tables: Sequence[Table]) -> None:
 def number(value: float | None, digits: int = 2) -> str:
     """A figure, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def figure(value: float | str | None) -> str:
+    """A figure of a `results.json`, where None is NaN and an infinity a text."""
+    value = math.nan if value is None else float(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    return number(value, 3) if value < 1e5 else f"{value:.1e}"
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None, *, sign: bool = False) -> str:

@@ -31,6 +31,7 @@ from .runs import (
     parse_methods,
     plan,
     read_run,
+    same_model,
 )
 from .summaries import (
     against_baseline,
@@ -40,7 +41,7 @@ from .summaries import (
     scores_table,
     summarize,
 )
-from .tables import Table, number, show
+from .tables import Table, figure, show
 
 BENCHMARK = "truthfulqa"
 HEADS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3", "binary": "binary"}
@@ -71,7 +72,10 @@ def mc_metrics(
 
 
 def metrics_of(protocol: Protocol, question: Question, sums: Sequence[float]) -> dict[str, float]:
-    """A protocol's metrics of a question, from the sums of `Question.answers`."""
+    """A protocol's metrics of a question, from the sums of `Question.answers`; NaN if one is not finite."""
+    # Also where the score that is not finite is of an answer that one of the metrics does not count.
+    if not all(map(math.isfinite, sums)):
+        return dict.fromkeys(protocol.metrics, math.nan)
     true, false = list(sums[: len(question.true)]), list(sums[len(question.true) :])
     ties = {"ties_win": protocol.ties_win}
     found = mc_metrics(true, false, question.best, **ties)
@@ -125,8 +129,7 @@ def results_tables(results: Mapping[str, Any]) -> list[Table]:
 def harm_cells(harm: Mapping[str, Any] | None) -> tuple[str, str]:
     if harm is None:
         return "–", "–"
-    kl = float(harm["kl"])
-    return "infinite" if math.isinf(kl) else number(kl, 3), f"{100 * harm['top1_agreement']:.1f} %"
+    return figure(harm["kl"]), f"{100 * harm['top1_agreement']:.1f} %"
 
 
 def results_plots(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def results_plots(results: Mapping[str, Any]) -> dict[str, Any]:
             heads,
         ),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    return {name: plot for name, plot in figures.items() if plot is not None}
 
 
 def read_harm(
@@ -158,9 +161,8 @@ def read_harm(
         UserError: it is of another model, or a method has other settings there.
     """
     harm, model = read_run(path, "harm"), jsonable(model)
-    for name in ("base_model", "units"):
-        if harm[name] != model[name]:
-            raise UserError(f"--harm {path} is of another model ({harm['model']}): measure this one")
+    if not same_model(harm, model):
+        raise UserError(f"--harm {path} is of another model ({harm['model']}): measure this one")
     found = {}
     for name, settings in methods.items():
         other = harm["methods"].get(name)
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = {
         "benchmark": BENCHMARK,
         "protocol": label(protocol, primer, data),
-        **model_settings(lm, args.model),
+        **model_settings(lm, args),
         "data": {"path": args.data, "kind": data.kind, "sha256": data.sha256},
         "primer": {"name": primer.name, "source": primer.source, "sha256": primer.sha256},
         "split": split,

@@ -18,10 +18,11 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode import Continuation, generate, parse_method, score
 from imae_jax.evaluate import cost, report
 from imae_jax.evaluate.cost import MemoryMeter, Source, Timing, Workload, main
+from imae_jax.layers import Int8
 from imae_jax.llama import Weights
 
 ROOT = Path(__file__).parents[1]
-NO_OPTIONS = {"dtype": None, "revision": None, "tokenizer": None, "base": None}
+NO_OPTIONS = dict.fromkeys(("dtype", "revision", "tokenizer", "base", "int8"))
 
 
 def arguments(tiny, tmp_path, *more) -> list[str]:
@@ -147,8 +148,9 @@ def test_existing_results_stay(tiny, tmp_path, capfd):
     assert "exists already" in capfd.readouterr().err
     assert main(arguments(tiny, tmp_path, "--overwrite")) == 2
     assert "holds no results.json" in capfd.readouterr().err
-    assert main(arguments(tiny, tmp_path, "--overwrite", "--profile", tmp_path / "out")) == 2
-    assert "choose another directory than OUT" in capfd.readouterr().err
+    for profile in (tmp_path / "out", tmp_path / "out" / "traces", tmp_path):
+        assert main(arguments(tiny, tmp_path, "--overwrite", "--profile", profile)) == 2
+        assert "choose another directory than OUT, beside it" in capfd.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
@@ -193,6 +195,9 @@ def test_methods_without_units_are_measured_without_them(tiny, tmp_path):
     bare = source.load(units=False)
     assert bare.model.weights().units is None
     assert bare.base.fingerprint == lm.base.fingerprint
+    int8 = Source(str(tmp_path / "imae"), NO_OPTIONS | {"int8": "units"})
+    assert isinstance(int8.load(units=True).model.weights().units[0]["w_up"], Int8)
+    assert int8.load(units=False).model.weights().units is None
     moved = Source(str(tmp_path / "imae"), NO_OPTIONS | {"base": str(tiny("gqa").directory)})
     assert moved.load(units=False).base.fingerprint == lm.base.fingerprint
 
@@ -225,6 +230,22 @@ def test_any_method_runs_on_random_weights(name, fields, tmp_path):
     assert len(models.weights) == 1 + ("{model}" in name)
     (row,) = generate(models, lm.config, [[5, 6, 7]], method=method, max_new_tokens=3, chunk_size=2)
     assert len(row) == 3
+
+
+def test_random_weights_are_quantized(tmp_path):
+    model = write_sizes(tmp_path, num_layers=1)
+    sources = {
+        int8: Source(model, NO_OPTIONS | {"int8": int8}, random_weights=True) for int8 in ("units", "all")
+    }
+    for units in (False, True):
+        for int8, source in sources.items():
+            weights = source.load(units=units).model.weights()
+            assert isinstance(weights.base["layers"][0]["wq"], Int8) == (int8 == "all")
+            assert units == (weights.units is not None)
+            if units:
+                assert isinstance(weights.units[0]["w_up"], Int8)
+    with user_error("int8='half'"):
+        cost.random_model(model, dtype=None, units=False, int8="half")
 
 
 def test_random_weights_refuse_what_does_not_fit(tmp_path):

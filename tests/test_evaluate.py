@@ -131,12 +131,21 @@ def test_choices_are_taken_as_they_are(tmp_path, suffix):
     p = np.exp([sums[c] for c in MC2])
     assert found["mc2"] == pytest.approx(p[:2].sum() / p.sum())
 
+    # The harness's mc2 would have a value where only mc1's choice "No" has none: here neither has.
+    found = metrics_of(protocols.PROTOCOLS["tqa-v1/lm-eval"], data.questions[0], [-2, -3, -4, -1, -math.inf])
+    assert all(map(math.isnan, found.values()))
+
 
 BAD_ROWS = {
     "no mc2_targets": {"question": "Why?", "mc1_targets": MC1},
     "needs a label for every choice": {
         "question": "Why?",
         "mc1_targets": {"choices": ["a", "b"], "labels": [1]},
+        "mc2_targets": MC2,
+    },
+    "mc1_targets needs a label": {
+        "question": "Why?",
+        "mc1_targets": {"choices": None, "labels": [1]},
         "mc2_targets": MC2,
     },
     "the first choice of mc1_targets": targets({"No": 0, "So": 1}, MC2),
@@ -219,6 +228,10 @@ def test_methods_from_text_and_yaml(tmp_path):
     methods = parse_methods(str(path))
     assert list(methods) == ["base", "in-model-contrast", "strong"]
     assert methods["in-model-contrast"].renormalize
+    for nothing in ("", "[]", "base", "[base]"):
+        path.write_text(nothing)
+        with user_error("methods.yaml must hold a list"):
+            parse_methods(str(path))
 
 
 def test_settings_build_the_method_again():
@@ -306,7 +319,7 @@ def test_scores_that_are_not_finite_are_named_and_not_averaged_in(scored, tmp_pa
     command[command.index("--out") + 1] = tmp_path / "out"
     assert run(*command) == 0
     captured = capfd.readouterr()
-    assert "6 of 6 have a score that is not finite" in captured.err
+    assert "6 of 6 have a score that is not finite (rows 0, 1, 2, 3, 4, 5);" in captured.err
     assert "–" in captured.out
     text = (tmp_path / "out" / "results.json").read_text()
     row = json.loads(text)["methods"]["in-model-contrast:beta=3e38"]

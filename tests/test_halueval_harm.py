@@ -12,6 +12,7 @@ from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.harm import summarize as summarize_harm
+from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import DataConfig
 from imae_jax.train.data import load_rows, tokenize
@@ -107,6 +108,18 @@ def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
     seen = {json.loads(line)["question"] for line in (out / "scores.jsonl").read_text().splitlines()}
     assert not seen & questions
 
+    # Whatever is left out, dev and test are those of all questions.
+    splits = {}
+    for split in ("dev", "test"):
+        arguments = [*map(str, command), "--split", split, "--dev-share", "0.5"]
+        for exclusion in (arguments, [x for x in arguments if x not in ("--train-run", str(run))]):
+            assert halueval([*exclusion, "--out", str(out), "--overwrite", "--quiet"]) == 0
+            found = [json.loads(line)["question"] for line in (out / "scores.jsonl").read_text().splitlines()]
+            splits.setdefault(split, []).append(set(found))
+    for apart, together in splits.values():
+        assert apart == together - questions
+    assert not set.union(*splits["dev"]) & set.union(*splits["test"])
+
     (run / "imae").mkdir()
     record = {"training": {"data": {"rows": 99, "held_out_rows": []}}}
     (run / "imae" / "imae_config.json").write_text(json.dumps(record))
@@ -121,7 +134,6 @@ def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
 # Harm
 
 
-@pytest.mark.parametrize("length", [2, 3, 8, 50])
 def text(tmp_path, count=90):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(f"t{i}" for i in np.random.default_rng(0).integers(3, TINY.vocab_size, count)))
@@ -190,6 +202,22 @@ def test_means_that_are_infinite_stay_so():
     assert (found["kl"], found["infinite_kl"], found["perplexity"]) == (np.inf, 0.25, np.inf)
 
 
+def test_harm_that_is_not_a_number_is_shown(scored, tiny_imae, tmp_path, capfd):
+    """The units' logits times 3e38 are not finite."""
+    method, out = "in-model-contrast:beta=3e38", tmp_path / "out"
+    command = [*scored[0]]
+    command[command.index("--methods") + 1] = f"base,{method}"
+    command[command.index("--out") + 1] = out
+    model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30)), "--methods", method]
+    assert harm([*model, "--out", str(tmp_path / "harm")]) == 0
+    assert json.loads((tmp_path / "harm" / "results.json").read_text())["methods"][method]["kl"] is None
+    assert truthfulqa([*map(str, command), "--quiet", "--harm", str(tmp_path / "harm")]) == 0
+    assert "| NaN | " in (out / "table.md").read_text()
+    runs = [str(out), str(tmp_path / "harm")]
+    assert report([*runs, "--out", str(tmp_path / "report")]) == 0
+    assert "| NaN | " in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
     command, out = [*scored[0]], tmp_path / "out"
     harms = [tmp_path / "harm", tmp_path / "other"]
@@ -214,19 +242,28 @@ def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
     assert "has other settings there" in capfd.readouterr().err
     assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(scored[1])]) == 2
     assert "is a run of truthfulqa, not of harm" in capfd.readouterr().err
+    again = [*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[0]), "--int8", "base"]
+    assert truthfulqa(again) == 2
+    assert "is of another model" in capfd.readouterr().err
     assert (out / "results.json").read_bytes() == before
 
 
-def test_bad_input_ends_in_one_line(tiny_imae, tmp_path, capfd):
+def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):
     model = ["--model", str(tiny_imae.directory), "--out", str(tmp_path / "out")]
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "wide.txt").write_text("t5 t110 t6")
     (tmp_path / "folds").mkdir()
     bad = {
         "fewer than 2 tokens": ["--text", str(tmp_path / "empty.txt")],
+        "token id 110 is outside": [
+            *("--tokenizer", str(tiny("gqa", vocab_size=120).directory)),
+            *("--text", str(tmp_path / "wide.txt")),
+        ],
         "nowhere.txt cannot be read": ["--text", "nowhere.txt"],
         "--window 1": ["--window", "1"],
         "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
     }
+    capfd.readouterr()  # Writing a checkpoint shows its progress.
     for part, arguments in bad.items():
         assert harm([*model, *arguments]) == 2
         error = capfd.readouterr().err

@@ -1,7 +1,9 @@
 """Evaluation runs: going on after a kill, what is refused, shared passes, statistics, comparisons, tables."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def test_a_killed_run_goes_on(scored, killed):
             assert results["methods"][name][key] == pytest.approx(row[key], abs=1e-3)
 
 
-def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tmp_path, capfd):
+def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_path, capfd):
     command, out = killed
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "unfinished run: pass --resume" in refused(capfd, *command)
@@ -77,6 +79,9 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tmp_path, ca
         "another methods.base": with_out(command, out, methods="expert"),
         "another split.name": [*command, "--split", "dev"],
         "another limit (None, now 3)": [*command, "--limit", "3"],
+        "another int8 (None, now base)": [*command, "--int8", "base"],
+        "another tokenizer (None, now ": [*command, "--tokenizer", tiny().directory],
+        "another base_model.dtype (float32, now bfloat16)": [*command, "--dtype", "bfloat16"],
         "csv-data-": with_out(command, out, data=write_questions(tmp_path / "q.csv", seed=1)),
         "another methods.in-model-contrast.beta (1.0, now 2.0)": None,
     }
@@ -91,8 +96,23 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tmp_path, ca
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "scores.jsonl").write_text("nonsense\n")
     assert "scores.jsonl line 1 is damaged" in refused(capfd, *command, "--resume")
+    (out / "scores.jsonl").write_text('{"method": [], "index": 0}\n')
+    assert "scores.jsonl line 1 is damaged" in refused(capfd, *command, "--resume")
     with user_error("unfinished", "--resume"):
         read_run(out)
+
+
+def test_a_question_may_hold_any_break_of_lines(scored, tmp_path):
+    data = tmp_path / "questions.csv"
+    published = Path(scored[0][scored[0].index("--data") + 1]).read_text()
+    rows = list(csv.reader(published.splitlines()))
+    rows[1][1] = rows[1][1].replace(" ", "\u2028", 1).replace(" ", "\x85", 1)
+    with data.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    command = with_out(scored[0], tmp_path / "out", methods="base", data=data)
+    assert run(*command) == 0
+    assert run(*command, "--resume") == 0
+    assert read_run(tmp_path / "out")["resumed_lines"] == 6
 
 
 def test_only_runs_are_replaced(scored, killed, tmp_path, capfd):
@@ -268,6 +288,8 @@ def test_runs_that_do_not_go_together_are_refused(scored, other, capfd):
     with user_error("differ in protocol", "--anyway"):
         compare_runs(scored[1], other)
     assert compare_runs(scored[1], other, anyway=True)["differing"].keys() == {"protocol"}
+    assert compare([str(scored[1]), str(other), "--anyway", "--seed", "-1"]) == 2
+    assert "--seed -1" in capfd.readouterr().err
     with user_error("no method 'dola'"):
         compare_runs(scored[1], scored[1], [("base", "dola")])
     (other / "results.json").write_text(json.dumps(results | {"benchmark": "halueval"}))
@@ -280,6 +302,7 @@ def test_runs_that_do_not_go_together_are_refused(scored, other, capfd):
 
 def test_tables_are_escaped():
     table = Table("50 % of a_b", ("method", "Δ & <p>"), (("in|model_contrast", "#1 ‖ $"),))
+    assert r"raw $\to$ log p" in Table("", ("method",), (("raw → log p",),)).latex()
     latex = table.latex()
     assert r"\caption{50 \% of a\_b}" in latex
     assert r"method & $\Delta$ \& $<$p$>$ \\" in latex
