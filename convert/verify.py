@@ -1,9 +1,9 @@
 """Holds an exported IMAE model in transformers against the model of this library that it was made of."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -87,13 +87,22 @@ def verify(opened: OpenedModel, directory: Path, dtype: str | None = None) -> Ve
     )
     mask = np.ones(tokens.shape, bool)
     mask[1, :PADDING] = False
+    # Here, since without torch it cannot be imported.
+    in_transformers = functools.partial(
+        importlib.import_module("imae_jax.convert.torch_side.logits").logits_of,
+        directory,
+        num_layers,
+        tokens,
+        mask,
+        modes=MODES,
+    )
     expected = _logits_here(dataclasses.replace(opened, config=config), dtype, tokens, mask)
-    actual, versions = _logits_in_transformers(directory, num_layers, tokens, mask, "sdpa")
+    actual, versions = in_transformers(attention="sdpa")
     difference, kl = _compare(expected, actual, mask)
     figures, limit = (difference, MAX_DIFFERENCE) if dtype == "float32" else (kl, MAX_KL)
     rounding = None
     if not max(figures.values()) <= limit:
-        other, _ = _logits_in_transformers(directory, num_layers, tokens, mask, "eager")
+        other, _ = in_transformers(attention="eager")
         rounding = max(_compare(actual, other, mask)[0 if dtype == "float32" else 1].values())
         limit = max(limit, ROUNDING_FACTOR * rounding)
     for mode, figure in figures.items():
@@ -167,28 +176,6 @@ def _host_device() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS may leave it out.
         return None
-
-
-def _logits_in_transformers(
-    directory: Path, num_layers: int, tokens: np.ndarray, mask: np.ndarray, attention: str
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    import torch
-    import transformers
-
-    # The modules that the export ships, without a copy of them in transformers' cache.
-    modeling = importlib.import_module("imae_jax.convert.torch_side.modeling_imae")
-    hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(modeling, hf["architectures"][0])
-    transformers.utils.logging.disable_progress_bar()
-    model = kind.from_pretrained(
-        directory, dtype="auto", num_hidden_layers=num_layers, attn_implementation=attention
-    ).eval()
-    inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
-    # Positions count real tokens, as `generate` has it; a bare call of transformers counts padding, too.
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        logits = {mode: model(**inputs, mode=mode).logits.float().numpy() for mode in MODES}
-    return logits, {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What an export ships: IMAE models for transformers, in PyTorch. No file here imports imae_jax."""
+"""PyTorch: what an export ships, and what runs it to verify it. No file here imports jax or imae_jax."""
