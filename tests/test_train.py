@@ -125,14 +125,36 @@ def test_loss_falls(checkpoint):
     assert history[-1]["gate_on_fact"] > history[-1]["gate_off_fact"] + 0.1
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    rows = [data.batch_rows(10, 4, seed=3, step=step) for step in range(10)]
+@pytest.mark.parametrize("group", [False, True])
+def test_batches_are_a_function_of_seed_and_step(group):
+    lengths = [5, 3, 9, 1, 7, 2, 8, 4, 6, 10]
+    rows = [data.batch_rows(lengths, 4, seed=3, step=step, group_by_length=group) for step in range(10)]
     for epoch in range(4):
         seen = [row for step in rows for row in step][10 * epoch : 10 * (epoch + 1)]
         assert sorted(seen) == list(range(10))
-    assert rows == [data.batch_rows(10, 4, seed=3, step=step) for step in range(10)]
-    assert rows != [data.batch_rows(10, 4, seed=4, step=step) for step in range(10)]
-    assert len(data.batch_rows(3, 8, seed=0, step=0)) == 8
+    assert rows == [
+        data.batch_rows(lengths, 4, seed=3, step=step, group_by_length=group) for step in range(10)
+    ]
+    assert rows != [
+        data.batch_rows(lengths, 4, seed=4, step=step, group_by_length=group) for step in range(10)
+    ]
+    assert len(data.batch_rows([1, 2, 3], 8, seed=0, step=0, group_by_length=group)) == 8
+
+
+def test_grouped_batches_hold_rows_of_like_length():
+    lengths = np.random.default_rng(0).integers(20, 120, 1000).tolist()
+    size = 8
+
+    def padding(group):
+        batches = [data.batch_rows(lengths, size, 0, step, group_by_length=group) for step in range(125)]
+        lengths_of = [[lengths[i] for i in batch] for batch in batches]
+        order = [max(batch) for batch in lengths_of]
+        return sum(max(b) * size - sum(b) for b in lengths_of) / sum(lengths), order
+
+    plain, _ = padding(False)
+    grouped, order = padding(True)
+    assert plain > 0.5 and grouped < 0.05
+    assert order[:32] != sorted(order[:32])
 
 
 def test_batch_marks_the_predicting_positions():

@@ -36,6 +36,8 @@ class DataConfig:
         length_ratio: use only rows whose right and hallucinated answers differ in tokens by at most
             this factor. HaluEval's hallucinated answers are much longer than its right ones, and an
             anti-expert can learn "write long" instead of "write wrong".
+        group_by_length: draw batches of rows of like length. Less padding, more steps a second; the order of
+            rows is another one.
     """
 
     source: str = "demo"
@@ -46,6 +48,7 @@ class DataConfig:
     held_out: int = 0
     split_seed: int = 0
     length_ratio: float | None = None
+    group_by_length: bool = False
 
 
 @dataclasses.dataclass

@@ -21,6 +21,7 @@ FIELDS = ("question", "right_answer", "hallucinated_answer")
 TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
 FACT_BUCKET = 16
+GROUPED_BATCHES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,15 +277,36 @@ def _auc(first: np.ndarray, second: np.ndarray) -> float:
     return float((below + not_above).mean() / (2 * len(second)))
 
 
-def batch_rows(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which examples step `step` takes (from 0): every epoch is a permutation drawn from the seed."""
+def batch_rows(
+    lengths: Sequence[int], batch_size: int, seed: int, step: int, group_by_length: bool = False
+) -> list[int]:
+    """Which examples, of these lengths in tokens, step `step` takes (from 0).
+
+    Every epoch is a permutation drawn from the seed. Grouped, neighbours of `GROUPED_BATCHES` batches at a
+    time are sorted by length and their batches shuffled: batches of like lengths have little padding.
+    """
     rows, epoch, order = [], -1, np.empty(0, int)
     for position in range(step * batch_size, (step + 1) * batch_size):
-        if position // num_examples != epoch:
-            epoch = position // num_examples
-            order = np.random.default_rng([seed, epoch]).permutation(num_examples)
-        rows.append(int(order[position % num_examples]))
+        if position // len(lengths) != epoch:
+            epoch = position // len(lengths)
+            rng = np.random.default_rng([seed, epoch])
+            order = rng.permutation(len(lengths))
+            if group_by_length:
+                order = _grouped(order, np.asarray(lengths), batch_size, rng)
+        rows.append(int(order[position % len(lengths)]))
     return rows
+
+
+def _grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    size = GROUPED_BATCHES * batch_size
+    batches = []
+    for block in (order[i : i + size] for i in range(0, len(order), size)):
+        block = block[np.argsort(lengths[block], kind="stable")]
+        cut = [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+        # A batch that is not full stays last: before others it would shift them across their bounds.
+        full = len(block) // batch_size
+        batches += [cut[i] for i in rng.permutation(full)] + cut[full:]
+    return np.concatenate(batches)
 
 
 def in_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -331,6 +331,7 @@ def run_stage(
         wandb = {"project": config.wandb, "id": f"{run.id}-{name}", "name": f"{run.out.name} {name}"}
         wandb |= {"dir": str(run.out), "config": config.to_dict()}
         log = RunLog(out, start, wandb if config.wandb is not None else None)
+    lengths = [len(example.tokens) for example in tokenized.train]
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=run.quiet)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -345,7 +346,9 @@ def run_stage(
                     log.evaluation(done, metrics)
 
         def batch_of(step: int):
-            chosen = data.batch_rows(len(tokenized.train), schedule.batch_size, config.seed, step)
+            chosen = data.batch_rows(
+                lengths, schedule.batch_size, config.seed, step, config.data.group_by_length
+            )
             batch = data.make_batch([tokenized.train[i] for i in chosen], schedule.accumulation)
             return batch, chosen, place_batch(batch, mesh)
 
@@ -427,7 +430,8 @@ class _Measurement:
 
     def _total(self, function: Any, examples: list[data.Example], trainable: Any, base: Any) -> Any:
         total = None
-        for rows in data.in_batches(examples, self._batch_size):
+        by_length = sorted(examples, key=lambda example: len(example.tokens))
+        for rows in data.in_batches(by_length, self._batch_size):
             part = jax.device_get(
                 function(trainable, base, place_batch(data.make_batch(rows, 1), self._mesh))
             )
