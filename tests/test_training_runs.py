@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of, user_error
+from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of, user_error, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imae_jax.convert import load_model
@@ -217,6 +217,27 @@ def test_gamma_may_be_changed_until_units_are_trained(settings, tmp_path, monkey
     assert main([*nothing, "filter.gamma=0.1", "--resume"]) == 0
     assert list((tmp_path / "run" / "token_filter").iterdir()) == [stored]
     assert main([*nothing, "--resume"]) == 2
+
+
+def test_only_rows_that_are_taken_are_filtered_and_another_run_reuses_that(
+    settings, tmp_path, monkeypatch, capfd
+):
+    write_rows(tmp_path / "rows.jsonl", count=24)
+    short = [*settings, *HELD_OUT, "optimizer.steps=1", "data.group_by_length=true", "--quiet"]
+    assert main([*short, *ICD]) == 0
+    stored = tmp_path / "run" / "token_filter"
+    rows = token_filter.stored_examples(stored, gamma=0.1)
+    assert len(rows) == 8 + 4, "one batch and the held-out rows, of 24"
+
+    monkeypatch.setattr(token_filter, "_log_ratios", None)
+    adapter = f"filter.anti_expert_llm={tmp_path / 'run' / 'icd' / 'adapter'}"
+    again = [*short, adapter, "filter.gamma=0.1", f"filter.reuse={stored}", f"out={tmp_path / 'again'}"]
+    assert main(again) == 0
+    assert losses_of(tmp_path / "again") == losses_of(tmp_path / "run")
+    assert token_filter.stored_examples(tmp_path / "again" / "token_filter", 0.1) == rows
+    assert main([*again, "seed=1", f"out={tmp_path / 'other'}"]) == 2
+    assert "holds no log-ratios of these rows" in capfd.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_that_begins_again_logs_step_0_once(settings, tmp_path):

@@ -73,10 +73,13 @@ class TokenFilterConfig:
             adapter in PEFT's format is one. Without it, the one that the `icd` stage makes; without
             that stage, T_fact holds every answer token.
         gamma: γ, the least log-probability ratio of anti-expert LLM to base.
+        reuse: `token_filter` directory of another run with the same rows, base and anti-expert LLM, whose
+            log-ratios are taken instead of computing them.
     """
 
     anti_expert_llm: str | None = None
     gamma: float = 1.0
+    reuse: str | None = None
 
 
 @dataclasses.dataclass

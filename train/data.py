@@ -280,25 +280,29 @@ def _auc(first: np.ndarray, second: np.ndarray) -> float:
 def batch_rows(
     lengths: Sequence[int], batch_size: int, seed: int, step: int, group_by_length: bool = False
 ) -> list[int]:
-    """Which examples, of these lengths in tokens, step `step` takes (from 0).
-
-    Every epoch is a permutation drawn from the seed. Grouped, neighbours of `GROUPED_BATCHES` batches at a
-    time are sorted by length and their batches shuffled: batches of like lengths have little padding.
-    """
+    """Which examples, of these lengths in tokens, step `step` takes (from 0); see `epoch_order`."""
     rows, epoch, order = [], -1, np.empty(0, int)
     for position in range(step * batch_size, (step + 1) * batch_size):
         if position // len(lengths) != epoch:
             epoch = position // len(lengths)
-            rng = np.random.default_rng([seed, epoch])
-            order = rng.permutation(len(lengths))
-            if group_by_length:
-                order = _grouped(order, np.asarray(lengths), batch_size, rng)
+            order = epoch_order(lengths, batch_size, seed, epoch, group_by_length)
         rows.append(int(order[position % len(lengths)]))
     return rows
 
 
-def _grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    size = GROUPED_BATCHES * batch_size
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool
+) -> np.ndarray:
+    """The order of examples in an epoch (from 0): a permutation drawn from the seed.
+
+    Grouped, neighbours of `GROUPED_BATCHES` batches at a time are sorted by length and their batches
+    shuffled: batches of like lengths have little padding.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    if not group_by_length:
+        return order
+    lengths, size = np.asarray(lengths), GROUPED_BATCHES * batch_size
     batches = []
     for block in (order[i : i + size] for i in range(0, len(order), size)):
         block = block[np.argsort(lengths[block], kind="stable")]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -228,21 +228,25 @@ def _identity(model: LanguageModel, tokenized: data.TokenizedData) -> dict[str, 
 
 def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
     """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
-    config, everything = run.config, run.data.train + run.data.held_out
+    config, train = run.config, list(run.data.train)
+    schedule = _Schedule.of(config, config.optimizer)
+    taken = schedule.taken(train, config)
     examples, kept = filter_tokens(
-        everything,
+        [train[i] for i in taken] + run.data.held_out,
         run.model,
         anti_expert_llm,
         config.filter.gamma,
         run.out / FILTER_DIR,
         mesh=run.mesh,
         batch_size=config.batch_size // config.accumulation,
+        reuse=None if config.filter.reuse is None else Path(config.filter.reuse),
         progress=run.progress,
     )
     if anti_expert_llm is not None and not run.quiet:
         show_filtered(examples, run.model.tokenizer, kept)
-    count = len(run.data.train)
-    tokenized = dataclasses.replace(run.data, train=examples[:count], held_out=examples[count:])
+    for i, example in zip(taken, examples, strict=False):
+        train[i] = example
+    tokenized = dataclasses.replace(run.data, train=train, held_out=examples[len(taken) :])
     units = run_stage(
         run,
         "train",
@@ -250,7 +254,7 @@ def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str |
         ImaeObjective(anti_expert, config.loss, config.remat, config.attention),
         run.model,
         tokenized,
-        _Schedule.of(config, config.optimizer),
+        schedule,
     )
     path = run.out / IMAE_DIR
     if is_main():
@@ -283,6 +287,12 @@ class _Schedule:
     @classmethod
     def of(cls, stage: TrainConfig | IcdConfig, optimizer: OptimizerConfig) -> "_Schedule":
         return cls(stage.batch_size, stage.accumulation, optimizer)
+
+    def taken(self, examples: Sequence[data.Example], config: TrainConfig) -> list[int]:
+        """Which examples any step takes: a run of less than an epoch leaves some alone."""
+        lengths = [len(example.tokens) for example in examples]
+        order = data.epoch_order(lengths, self.batch_size, config.seed, 0, config.data.group_by_length)
+        return sorted(order[: self.optimizer.steps * self.batch_size].tolist())
 
 
 def run_stage(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import adapter_of, read_adapter
 from imae_jax.convert.references import fingerprint
-from imae_jax.distributed import decide, is_main, to_host
+from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.llama import Weights, forward
@@ -30,6 +31,7 @@ from imae_jax.train.step import place_batch
 SAMPLES_SHOWN = 20
 FEW, MANY = 0.02, 0.80
 RATIO_COLUMN = "log_ratio"
+MARKER = "state.json"  # `datasets` writes it last.
 Progress = Callable[[Sequence, str], Sequence]
 
 
@@ -42,6 +44,7 @@ def filter_tokens(
     *,
     mesh: jax.sharding.Mesh,
     batch_size: int,
+    reuse: Path | None = None,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
     """Keeps the answer tokens with `log p_antiLLM − log p_base ≥ γ`.
@@ -57,6 +60,7 @@ def filter_tokens(
         cache: directory for the log-ratios.
         mesh: on which the base lies.
         batch_size: rows at a time.
+        reuse: another such directory, from which they are copied.
         progress: wraps an iteration to show how far it is.
 
     Returns:
@@ -64,12 +68,24 @@ def filter_tokens(
         thirds of the answers' length, and `rows_without_facts`, which still train the gate to close.
 
     Raises:
-        UserError: the LLM has another vocabulary than the base, or γ keeps nothing.
+        UserError: the LLM has another vocabulary than the base, `reuse` holds no such log-ratios, or γ
+            keeps nothing.
     """
     if anti_expert_llm is None:
         return list(examples), {"kept_share": 1.0}
     path = cache / _key(examples, base, anti_expert_llm)
     stored = decide(path.exists())
+    if reuse is not None and not stored:
+        if not decide((reuse / path.name / MARKER).is_file()):
+            raise UserError(
+                f"filter.reuse={reuse} holds no log-ratios of these rows, this base and {anti_expert_llm}: "
+                "leave it out to compute them"
+            )
+        if is_main():
+            with new_directory(path, marker=MARKER) as temporary:
+                shutil.copytree(reuse / path.name, temporary, dirs_exist_ok=True)
+        barrier("log-ratios copied")
+        stored = True
     if stored:
         ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
     else:
@@ -81,7 +97,7 @@ def filter_tokens(
             "start": [e.start for e in examples],
             RATIO_COLUMN: [r.astype(np.float32).tolist() for r in ratios],
         }
-        with new_directory(path, marker="state.json") as temporary:
+        with new_directory(path, marker=MARKER) as temporary:
             datasets.disable_progress_bar()
             datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
 
@@ -117,7 +133,7 @@ def stored_examples(cache: Path, gamma: float) -> list[Example]:
     Raises:
         UserError: `cache` does not hold the log-ratios of one run.
     """
-    paths = [path.parent for path in cache.glob("*/state.json")]
+    paths = [path.parent for path in cache.glob(f"*/{MARKER}")]
     if len(paths) != 1:
         raise UserError(
             f"{cache} holds {len(paths)} sets of log-ratios where one is needed: give a run that was trained "
