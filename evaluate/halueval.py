@@ -62,7 +62,9 @@ def preferences(right: float, hallucinated: float, tokens: tuple[int, int]) -> d
 
 
 def trained_questions(run: Path, tokenizer: Any) -> set[str]:
-    """The questions that a training run was trained on: its data, less what it held out or skipped.
+    """The questions of the rows that a training run takes in any of its stages.
+
+    What it held out or skipped is not among them, nor what a run of less than an epoch does not come to.
 
     Args:
         run: directory of `imae_jax.train`.
@@ -74,14 +76,15 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
     from imae_jax.convert.hf import read_json
     from imae_jax.convert.imae_dir import CONFIG_FILE
     from imae_jax.train.config import load_config
-    from imae_jax.train.data import load_rows, tokenize
+    from imae_jax.train.data import load_rows, taken, tokenize
+    from imae_jax.train.loop import ICD_DIR
 
     config_file, recorded = run / "config.yaml", run / "imae" / CONFIG_FILE
     if not config_file.is_file():
         raise UserError(f"--train-run {run} holds no config.yaml: give an output directory of imae_jax.train")
-    config = load_config(str(config_file)).data
-    rows = load_rows(config)
-    data = tokenize(rows, tokenizer, config)
+    config = load_config(str(config_file))
+    rows = load_rows(config.data)
+    data = tokenize(rows, tokenizer, config.data)
     if recorded.is_file():
         before = read_json(recorded).get("training", {}).get("data", {})
         now = data.statistics
@@ -89,7 +92,11 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
             raise UserError(
                 f"--train-run {run}: its data give other rows now than it was trained on: restore them"
             )
-    return {rows[example.row].question for example in data.train}
+    stages = [(config.batch_size, config.optimizer.steps)]
+    if config.icd.enabled or (run / ICD_DIR).is_dir():
+        stages.append((config.icd.batch_size, config.icd.steps(len(data.train))))
+    trained = {i for stage in stages for i in taken(data.train, config, *stage)}
+    return {rows[data.train[i].row].question for i in trained}
 
 
 def tables_of(results: Mapping[str, Any]) -> list[Table]:

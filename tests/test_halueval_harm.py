@@ -15,7 +15,7 @@ from imae_jax.evaluate.harm import summarize as summarize_harm
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import DataConfig
-from imae_jax.train.data import load_rows, tokenize
+from imae_jax.train.data import batch_rows, load_rows, tokenize
 
 # HaluEval QA
 
@@ -96,6 +96,18 @@ def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
     questions = {everything[example.row].question for example in trained}
     assert len(questions) == 4
     assert trained_questions(run, lm.tokenizer) == questions
+
+    # A run of less than an epoch: three steps of one row in one stage, two in the other.
+    stages = "batch_size: 1\noptimizer: {steps: 2}\n"
+    icd = "icd: {enabled: true, batch_size: 1, epochs: null, optimizer: {steps: 3}}\n"
+    (run / "config.yaml").write_text(config + stages + icd)
+    both = trained_questions(run, lm.tokenizer)
+    (run / "config.yaml").write_text(config + stages)
+    of_units = trained_questions(run, lm.tokenizer)
+    order = [row for step in range(3) for row in batch_rows([1] * 4, 1, 0, step)]
+    taken = [everything[trained[i].row].question for i in order]
+    assert (of_units, both) == (set(taken[:2]), set(taken))
+    (run / "config.yaml").write_text(config)
 
     again = json.loads(lines[trained[0].row]) | {"right_answer": "t5"}
     more = tmp_path / "more.jsonl"

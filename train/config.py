@@ -142,6 +142,12 @@ class IcdConfig:
         default_factory=lambda: OptimizerConfig(learning_rate=5e-4)
     )
 
+    def steps(self, num_rows: int) -> int:
+        """Optimizer steps over that many rows."""
+        if self.epochs is None:
+            return self.optimizer.steps
+        return max(1, round(self.epochs * num_rows / self.batch_size))
+
 
 @dataclasses.dataclass
 class MeshConfig:

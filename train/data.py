@@ -12,7 +12,7 @@ import numpy as np
 from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
-from imae_jax.train.config import DataConfig
+from imae_jax.train.config import DataConfig, TrainConfig
 
 DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
 HALUEVAL_HUB_ID = "pminervini/HaluEval"
@@ -311,6 +311,13 @@ def epoch_order(
         full = len(block) // batch_size
         batches += [cut[i] for i in rng.permutation(full)] + cut[full:]
     return np.concatenate(batches)
+
+
+def taken(examples: Sequence[Example], config: TrainConfig, batch_size: int, steps: int) -> list[int]:
+    """Which examples any of that many steps takes: a run of less than an epoch leaves some alone."""
+    lengths = [len(example.tokens) for example in examples]
+    order = epoch_order(lengths, batch_size, config.seed, 0, config.data.group_by_length)
+    return sorted(order[: steps * batch_size].tolist())
 
 
 def in_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -198,10 +198,7 @@ def _train_icd(run: Run, lora: LoraConfig) -> tuple[Path, bool]:
         if read_json(finished) != identity:
             raise UserError(f"{path} belongs to another base or other data: restore them, or start anew")
         return path, False
-    optimizer = icd.optimizer
-    if icd.epochs is not None:
-        steps = max(1, round(icd.epochs * len(run.data.train) / icd.batch_size))
-        optimizer = dataclasses.replace(optimizer, steps=steps)
+    optimizer = dataclasses.replace(icd.optimizer, steps=icd.steps(len(run.data.train)))
     deltas = run_stage(
         run,
         "icd",
@@ -229,8 +226,7 @@ def _identity(model: LanguageModel, tokenized: data.TokenizedData) -> dict[str, 
 def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
     """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
     config, train = run.config, list(run.data.train)
-    schedule = _Schedule.of(config, config.optimizer)
-    taken = schedule.taken(train, config)
+    taken = data.taken(train, config, config.batch_size, config.optimizer.steps)
     examples, kept = filter_tokens(
         [train[i] for i in taken] + run.data.held_out,
         run.model,
@@ -254,7 +250,7 @@ def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str |
         ImaeObjective(anti_expert, config.loss, config.remat, config.attention),
         run.model,
         tokenized,
-        schedule,
+        _Schedule.of(config, config.optimizer),
     )
     path = run.out / IMAE_DIR
     if is_main():
@@ -287,12 +283,6 @@ class _Schedule:
     @classmethod
     def of(cls, stage: TrainConfig | IcdConfig, optimizer: OptimizerConfig) -> "_Schedule":
         return cls(stage.batch_size, stage.accumulation, optimizer)
-
-    def taken(self, examples: Sequence[data.Example], config: TrainConfig) -> list[int]:
-        """Which examples any step takes: a run of less than an epoch leaves some alone."""
-        lengths = [len(example.tokens) for example in examples]
-        order = data.epoch_order(lengths, self.batch_size, config.seed, 0, config.data.group_by_length)
-        return sorted(order[: self.optimizer.steps * self.batch_size].tolist())
 
 
 def run_stage(
