@@ -405,6 +405,10 @@ def test_resume_before_the_first_checkpoint(settings, tmp_path):
     expected = losses_of(tmp_path / "run")
     for name in ("checkpoints", "imae"):
         shutil.rmtree(tmp_path / "run" / name)
+    # As a version wrote it that did not have these settings yet.
+    saved = tmp_path / "run" / "config.yaml"
+    old = [line for line in saved.read_text().splitlines() if "group_by_length" not in line]
+    saved.write_text("\n".join(line for line in old if "reuse" not in line))
     assert main([*late, "--resume", "--quiet"]) == 0
     assert losses_of(tmp_path / "run") == expected
 
@@ -415,9 +419,10 @@ def test_damaged_files_of_a_run(settings, tmp_path, capfd):
     assert main(["--config", str(path), *settings, "--quiet"]) == 2
     assert str(path) in capfd.readouterr().err
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("a: [")
-    assert main([*settings, "--resume", "--quiet"]) == 2
-    assert "config.yaml is damaged" in capfd.readouterr().err
+    for text in ("a: [", "3", ""):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        assert main([*settings, "--resume", "--quiet"]) == 2
+        assert "config.yaml is damaged" in capfd.readouterr().err
 
 
 def test_halueval_is_a_local_file_or_the_hub(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
@@ -522,12 +523,16 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
         if not saved.is_file():
             raise UserError(f"{out} holds no training run to resume")
         try:
-            before = dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
             ) from None
         now = config.to_dict()
+        # A setting that a later version added was at its default.
+        before = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), before))
         # γ only thresholds: until a step of the units is saved, another may be tried.
         if not any((out / CHECKPOINT_DIR).glob("[0-9]*")) and isinstance(before.get("filter"), dict):
             before["filter"] = before["filter"] | {"gamma": now["filter"]["gamma"]}
