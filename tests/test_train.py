@@ -26,7 +26,7 @@ from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
-from imae_jax.train.loop import train
+from imae_jax.train.loop import train, units_objective
 from imae_jax.train.objectives import ImaeObjective
 from imae_jax.train.step import (
     init_state,
@@ -103,6 +103,19 @@ def test_only_the_units_are_trained(checkpoint):
     assert all(float(jnp.abs(array).max()) > 0 for array in state.trainable.values())
     shapes = sorted(x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert shapes == sorted([x.shape for x in state.trainable.values()] * 2)
+
+
+def test_units_below_the_first_layer_stay_as_they_begin(settings, tmp_path, capfd):
+    config = load_config(None, [*settings, "units.first_layer=2"])
+    trained = load_model(str(train(config, quiet=True)))
+    start = units_objective(config, trained.config).module(trained.config, config.seed)
+    for layer, unit in enumerate(trained.model.weights().units):
+        for name in ("gate", "w_down"):
+            begins = np.allclose(unit[name], getattr(start, name).get_value()[layer])
+            assert begins == (layer < 2), (layer, name)
+    out = f"out={tmp_path / 'other'}"
+    assert main([*settings, "units.first_layer=3", out, "--quiet"]) == 2
+    assert "units.first_layer=3 leaves no layer" in capfd.readouterr().err
 
 
 def test_loss_falls(checkpoint):

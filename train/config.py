@@ -58,10 +58,12 @@ class UnitConfig:
     Attributes:
         ratio: A / F; the paper's is 4096 / 11008.
         intermediate_size: A itself, instead of the ratio.
+        first_layer: units of layers below (counted from 0) are not trained and contribute nothing.
     """
 
     ratio: float = 4096 / 11008
     intermediate_size: int | None = None
+    first_layer: int = 0
 
 
 @dataclasses.dataclass
@@ -184,6 +186,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "eval_rows": (1, math.inf),
     "data.length_ratio": (1, math.inf),
     "units.ratio": (_ABOVE_ZERO, 1e3),
+    "units.first_layer": (0, math.inf),
     "icd.batch_size": (1, math.inf),
     "icd.accumulation": (1, math.inf),
     "icd.epochs": (_ABOVE_ZERO, _FINITE),

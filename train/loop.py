@@ -34,7 +34,7 @@ from imae_jax.runtime import git_state, versions
 from imae_jax.sharding import check_divisible, make_mesh
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
-from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig, UnitConfig
+from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
 from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
 from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR, RunLog
 from imae_jax.train.step import (
@@ -110,8 +110,8 @@ def train(
     )
     if model.imae is not None or is_adapter(Path(config.model)):
         raise UserError(f"model {config.model} is no plain base model: train on its base instead")
-    anti_expert = unit_sizes(config.units, model.config)
-    check_divisible(model.config, anti_expert, mesh.shape)
+    objective = units_objective(config, model.config)
+    check_divisible(model.config, objective.anti_expert, mesh.shape)
     tokenized = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(tokenized, model.config)
     if not quiet:
@@ -137,7 +137,7 @@ def train(
                     return adapter
                 if trained:
                     run = dataclasses.replace(run, from_step=None)
-            return _train_units(run, anti_expert, anti_expert_llm)
+            return _train_units(run, objective, anti_expert_llm)
     except UserError:
         results = [f"**/{CHECKPOINT_DIR}/[0-9]*", f"{FILTER_DIR}/*", f"{ICD_DIR}/{ADAPTER_DIR}"]
         if is_main() and not any(any(out.glob(pattern)) for pattern in results):
@@ -224,7 +224,7 @@ def _identity(model: LanguageModel, tokenized: data.TokenizedData) -> dict[str, 
     return {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": tokenized.fingerprint}
 
 
-def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str | None) -> Path:
+def _train_units(run: Run, objective: ImaeObjective, anti_expert_llm: str | None) -> Path:
     """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
     config, train = run.config, list(run.data.train)
     taken = data.taken(train, config, config.batch_size, config.optimizer.steps)
@@ -248,7 +248,7 @@ def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str |
         run,
         "train",
         run.out,
-        ImaeObjective(anti_expert, config.loss, config.remat, config.attention),
+        objective,
         run.model,
         tokenized,
         _Schedule.of(config, config.optimizer),
@@ -259,7 +259,7 @@ def _train_units(run: Run, anti_expert: AntiExpertConfig, anti_expert_llm: str |
             path,
             Weights(run.model.model.weights().base, units),
             run.model.config,
-            anti_expert,
+            objective.anti_expert,
             base=dataclasses.asdict(run.model.base),
             training={
                 "config": config.to_dict(),
@@ -509,11 +509,22 @@ def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     return mesh
 
 
-def unit_sizes(units: UnitConfig, llama: LlamaConfig) -> AntiExpertConfig:
-    """The units' sizes for a base."""
+def units_objective(config: TrainConfig, llama: LlamaConfig) -> ImaeObjective:
+    """What the units of a base are trained for, with their sizes.
+
+    Raises:
+        UserError: `units.first_layer` names no layer of the base.
+    """
+    units = config.units
+    if not units.first_layer < llama.num_layers:
+        raise UserError(
+            f"units.first_layer={units.first_layer} leaves no layer to train: the model has "
+            f"{llama.num_layers}, counted from 0"
+        )
+    sizes = AntiExpertConfig.scaled_to(llama, units.ratio)
     if units.intermediate_size is not None:
-        return AntiExpertConfig(units.intermediate_size)
-    return AntiExpertConfig.scaled_to(llama, units.ratio)
+        sizes = AntiExpertConfig(units.intermediate_size)
+    return ImaeObjective(sizes, config.loss, config.remat, config.attention, units.first_layer)
 
 
 def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:

@@ -69,12 +69,21 @@ class Objective(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ImaeObjective(Objective):
-    """The anti-expert units' three losses (IMAE, section 3.2)."""
+    """The anti-expert units' three losses (IMAE, section 3.2).
+
+    Attributes:
+        anti_expert: sizes of the units.
+        settings: of the losses.
+        remat, attention: see `llama.forward`.
+        first_layer: units of layers below stay as they begin, where they contribute nothing. L_gate counts
+            their gates, which nothing moves.
+    """
 
     anti_expert: AntiExpertConfig
     settings: LossConfig
     remat: str = "none"
     attention: str = "plain"
+    first_layer: int = 0
 
     shown = ("loss", "anti", "expert", "gate")
 
@@ -82,6 +91,13 @@ class ImaeObjective(Objective):
         return AntiExpertUnits(llama, self.anti_expert, rngs=nnx.Rngs(seed), stack=llama.num_layers)
 
     def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+        def trained_above(stacked):
+            trained = jnp.arange(len(stacked)) >= self.first_layer
+            trained = trained.reshape(-1, *[1] * (stacked.ndim - 1))
+            return jnp.where(trained, stacked, jax.lax.stop_gradient(stacked))
+
+        if self.first_layer:
+            trainable = jax.tree.map(trained_above, trainable)
         return Weights(base, units=trainable)
 
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:

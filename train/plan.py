@@ -40,8 +40,8 @@ from imae_jax.llama import Llama
 from imae_jax.sharding import check_divisible, sharding, shardings_of
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig, load_config
-from imae_jax.train.loop import run_mesh, unit_sizes
-from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
+from imae_jax.train.loop import run_mesh, units_objective
+from imae_jax.train.objectives import AnswerObjective, Objective
 from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
 
 GIB = 2**30
@@ -131,8 +131,8 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
         UserError: the model is unknown, or the mesh does not divide its widths.
     """
     llama, base = _abstract_base(config.model, config.revision, config.dtype, mesh)
-    anti_expert = unit_sizes(config.units, llama)
-    check_divisible(llama, anti_expert, mesh.shape)
+    units = units_objective(config, llama)
+    check_divisible(llama, units.anti_expert, mesh.shape)
     stages = []
     if config.icd.enabled:
         icd_llama, icd_base, beside = llama, base, 0
@@ -144,8 +144,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
         objective = AnswerObjective(lora, config.remat, config.attention)
         stage = _plan_stage("icd", config, config.icd, icd_llama, icd_base, objective, mesh)
         stages.append(dataclasses.replace(stage, base=stage.base + beside))
-    objective = ImaeObjective(anti_expert, config.loss, config.remat, config.attention)
-    stages.append(_plan_stage("units", config, config, llama, base, objective, mesh))
+    stages.append(_plan_stage("units", config, config, llama, base, units, mesh))
     return stages
 
 
