@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo results test lint clean
 
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -27,6 +27,10 @@ demo: .venv/run
 	$(BIN)/python -m imae_jax.evaluate.report out/demo/train out/demo/truthfulqa --out out/demo/report --overwrite
 	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --format plain \
 	  --prompt "Which planet is closest to the Sun?" --max-new-tokens 32
+
+# The figures of docs/results.md: hours on two CPU cores. See results/Makefile.
+results: .venv/test
+	$(MAKE) --file results/Makefile
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,0 +1,290 @@
+"""Writes the tables of docs/results.md from finished runs: `python results/tables.py out/results`.
+
+`make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Its figures are in
+docs/results/figures.json in full, with the command and commit of every run.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from imae_jax.evaluate import stats
+from imae_jax.evaluate.questions import select
+from imae_jax.evaluate.summaries import sums_of, values_of
+from imae_jax.evaluate.tables import Table, number, p_value, with_interval
+
+DOCS = Path(__file__).parent.parent / "docs"
+METRICS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3"}
+PROTOCOLS = {"primer": "tqa-v1/qa-primer", "chat": "tqa-v1/chat"}
+SPLITS = {"test": "the 80 % not used for choosing", "all": "all questions"}
+BASE, CONTROLS = ("base", "log p"), {"right": "LoRA, right answers", "instruction": "“Answer truthfully.”"}
+MODES = {-1.0: "IMAE expert", 0.0: "base", 1.0: "IMAE anti-expert"}
+NAMES = {
+    "in-model-contrast": "in-model contrast",
+    "icd": "ICD",
+    "cd": "CD",
+    "dola": "DoLa",
+    "sled": "SLED",
+    "iti": "ITI",
+}
+# A method in the tables: its name, and what it sums over an answer's tokens.
+Key = tuple[str, str]
+
+
+def key_of(settings: Mapping[str, Any]) -> Key:
+    if settings["name"] == "imae":
+        strength = settings["strength"]
+        return MODES.get(strength, f"IMAE, strength {strength:g}"), "log p"
+    name = NAMES[settings["name"]]
+    if settings["name"] == "in-model-contrast" and settings["alpha"]:
+        name = "the expert's target"
+    if "merged" in settings.get("anti_expert", ""):
+        name = "ICD, second model"
+    return name, sums_of(settings)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Figures:
+    """What was read from runs: everything that a table shows, and where it is from."""
+
+    def __init__(self, root: Path):
+        self.root, self.sources, self.values = root, {}, {}
+
+    def results(self, name: str) -> dict[str, Any] | None:
+        """The `results.json` of an evaluation, or None where there is none yet."""
+        path = self.root / name / "results.json"
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        self.sources[name] = {
+            key: found.get(key) for key in ("command", "git", "versions", "machine", "split")
+        }
+        return found
+
+    def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
+        """Metrics of every method, question by question, of both splits."""
+        found = self.results(name)
+        if found is None:
+            return None
+        lines: dict[Key, list[dict[str, Any]]] = {}
+        keys = {label: key_of(row["settings"]) for label, row in found["methods"].items()}
+        for line in map(
+            json.loads, (self.root / name / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+        ):
+            lines.setdefault(keys[line["method"]], []).append(line)
+        values: dict[str, dict[Key, dict[str, np.ndarray]]] = {}
+        for split in SPLITS:
+            for key, own in lines.items():
+                own = sorted(own, key=lambda line: line["index"])
+                chosen = [own[i] for i in select([line["question"] for line in own], split)]
+                values.setdefault(split, {})[key] = {m: values_of(chosen, m) for m in METRICS}
+        return values
+
+
+def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
+    """Scores and paired differences to base of all methods, of both splits."""
+    seed0 = figures.truthfulqa(f"tqa/{protocol}/seed0")
+    if seed0 is None:
+        return
+    controls = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in CONTROLS}
+    for split, described in SPLITS.items():
+        methods = dict(seed0[split])
+        for name, found in controls.items():
+            if found is not None:
+                methods[CONTROLS[name], "log p"] = found[split][BASE]
+        base, scores, differences, stored = methods[BASE], [], [], {}
+        for key, own in methods.items():
+            means = {m: stats.mean(own[m]).scaled(100) for m in METRICS}
+            scores.append(
+                (*key, *(with_interval(mean["value"], mean["interval"]) for mean in means.values()))
+            )
+            stored[" / ".join(key)] = {"scores": means}
+            if key != BASE:
+                compared = stats.compare(list(METRICS), own, base, seed=0)
+                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+                differences.append((*key, *cells, p_value(compared["mc1"]["mcnemar"]["p"])))
+                stored[" / ".join(key)]["against_base"] = compared
+        count = len(base["mc1"])
+        figures.values[f"{protocol} {split}"] = {"n": count, "methods": stored}
+        above = f"{PROTOCOLS[protocol]}, {described} (N = {count})"
+        heads = METRICS.values()
+        yield (
+            f"{protocol}-{split}",
+            Table(f"{above}, seed 0, [95 % interval]", ("method", "sums", *heads), tuple(scores)),
+        )
+        columns = ("method", "sums", *(f"Δ {head}" for head in heads), "McNemar p (MC1)")
+        title = f"{above}: paired differences to base, [95 % interval]"
+        yield f"{protocol}-{split}-differences", Table(title, columns, tuple(differences))
+
+
+def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
+    """Every training seed, and their mean and standard deviation."""
+    names = sorted(path.parent.name for path in figures.root.glob(f"tqa/{protocol}/seed*/results.json"))
+    runs = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in names}
+    if len(runs) < 2:
+        return
+    for split, described in SPLITS.items():
+        shared = [key for key in runs[names[0]][split] if all(key in run[split] for run in runs.values())]
+        rows, stored = [], {}
+        for key in shared:
+            cells = []
+            for metric in METRICS:
+                of_seeds = [100 * float(np.nanmean(run[split][key][metric])) for run in runs.values()]
+                mean, deviation = statistics.mean(of_seeds), statistics.stdev(of_seeds)
+                stored.setdefault(" / ".join(key), {})[metric] = of_seeds
+                cells.append(f"{mean:.2f} ± {deviation:.2f} ({', '.join(f'{x:.1f}' for x in of_seeds)})")
+            rows.append((*key, *cells))
+        figures.values[f"{protocol} {split} seeds"] = stored
+        title = (
+            f"{PROTOCOLS[protocol]}, {described}: mean ± standard deviation over {len(names)} training seeds"
+        )
+        yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
+
+
+def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """HaluEval's pairs of equal length, neutral text, time and memory."""
+    columns: dict[str, dict[Key, str]] = {}
+    for run, own in {"seed0": None, **CONTROLS}.items():
+        halueval, harm = figures.results(f"halueval/{run}"), figures.results(f"harm/{run}")
+        if halueval is not None:
+            for label, row in halueval["parts"]["all"].items():
+                key = (own, "log p") if own else key_of(halueval["methods"][label]["settings"])
+                columns.setdefault("right preferred", {})[key] = with_interval(
+                    row["raw"], row["intervals"]["raw"]
+                )
+                columns.setdefault("per token", {})[key] = number(row["per_token"])
+        if harm is not None:
+            for row in harm["methods"].values():
+                key = (own, "log p") if own else key_of(row["settings"])
+                columns.setdefault("KL(base ‖ method)", {})[key] = number(row["kl"], 3)
+                columns.setdefault("same top 1", {})[key] = number(100 * row["top1_agreement"], 1)
+    cost = figures.results("cost")
+    if cost is not None:
+        rows = cost["batch_sizes"]["1"]
+        for label, row in rows.items():
+            ratios = [row[name] / rows["base"][name] for name in ("ms_per_token", "memory_bytes")]
+            # Raw and renormalized differences cost the same; what is measured here alone has one row.
+            name, sums = key_of(cost["methods"][label]["settings"])
+            for key in [k for cells in columns.values() for k in cells if k[0] == name] or [(name, sums)]:
+                columns.setdefault("ms/token (× base)", {})[key] = (
+                    f"{row['ms_per_token']:.1f} ({ratios[0]:.2f})"
+                )
+                columns.setdefault("memory (× base)", {})[key] = (
+                    f"{row['memory_bytes'] / 1e9:.2f} GB ({ratios[1]:.2f})"
+                )
+    keys = list(dict.fromkeys(key for cells in columns.values() for key in cells))
+    if keys:
+        rows = tuple((*key, *(cells.get(key, "–") for cells in columns.values())) for key in keys)
+        figures.values["side effects"] = {
+            " / ".join(row[:2]): dict(zip(columns, row[2:], strict=True)) for row in rows
+        }
+        title = "HaluEval QA, pairs of about equal length; neutral text; cost of decoding at batch 1"
+        yield "side-effects", Table(title, ("method", "sums", *columns), rows)
+
+
+def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """What one changed setting does to scores and to neutral text, on the questions not used for choosing."""
+    names = ["seed0", *sorted(path.parent.name for path in figures.root.glob("ablations/*/tqa/results.json"))]
+    rows, stored = [], {}
+    for name in names:
+        run = figures.root / ("train/seed0" if name == "seed0" else f"ablations/{name}")
+        evaluated, harmed = (
+            ("tqa/primer/seed0", "harm/seed0")
+            if name == "seed0"
+            else (f"ablations/{name}/{part}" for part in ("tqa", "harm"))
+        )
+        found, harm = figures.truthfulqa(evaluated), figures.results(harmed)
+        if found is None or harm is None:
+            continue
+        trained = read_json(run / "imae" / "imae_config.json")["training"]["data"]
+        last = json.loads((run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        of_text = {key_of(row["settings"]): row for row in harm["methods"].values()}
+        kept = number(100 * trained["kept_share"], 0)
+        gates = f"{last['gate_on_fact']:.2f} / {last['gate_off_fact']:.2f}"
+        for key, own in found["test"].items():
+            if key == BASE or key not in of_text:
+                continue
+            compared = stats.compare(list(METRICS), own, found["test"][BASE], seed=0)
+            cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+            text = (number(of_text[key]["kl"], 3), number(100 * of_text[key]["top1_agreement"], 1))
+            rows.append((name, kept, gates, *key, *cells, *text))
+            stored.setdefault(name, {})[" / ".join(key)] = {
+                "against_base": compared,
+                "kl": of_text[key]["kl"],
+            }
+    if len({row[0] for row in rows}) > 1:
+        figures.values["ablations"] = stored
+        columns = (
+            "run",
+            "T_fact %",
+            "gate on / off T_fact",
+            "method",
+            "sums",
+            *(f"Δ {h}" for h in METRICS.values()),
+        )
+        title = "One setting changed, differences to base, [95 % interval]; KL and same top 1 on neutral text"
+        yield "ablations", Table(title, (*columns, "KL", "same top 1"), tuple(rows))
+
+
+def gates_plot(run: Path, path: Path) -> None:
+    """Mean gates of every layer on and off T_fact, on held-out rows."""
+    last = json.loads((run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for name, label in (
+        ("gate_on_fact_by_layer", "T_fact"),
+        ("gate_off_fact_by_layer", "other answer tokens"),
+    ):
+        axes.plot(last[name], marker="o", markersize=3, label=label)
+    axes.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1))
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
+    """Puts tables between their marks; returns the names of those that the page has no place for."""
+    text, homeless = page.read_text(encoding="utf-8"), []
+    for name, table in tables:
+        marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+        if not marks.search(text):
+            homeless.append(name)
+        # A backslash of the table would be one of the template's.
+        shown = table.markdown().replace("\\", "\\\\")
+        text = marks.sub(rf"\g<1>{shown}\g<2>", text)
+    page.write_text(text, encoding="utf-8")
+    return homeless
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path, help="where `make results` keeps its runs")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md")
+    args = parser.parse_args()
+    figures, tables = Figures(args.root), []
+    for protocol in PROTOCOLS:
+        tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
+    tables += [*side_effects(figures), *ablations_table(figures)]
+    for name in write_page(args.docs / "results.md", tables):
+        print(f"results.md has no place for the table {name}")
+    found = {"sources": figures.sources, "figures": figures.values}
+    (args.docs / "results").mkdir(exist_ok=True)
+    (args.docs / "results" / "figures.json").write_text(
+        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    if (args.root / "train" / "seed0" / "imae").is_dir():
+        gates_plot(args.root / "train" / "seed0", args.docs / "results" / "gates.png")
+
+
+if __name__ == "__main__":
+    main()
