@@ -78,8 +78,12 @@ class Protocol:
         """Raises a `UserError` if the tokenizer cannot follow this protocol."""
         resolve_format(tokenizer, self.format)
 
+    def message(self, primer: str, question: str) -> str:
+        """What is asked: the whole prompt, or in chat form the user's turn."""
+        return primer + question_text(question)
+
     def prompt(self, tokenizer: Any, primer: str, question: str) -> str:
-        text = primer + question_text(question)
+        text = self.message(primer, question)
         return chat_text(tokenizer, text) if self.format == "chat" else text
 
     def continuation(self, tokenizer: Any, answer: str) -> str:
