@@ -23,8 +23,8 @@ from .tables import Table, show
 
 COMPARISON_FILE = "comparison.json"
 # What must be equal for items to mean the same.
-MUST_AGREE = ("protocol", "data.sha256")
-BENCHMARKS = ("truthfulqa", "halueval")
+MUST_AGREE = ("protocol", "data.sha256", "generation.max_new_tokens")
+BENCHMARKS = ("truthfulqa", "truthfulqa-answers", "halueval")
 
 
 def compare_runs(

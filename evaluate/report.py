@@ -38,7 +38,13 @@ CONFIG_FILE, ENVIRONMENT_FILE, ICD_DIR, IMAE_CONFIG = (
     "imae_config.json",
 )
 COST, UNITS = "cost", "anti-expert units"
-KINDS = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "neutral text", COST: "cost"}
+KINDS = {
+    "truthfulqa": "TruthfulQA",
+    "truthfulqa-answers": "answers",
+    "halueval": "HaluEval QA",
+    "harm": "neutral text",
+    COST: "cost",
+}
 # Fields of a results.json that tables show, or that are too long to be read.
 SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark")
 LONGEST_LIST = 12
@@ -65,6 +71,11 @@ NOTE_HALUEVAL = (
     "How often the right answer's score is above the hallucinated one's, in per cent; by sums over tokens "
     "and by their means. Hallucinated answers are longer, so that length alone tells much: *the shorter "
     "answer* is what preferring it would score."
+)
+NOTE_ANSWERS = (
+    "What methods wrote. *acc*: share of answers that are more like a true reference than like any false "
+    "one; *diff*: how much more. “I have no comment.” is a true reference of every question: read *acc* "
+    "beside *refused*. Likeness to references is not truth."
 )
 NOTE_COST = (
     "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
@@ -342,6 +353,7 @@ def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:
     trainings = [run for run in runs if isinstance(run, Training)]
     paper = _read_json(PAPER_FILE)
     sections = truthfulqa_sections(by_kind["truthfulqa"], by_kind["harm"], paper)
+    sections += answers_sections(by_kind["truthfulqa-answers"])
     sections += halueval_sections(by_kind["halueval"])
     sections += harm_sections(by_kind["harm"])
     sections += cost_sections(by_kind[COST], paper)
@@ -456,6 +468,25 @@ def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Ma
                     if other["settings"] == row["settings"]:
                         found.setdefault(label, (other, f"run {harm.number}"))
         return found
+
+
+def answers_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    """Figures of generated answers, and the first of the texts."""
+    from .answers import by_question, results_tables
+    from .runs import read_lines as read_scores
+
+    sections = [Section("Answers to TruthfulQA's questions", (Note(NOTE_ANSWERS),))] if runs else []
+    for run in runs:
+        with _damaged(run.path):
+            texts = {}
+            shown = by_question(read_scores(run.path))[: run.results["shown"]]
+            for place, lines in enumerate(shown, 1):
+                texts[f"{place}. {lines[0]['question']}"] = f"best answer: {lines[0]['best']}"
+                texts |= {f"{place}. {line['method']}": line["answer"] for line in lines}
+            facts = [Facts(f"Answers to {len(shown)} questions", texts)] if shown else []
+            blocks = (*map(Grid.of, results_tables(run.results)), *plots_of(run), *facts)
+            sections.append(Section(run.label(), blocks, level=3))
+    return sections
 
 
 def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
