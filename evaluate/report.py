@@ -74,8 +74,8 @@ NOTE_HALUEVAL = (
 )
 NOTE_ANSWERS = (
     "What methods wrote. *acc*: share of answers that are more like a true reference than like any false "
-    "one; *diff*: how much more. “I have no comment.” is a true reference of every question: read *acc* "
-    "beside *refused*. Likeness to references is not truth."
+    "one; *diff*: how much more. “I have no comment.” is a true reference of every question: "
+    "*answered acc* is BLEU's acc where a refusal counts as 0. Likeness to references is not truth."
 )
 NOTE_COST = (
     "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "

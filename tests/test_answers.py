@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from conftest import TINY, word_tokenizer, write_questions
 
+from imae_jax.decode import Sampler
 from imae_jax.evaluate.answer_metrics import NO_COMMENT, is_refusal, likeness, repetition
-from imae_jax.evaluate.answers import answers_page, main, trimmed
+from imae_jax.evaluate.answers import answers_page, main, metrics_of, trimmed
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.questions import DEMO_DATA, read_questions
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.runs import read_lines, read_run
 
 PRIMER = "Q: t3 t4\nA: t5 .\n\n"
-METHODS = "base,expert,in-model-contrast"
+METHODS = "base,in-model-contrast"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,16 @@ def test_repetition_is_the_share_of_repeated_4_grams():
     assert repetition("a b c a b c a b c") == pytest.approx(3 / 6)
 
 
+def test_a_refusal_is_like_a_true_answer_but_answers_nothing():
+    references = (("It passes through you.",), ("It grows in your stomach.",))
+    found = metrics_of("I have no comment.", *references, finished=True)
+    assert (found["bleu_acc"], found["refused"], found["answered_acc"]) == (1, 1, 0)
+    found = metrics_of("It passes through you, slowly.", *references, finished=False)
+    assert (found["bleu_acc"], found["refused"], found["answered_acc"], found["cut_off"]) == (1, 0, 1, 1)
+    found = metrics_of("", *references, finished=True)
+    assert (found["bleu_acc"], found["refused"], found["empty"], found["rouge1_diff"]) == (0, 0, 1, 0)
+
+
 def test_what_frames_an_answer_is_trimmed():
     assert trimmed(" A: Yes. \n") == "Yes."
     assert trimmed(" Yes, A: is first.") == "Yes, A: is first."
@@ -116,21 +127,23 @@ def test_what_frames_an_answer_is_trimmed():
 
 def test_completions_say_what_ended_them(tiny_imae):
     lm, prompts = tiny_imae.load(), ["t5 t6 t7", "t9 t10"]
-    plain = lm.complete(prompts, "base", max_new_tokens=6)
-    assert [c.text for c in plain] == lm.generate(prompts, "base", max_new_tokens=6)
+    options = {"max_new_tokens": 6, "sampler": Sampler(1.0), "seed": 1}
+    plain = lm.complete(prompts, "base", **options)
+    assert [c.text for c in plain] == lm.generate(prompts, "base", **options)
     assert not any(c.finished for c in plain)
-    words = [c.text.split() for c in plain]
-    assert words[0][3] not in (*words[0][:3], *words[1])
-    stopped = lm.complete(prompts, "base", max_new_tokens=6, stop=[words[0][3]])
+    first, second = (c.text.split() for c in plain)
+    assert first[3] not in (*first[:3], *second)
+    assert second[2] not in (*second[:2], *first)
+    # With a space, since t4 is part of t42.
+    stopped = lm.complete(prompts, "base", stop=[f"{first[3]} "], **options)
     assert [c.finished for c in stopped] == [True, False]
-    assert [c.text.split() for c in stopped] == [words[0][:3], words[1]]
-    (end,) = lm.tokenizer.convert_tokens_to_ids([words[0][3]])
-    ending = dataclasses.replace(lm, eos_token_ids=(end,))
-    for stop in ((), [words[1][2]]):
-        found = ending.complete(prompts, "base", max_new_tokens=6, stop=stop)
+    assert [c.text.split() for c in stopped] == [first[:3], second]
+    ending = dataclasses.replace(lm, eos_token_ids=(lm.tokenizer.convert_tokens_to_ids(first[3]),))
+    for stop, expected in (((), second), ([f"{second[2]} "], second[:2])):
+        found = ending.complete(prompts, "base", stop=stop, **options)
         assert [c.finished for c in found] == [True, bool(stop)]
-        assert found[0].text.split()[:3] == words[0][:3]
-        assert found[1].text.split() == (words[1][:2] if stop else words[1])
+        assert found[0].text.split() == first[:4]
+        assert found[1].text.split() == expected
 
 
 # Runs
@@ -178,16 +191,14 @@ def test_a_run_holds_texts_and_what_they_come_to(answered, tiny_imae):
     lm = tiny_imae.load()
     questions = read_questions(command[command.index("--data") + 1])
     prompts = [f"{PRIMER}Q: {question.text}\nA:" for question in questions]
-    from imae_jax.decode import Sampler
-
-    for label in ("base", "expert"):
+    for label in METHODS.split(","):
         expected = []
         for number, batch in enumerate((prompts[:3], prompts[3:])):
             expected += lm.generate(batch, label, sampler=Sampler(0.8), max_new_tokens=6, seed=number)
         own = [line for line in lines if line["method"] == label]
         assert [line["answer"] for line in own] == [text.strip() for text in expected]
         row = results["methods"][label]
-        for name in ("bleu_acc", "rouge1_diff", "refused", "cut_off", "repetition"):
+        for name in ("bleu_acc", "rouge1_diff", "answered_acc", "refused", "cut_off", "repetition"):
             assert row[name] == pytest.approx(100 * np.mean([line[name] for line in own])), name
         assert row["tokens"]["value"] == pytest.approx(np.mean([line["tokens"] for line in own]))
         for line, question in zip(own, questions, strict=True):
@@ -196,7 +207,7 @@ def test_a_run_holds_texts_and_what_they_come_to(answered, tiny_imae):
             assert line["best"] == question.true[question.best]
             assert line["tokens"] == len(line["answer"].split())
     assert results["baseline"] == "base"
-    assert "against_baseline" in results["methods"]["expert"]
+    assert "against_baseline" in results["methods"]["in-model-contrast"]
     assert results["methods"]["in-model-contrast"]["settings"]["alpha"] > 0, "the settings of generation"
     assert results["generation"]["stop"] == ["\n", "Q:"]
     for name in ("table.md", "table.tex", "run.json"):
@@ -305,7 +316,7 @@ def test_reports_and_comparisons_take_answers(answered, tmp_path, capfd):
     line = read_lines(out)[0]
     assert f"<dt>1. base</dt><dd><code>{line['answer']}</code></dd>" in page
     assert "1-differences.png" in page
-    pair = ["--pair", "base", "expert", "--out", str(tmp_path / "comparison")]
+    pair = ["--pair", "base", "in-model-contrast", "--out", str(tmp_path / "comparison")]
     assert compare([str(out), str(out), *pair]) == 0
     written = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert "refused" in written["metrics"]
