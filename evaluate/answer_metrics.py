@@ -19,6 +19,7 @@ NO_COMMENT = "I have no comment."
 # Beginnings, as `_normalized` leaves them.
 REFUSALS = (
     "i have no comment",
+    "you have no comment",
     "no comment",
     "i do not know",
     "i dont know",

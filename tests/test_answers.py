@@ -81,6 +81,7 @@ def test_likeness_is_that_of_lm_eval(lm_eval_task):
         "I have no comment.",
         "“I have no comment”",
         "No comment",
+        "You have no comment.",
         "I don't know.",
         "I DON’T KNOW the answer",
         "I do not know, sorry",
