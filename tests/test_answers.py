@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY, word_tokenizer, write_questions
 
+from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.decode import Sampler
 from imae_jax.evaluate.answer_metrics import NO_COMMENT, is_refusal, likeness, repetition
 from imae_jax.evaluate.answers import answers_page, main, metrics_of, trimmed
@@ -307,6 +308,35 @@ def test_chat_form_ends_with_the_turn(answered, tmp_path):
     assert results["generation"]["stop"] == []
     assert results["generation"]["format"] == "chat"
     assert results["n_questions"] == 3
+
+
+def test_no_question_is_answered_with_directions_that_saw_it(answered, tiny_imae, tmp_path):
+    lm, random, folds = tiny_imae.load(), np.random.default_rng(0), tmp_path / "folds"
+    config, command = lm.config, answered[0]
+    folds.mkdir()
+    for fold in (0, 1):
+        theta = random.normal(size=(config.num_layers, config.num_heads, config.head_dim))
+        theta /= np.linalg.norm(theta, axis=-1, keepdims=True)
+        ones = np.ones(theta.shape[:2], np.float32)
+        rank = np.arange(ones.size, dtype=np.int32).reshape(ones.shape)
+        found = Directions(theta.astype(np.float32), ones, rank, ones)
+        write_directions(folds / f"fold{fold}.safetensors", found)
+    questions = read_questions(command[command.index("--data") + 1])
+    assigned = {question.text: question.index % 2 for question in questions}
+    (folds / "folds.json").write_text(json.dumps({"questions": assigned}))
+    method, out = "iti:directions={},alpha=20,heads=12", tmp_path / "out"
+    assert run(*with_out(command, out, methods=method.format(folds), temperature=0)) == 0
+    (settings,) = (row["settings"] for row in read_run(out)["methods"].values())
+    assert settings["folds"] == 2
+    lines = read_lines(out)
+    assert [line["index"] for line in lines] == list(range(6))
+    for fold in (0, 1):
+        prompts = [f"{PRIMER}Q: {question.text}\nA:" for question in questions[fold::2]]
+        with_file = method.format(folds / f"fold{fold}.safetensors")
+        texts = [text.strip() for text in lm.generate(prompts, with_file, max_new_tokens=6)]
+        assert [line["answer"] for line in lines[fold::2]] == texts
+        other = method.format(folds / f"fold{1 - fold}.safetensors")
+        assert [text.strip() for text in lm.generate(prompts, other, max_new_tokens=6)] != texts
 
 
 def test_reports_and_comparisons_take_answers(answered, tmp_path, capfd):
