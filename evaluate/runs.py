@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+COMPARISON_FILE, HARNESS_FILE = "comparison.json", "lm_eval.json"
 # Of `model_settings`: what scores depend on.
 IDENTITY = ("base_model", "units", "int8", "tokenizer")
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
@@ -180,7 +181,14 @@ def plan(
             whole[label] = prepared[0]
             continue
         folds = [_fingerprint(part) for part, _ in parts]
-        settings[label] |= {"directions": method.directions, "folds": len(parts), "fingerprint": folds}
+        # Which questions a file is for decides as much as what it holds.
+        assigned = hashlib.sha256(json.dumps([list(places) for _, places in parts]).encode()).hexdigest()
+        settings[label] |= {
+            "directions": method.directions,
+            "folds": len(parts),
+            "fingerprint": folds,
+            "assignment": assigned,
+        }
         for (models, resolved), (_, places) in zip(prepared, parts, strict=True):
             passes.append(Pass(models, Joint((resolved,)), (label,), tuple(places)))
     labels = list(whole)

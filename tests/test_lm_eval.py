@@ -27,6 +27,7 @@ from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import save_hf
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.decode import encode, score
+from imae_jax.evaluate import report
 from imae_jax.evaluate.lm_eval import IMAEJaxLM, load_tasks, main
 from imae_jax.evaluate.protocols import INSTRUCTION, load_primer
 from imae_jax.evaluate.truthfulqa import mc_metrics, read_questions
@@ -391,6 +392,12 @@ def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypat
     samples = [json.loads(line) for line in (out / "samples_local.jsonl").read_text().splitlines()]
     assert [sample["doc"] for sample in samples] == documents[:2]
     assert list((tmp_path / "requests").iterdir()), "requests are kept"
+
+    assert report.main([str(out), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "dola:candidates=low, 2 documents a task, run 1" in text
+    assert "| local | none | acc | 1.0000 | 0.0000 |" in text
+    assert ours["base_model"]["fingerprint"] in text
 
 
 @pytest.fixture
