@@ -88,7 +88,8 @@ def compare_runs(
         chosen = {"all": common}
         if ratios:
             tokens = {q: (own[q]["tokens"], other[q]["tokens"]) for q in common}
-            chosen["matched"] = [q for q in common if all(map(is_matched, tokens[q], ratios))]
+            matched = [q for q in common if all(map(is_matched, tokens[q], ratios))]
+            chosen |= {"matched": matched} if matched else {}
         for part, questions in chosen.items():
             values_a, values_b = (
                 {metric: values_of([of[q] for q in questions], metric) for metric in metrics}
@@ -176,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
+    if comparison["benchmark"] == "halueval" and "matched" not in comparison["parts"]:
+        print("warning: no pair's answers are of matched length in both runs", file=sys.stderr)
     comparison |= {"command": called(parser.prog, argv), **environment()}
     tables = comparison_tables(comparison)
     if args.out is not None:

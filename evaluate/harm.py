@@ -23,7 +23,7 @@ from imae_jax.decode import Continuation, scoring, streams, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_text
 
 from . import plots, stats
 from .questions import DATA_DIRECTORY
@@ -216,10 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resource = method.resource
         if resource and resource.kind == "directions" and Path(resource.reference).is_dir():
             raise UserError(f"{label}: a text belongs to no fold: give one file of directions")
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text {args.text} cannot be read: {error}") from None
+    text = read_text(args.text, "text")
 
     with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()

@@ -34,7 +34,8 @@ def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], uni
         places = np.arange(len(metrics)) + offset
         values = [row[m] or 0.0 for m in metrics]
         axes.bar(places, values, width, label=label, color=f"C{number}", alpha=0.85)
-        # At the foot, where no whisker is.
+        # At the foot, in front of a whisker that reaches it.
+        patch = {"facecolor": f"C{number}", "edgecolor": "none", "pad": 0.6}
         for place, metric in zip(places, metrics, strict=True):
             shown = "–" if row[metric] is None else f"{row[metric]:.1f}"
             axes.annotate(
@@ -45,6 +46,8 @@ def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], uni
                 ha="center",
                 fontsize=7,
                 color="white" if row[metric] else "k",
+                bbox=patch if row[metric] else None,
+                zorder=5,
             )
         _whiskers(axes, [row["intervals"][m] for m in metrics], values, places, "k", vertical=True)
     axes.set_xticks(range(len(metrics)), metrics.values())
