@@ -27,7 +27,7 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import new_directory, write_text
+from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
 from .questions import SPLITS
 from .tables import Table
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+COMPARISON_FILE, HARNESS_FILE = "comparison.json", "lm_eval.json"
 # Of `model_settings`: what scores depend on.
 IDENTITY = ("base_model", "units", "int8", "tokenizer")
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
@@ -76,6 +77,7 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
     if not out.exists() or args.overwrite:
+        check_new_directory(out, marker=_marker(out), overwrite=args.overwrite)
         return
     unfinished = (out / RUN_FILE).is_file() and not (out / RESULTS_FILE).exists()
     if not args.resume:
@@ -84,6 +86,11 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         raise UserError(f"{out} {state}{':' if unfinished else ','} {way_out}")
     if not (out / RUN_FILE).is_file():
         raise UserError(f"{out} holds no {RUN_FILE}, so there is no run to resume: choose another output")
+
+
+def _marker(out: Path) -> str:
+    """The file by which a run is known, finished or not."""
+    return RESULTS_FILE if (out / RESULTS_FILE).exists() else RUN_FILE
 
 
 def parse_methods(text: str) -> dict[str, "Method"]:
@@ -97,10 +104,8 @@ def parse_methods(text: str) -> dict[str, "Method"]:
 
     if text.endswith((".yaml", ".yml")):
         try:
-            entries = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            entries = yaml.safe_load(read_text(text, "methods file"))
+        except yaml.YAMLError as error:
             raise UserError(f"methods file {text} is not valid YAML: {error}") from None
         are_settings = isinstance(entries, list) and all(
             isinstance(entry, dict) and "name" in entry for entry in entries
@@ -234,7 +239,14 @@ def _prepare(
         settings[label] = method_settings(parts[0][0], resolved[0][1])
         if len(parts) > 1:
             folds = [_fingerprint(part) for part, _ in parts]
-            settings[label] |= {"directions": method.directions, "folds": len(parts), "fingerprint": folds}
+            # Which questions a file is for decides as much as what it holds.
+            assigned = hashlib.sha256(json.dumps([list(places) for _, places in parts]).encode()).hexdigest()
+            settings[label] |= {
+                "directions": method.directions,
+                "folds": len(parts),
+                "fingerprint": folds,
+                "assignment": assigned,
+            }
         prepared[label] = [(*both, tuple(places)) for both, (_, places) in zip(resolved, parts, strict=True)]
     return settings, prepared
 
@@ -317,8 +329,7 @@ class Run:
             self._check(settings)
             self._read()
         else:
-            marker = RESULTS_FILE if (out / RESULTS_FILE).exists() else RUN_FILE
-            with new_directory(out, marker=marker, overwrite=overwrite) as new:
+            with new_directory(out, marker=_marker(out), overwrite=overwrite) as new:
                 (new / RUN_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
                 (new / SCORES_FILE).touch()
         self.resumed = len(self.lines)

@@ -27,7 +27,8 @@ class BaseReference:
     Attributes:
         reference: as the user gave it; local paths are absolute.
         revision: commit of a hub model, else None.
-        fingerprint: SHA-256 over the size, first and last MiB of every weight file.
+        fingerprint: SHA-256 over the size, first and last MiB of every weight file; of an adapter, over its
+            files, and its base's fingerprint.
         dtype: that the base was loaded in.
     """
 
