@@ -177,7 +177,7 @@ def load_model(
         peft.merge_into(lm.model, deltas, lora.scale)
         if int8 is not None:
             quantize(lm.model, int8)
-        fingerprint = _fingerprint([directory / peft.WEIGHTS_FILE])
+        fingerprint = _adapter_fingerprint(directory, f"{lm.base.fingerprint} {lm.config.num_layers} layers")
         return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
     opened = open_model(reference, revision=revision, base=base)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
@@ -305,10 +305,14 @@ def fingerprint(reference: str) -> str:
     directory = Path(reference if _exists(reference) else ".no-such-directory")
     if peft.is_adapter(directory):
         base = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
-        own = _fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])
-        return f"{own} on {fingerprint(base) if isinstance(base, str) and base != reference else base}"
+        of_base = fingerprint(base) if isinstance(base, str) and base != reference else str(base)
+        return _adapter_fingerprint(directory, of_base)
     opened = _open(reference, None)
     return f"{opened.base.fingerprint} {opened.config.num_layers} layers"
+
+
+def _adapter_fingerprint(directory: Path, of_base: str) -> str:
+    return f"{_fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])} on {of_base}"
 
 
 def _open(reference: str, revision: str | None) -> OpenedModel:

@@ -1,1 +1,1 @@
-"""Evaluation: TruthfulQA, HaluEval QA, harm on neutral text, comparisons, reports."""
+"""Evaluation: TruthfulQA, generated answers, HaluEval QA, harm on neutral text, comparisons, reports."""

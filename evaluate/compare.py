@@ -11,20 +11,32 @@ from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
 from . import plots, stats
+from .answers import HEADS as ANSWERS_HEADS
+from .halueval import HEADS as HALUEVAL_HEADS
+from .halueval import is_matched
 from .runs import (
+    COMPARISON_FILE,
+    called,
     differences,
     dumps,
+    environment,
     read_lines,
     read_run,
     write_outputs,
 )
 from .summaries import differences_table, sums_of, values_of
 from .tables import Table, show
+from .truthfulqa import HEADS as TRUTHFULQA_HEADS
 
-COMPARISON_FILE = "comparison.json"
 # What must be equal for items to mean the same.
-MUST_AGREE = ("protocol", "data.sha256")
-BENCHMARKS = ("truthfulqa", "halueval")
+MUST_AGREE = ("protocol", "data.sha256", "length.ratio", "generation.max_new_tokens")
+HEADS = {
+    "truthfulqa": TRUTHFULQA_HEADS,
+    "truthfulqa-answers": ANSWERS_HEADS,
+    "halueval": HALUEVAL_HEADS,
+}
+# Of HaluEval's pairs, by the name of a comparison's part.
+PARTS = {"all": "all questions", "matched": "pairs of matched length"}
 
 
 def compare_runs(
@@ -35,7 +47,9 @@ def compare_runs(
     anyway: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Differences B − A of every pair of methods, item by item.
+    """Differences B − A of every pair of methods, item by item; of HaluEval also on matched pairs alone.
+
+    A pair of answers is matched if it is so in both runs, whose tokenizers may differ.
 
     Args:
         path_a, path_b: directories of finished runs.
@@ -47,7 +61,7 @@ def compare_runs(
         UserError: the runs do not go together, or have no item in common.
     """
     a, b = read_run(path_a), read_run(path_b)
-    if a["benchmark"] != b["benchmark"] or a["benchmark"] not in BENCHMARKS:
+    if a["benchmark"] != b["benchmark"] or a["benchmark"] not in HEADS:
         raise UserError(f"{path_a} is of {a['benchmark']}, {path_b} of {b['benchmark']}: nothing to compare")
     differing = [d for d in differences(a, b) if d[0] in MUST_AGREE]
     for name, of_a, of_b in [] if anyway else differing:
@@ -63,7 +77,9 @@ def compare_runs(
     if not pairs:
         raise UserError(f"no method is in both {path_a} and {path_b}: give --pair METHOD_OF_A METHOD_OF_B")
     lines_a, lines_b = read_lines(path_a), read_lines(path_b)
-    compared, settings = {}, {}
+    ratios = [run["length"]["ratio"] for run in (a, b) if "length" in run]
+    parts: dict[str, dict[str, Any]] = {}
+    settings = {}
     for of_a, of_b in pairs:
         for path, results, label in ((path_a, a, of_a), (path_b, b, of_b)):
             if label not in results["methods"]:
@@ -72,12 +88,19 @@ def compare_runs(
         common = [question for question in own if question in other]
         if not common:
             raise UserError(f"{path_a} and {path_b} have no question in common")
-        values_a, values_b = (
-            {metric: values_of([of[q] for q in common], metric) for metric in metrics} for of in (own, other)
-        )
         name = of_a if of_a == of_b else f"{of_a} → {of_b}"
-        compared[name] = stats.compare(metrics, values_b, values_a, seed=seed)
         settings[name] = [a["methods"][of_a]["settings"], b["methods"][of_b]["settings"]]
+        chosen = {"all": common}
+        if ratios:
+            tokens = {q: (own[q]["tokens"], other[q]["tokens"]) for q in common}
+            matched = [q for q in common if all(map(is_matched, tokens[q], ratios))]
+            chosen |= {"matched": matched} if matched else {}
+        for part, questions in chosen.items():
+            values_a, values_b = (
+                {metric: values_of([of[q] for q in questions], metric) for metric in metrics}
+                for of in (own, other)
+            )
+            parts.setdefault(part, {})[name] = stats.compare(metrics, values_b, values_a, seed=seed)
     return {
         "runs": [str(path_a), str(path_b)],
         "benchmark": a["benchmark"],
@@ -87,7 +110,7 @@ def compare_runs(
         "differing": {name: [of_a, of_b] for name, of_a, of_b in differing},
         "statistics": stats.describe(seed),
         "settings": settings,
-        "compared": compared,
+        "parts": parts,
     }
 
 
@@ -102,17 +125,39 @@ def _by_question(lines: Sequence[Mapping[str, Any]], method: str) -> dict[tuple[
     return found
 
 
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """Differences, the second run less the first."""
-    heads = {metric: metric.upper().replace("_", " ") for metric in comparison["metrics"]}
+def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """The tables of a `comparison.json`: differences, the second run less the first."""
+    sums = {name: [sums_of(s) for s in pair] for name, pair in comparison["settings"].items()}
+    tables = []
+    for part, compared in comparison["parts"].items():
+        table = differences_table(_title(comparison, part), compared, _heads(comparison))
+        rows = [(row[0], " → ".join(dict.fromkeys(sums[row[0]])), *row[1:]) for row in table.rows]
+        tables.append(Table(table.title, ("method", "sums", *table.columns[1:]), tuple(rows)))
+    return tables
+
+
+def comparison_plots(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The plots of a `comparison.json`, by name."""
+    heads, parts = _heads(comparison), comparison["parts"]
+    return {
+        f"{part}-differences" if len(parts) > 1 else "differences": plots.differences(
+            _title(comparison, part), compared, heads
+        )
+        for part, compared in parts.items()
+    }
+
+
+def _heads(comparison: Mapping[str, Any]) -> dict[str, str]:
+    return {metric: HEADS[comparison["benchmark"]][metric] for metric in comparison["metrics"]}
+
+
+def _title(comparison: Mapping[str, Any], part: str) -> str:
     first, second = comparison["runs"]
-    title = f"{second} less {first}, on the questions that both have; {comparison['protocols'][0]}"
+    shown = PARTS[part] if len(comparison["parts"]) > 1 else "questions"
+    title = f"{second} less {first}, on {shown} that both have; {comparison['protocols'][0]}"
     if comparison["differing"]:
         title += f"; the runs differ in {', '.join(comparison['differing'])}"
-    table = differences_table(title, comparison["compared"], heads)
-    sums = {name: [sums_of(s) for s in pair] for name, pair in comparison["settings"].items()}
-    rows = [(row[0], " → ".join(dict.fromkeys(sums[row[0]])), *row[1:]) for row in table.rows]
-    return Table(title, ("method", "sums", *table.columns[1:]), tuple(rows))
+    return title
 
 
 @command
@@ -137,14 +182,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
-    table = comparison_table(comparison)
+    if comparison["benchmark"] == "halueval" and "matched" not in comparison["parts"]:
+        print("warning: no pair's answers are of matched length in both runs", file=sys.stderr)
+    comparison |= {"command": called(parser.prog, argv), **environment()}
+    tables = comparison_tables(comparison)
     if args.out is not None:
-        heads = {metric: metric.upper().replace("_", " ") for metric in comparison["metrics"]}
-        figure = plots.differences(table.title, comparison["compared"], heads)
         with new_directory(args.out, marker=COMPARISON_FILE, overwrite=args.overwrite) as out:
-            write_outputs(out, [table], {"differences": figure})
+            write_outputs(out, tables, comparison_plots(comparison))
             (out / COMPARISON_FILE).write_text(dumps(comparison, indent=2) + "\n", encoding="utf-8")
-    show([table])
+    show(tables)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def preferences(right: float, hallucinated: float, tokens: tuple[int, int]) -> d
     return {"raw": float(right > hallucinated), "per_token": float(per_token)}
 
 
+def is_matched(tokens: Sequence[int], ratio: float) -> bool:
+    """Whether a pair's numbers of tokens differ by at most a factor."""
+    return max(tokens) / min(tokens) <= ratio
+
+
 def trained_questions(run: Path, tokenizer: Any) -> set[str]:
     """The questions of the rows that a training run takes in any of its stages.
 
@@ -214,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoded = encode(lm.tokenizer, prompts, answers, add_special_tokens=adds_special_tokens(format))
     groups = [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
     tokens = [tuple(len(item.tokens) - item.start for item in group) for group in groups]
-    matched = [max(pair) / min(pair) <= args.length_ratio for pair in tokens]
+    matched = [is_matched(pair, args.length_ratio) for pair in tokens]
 
     def line(place: int, scores: list[np.ndarray]) -> dict[str, Any]:
         right, hallucinated = (float(np.sum(s, dtype=np.float64)) for s in scores)

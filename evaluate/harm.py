@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from imae_jax.decode import Continuation, scoring, streams, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_text
 
+from . import plots, stats
 from .questions import DATA_DIRECTORY
 from .runs import (
     MANY_METHODS,
@@ -64,8 +65,8 @@ def measure(
         length: of a window, to which all are padded.
 
     Returns:
-        By label float64 [4, tokens], in the order of `STATISTICS`: cross-entropy and KL(base ‖ method) in
-        nats, and whether the arg-max is the base model's and the token ruled out.
+        By label float64 [4, tokens], in the order of `STATISTICS` and of the text: cross-entropy and
+        KL(base ‖ method) in nats, and whether the arg-max is the base model's and the token ruled out.
     """
     labels = list(prepared)
     found: dict[str, list[np.ndarray]] = {label: [] for label in labels}
@@ -126,44 +127,62 @@ def _compare(base, scores, targets):
     return jnp.stack([-of_target, kl, same.astype(jnp.float32), (of_target < RULED_OUT).astype(jnp.float32)])
 
 
-def summarize(values: np.ndarray) -> dict[str, Any]:
-    """Means over tokens; infinite where a token's value is, NaN likewise.
+def summarize(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """Means over tokens with their intervals; infinite where a token's value is, NaN likewise.
 
     Args:
         values: float64 [4, tokens], from `measure`.
+        seed: of the bootstrap.
     """
+    rows = dict(zip(STATISTICS, values, strict=True))
+    rows["infinite_kl"] = np.isinf(rows["kl"])
+    found = {name: stats.mean_of_text(row, seed=seed) for name, row in rows.items()}
+    means = {name: mean.value for name, mean in found.items()}
+    intervals = {name: mean.interval for name, mean in found.items()}
     with np.errstate(over="ignore"):
-        means = dict(zip(STATISTICS, map(float, values.mean(axis=1)), strict=True))
-        return {
-            "n": values.shape[1],
-            **means,
-            "perplexity": float(np.exp(means["cross_entropy"])),
-            "infinite_kl": float(np.isinf(values[STATISTICS.index("kl")]).mean()),
-        }
+        means["perplexity"] = float(np.exp(means["cross_entropy"]))
+        bounds = intervals["cross_entropy"]
+        intervals["perplexity"] = bounds and tuple(np.exp(bounds).tolist())
+    return {"n": values.shape[1], **means, "intervals": intervals}
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """The table of a `results.json`."""
 
     def share(value: float) -> str:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}"
+
+    def cell(row: Mapping[str, Any], name: str, shown: Callable[[Any], str] = figure) -> str:
+        interval = row["intervals"][name]
+        bounds = "" if interval is None else f" [{', '.join(map(shown, interval))}]"
+        return shown(row[name]) + bounds
 
     rows = [
         (
             label,
             sums_of(row["settings"]),
-            figure(row["cross_entropy"]),
+            cell(row, "cross_entropy"),
             figure(row["perplexity"]),
-            figure(row["kl"]),
+            cell(row, "kl"),
             share(row["infinite_kl"]),
-            share(row["top1_agreement"]),
+            cell(row, "top1_agreement", share),
             share(row["ruled_out"]),
         )
         for label, row in results["methods"].items()
     ]
-    heads = ("cross-entropy", "perplexity", "KL(base ‖ method)", "KL infinite", "same top 1", "ruled out")
-    title = f"Neutral text, {results['protocol']}, {results['n_tokens']} tokens, {results['model']}"
-    return Table(f"{title}; nats a token", ("method", "sums", *heads), tuple(rows))
+    heads = (
+        "cross-entropy",
+        "perplexity",
+        "KL(base ‖ method)",
+        "KL infinite %",
+        "same top 1 %",
+        "ruled out %",
+    )
+    return Table(f"{title(results)}, nats a token, [95 % interval]", ("method", "sums", *heads), tuple(rows))
+
+
+def title(results: Mapping[str, Any]) -> str:
+    return f"Neutral text, {results['protocol']}, {results['n_tokens']} tokens, {results['model']}"
 
 
 @command
@@ -185,8 +204,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--window", type=int, default=WINDOW, help="tokens; at most the context (default: 512 or the context)"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
     if args.window < 2:
         raise UserError(f"--window {args.window}: give at least 2")
     methods = parse_methods(args.methods)
@@ -194,10 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resource = method.resource
         if resource and resource.kind == "directions" and Path(resource.reference).is_dir():
             raise UserError(f"{label}: a text belongs to no fold: give one file of directions")
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text {args.text} cannot be read: {error}") from None
+    text = read_text(args.text, "text")
 
     with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
@@ -221,18 +240,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             "window": {"length": length, "stride": max(1, length // 2)},
             "ruled_out_below": RULED_OUT,
             "n_tokens": len(tokens) - 1,
+            "statistics": stats.describe_interval(f"blocks of {stats.BLOCK_LENGTH} tokens", args.seed),
             "command": called(parser.prog, argv),
             **environment(),
             "methods": {
                 label: {
-                    **summarize(values[label]),
+                    **summarize(values[label], seed=args.seed),
                     "settings": method_settings(methods[label], prepared[label][1]),
                 }
                 for label in methods
             },
         }
         table = results_table(results)
-        write_outputs(out, [table], {})
+        write_outputs(out, [table], {"harm": plots.harm(title(results), results["methods"])})
         (out / RESULTS_FILE).write_text(dumps(results, indent=2) + "\n", encoding="utf-8")
     show([table])
 

@@ -24,6 +24,10 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.prompts import apply_template, resolve_format
 
+from .runs import HARNESS_FILE
+from .summaries import HARNESS_COLUMNS, harness_rows
+from .tables import Table, show
+
 try:
     from lm_eval.api.model import TemplateLM
 except ModuleNotFoundError:
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
     from imae_jax.decode import Continuation, Method, Sampler
     from imae_jax.language_model import LanguageModel
 
-RESULTS_FILE = "lm_eval.json"
 BATCH_SIZE, MAX_NEW_TOKENS = 8, 256
 
 
@@ -407,26 +410,6 @@ def load_tasks(
     return manager, [item for name, item in everything.items() if name not in children]
 
 
-def results_table(results: dict[str, Any]) -> Any:
-    """A rich table of the harness's results: `metric,filter` of every task and group."""
-    from rich.table import Table
-
-    table = Table()
-    for column in ("task", "filter", "metric"):
-        table.add_column(column)
-    for column in ("value", "± standard error"):
-        table.add_column(column, justify="right")
-    for task, values in results["results"].items():
-        for key, value in values.items():
-            metric, comma, name = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            error = values.get(f"{metric}_stderr,{name}")
-            cells = (f"{x:.4f}" if isinstance(x, int | float) else "–" for x in (value, error))
-            table.add_row(task, name, metric, *cells)
-    return table
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
@@ -457,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
 
-    with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
+    with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
         _find_huggingface_evaluate()
         from imae_jax.convert import load_model
@@ -494,10 +477,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     file.write(line + "\n")
         results["config"]["imae_jax"]["arguments"] = vars(args)
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        (out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-    from rich.console import Console
-
-    Console().print(results_table(results))
+        (out / HARNESS_FILE).write_text(text + "\n", encoding="utf-8")
+    show([Table(f"lm-eval, {args.model}, {args.method}", HARNESS_COLUMNS, tuple(harness_rows(results)))])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Plots of evaluation runs, as matplotlib figures."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 
 # Of 9 points, with room to spare.
 CHARACTERS_PER_INCH = 13
+# Nats a token, from which on a logarithmic scale is needed: masks come to hundreds.
+WIDE_KL = 20.0
 
 
 def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], unit: str) -> Any:
@@ -31,7 +34,8 @@ def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], uni
         places = np.arange(len(metrics)) + offset
         values = [row[m] or 0.0 for m in metrics]
         axes.bar(places, values, width, label=label, color=f"C{number}", alpha=0.85)
-        # At the foot, where no whisker is.
+        # At the foot, in front of a whisker that reaches it.
+        patch = {"facecolor": f"C{number}", "edgecolor": "none", "pad": 0.6}
         for place, metric in zip(places, metrics, strict=True):
             shown = "–" if row[metric] is None else f"{row[metric]:.1f}"
             axes.annotate(
@@ -42,6 +46,8 @@ def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], uni
                 ha="center",
                 fontsize=7,
                 color="white" if row[metric] else "k",
+                bbox=patch if row[metric] else None,
+                zorder=5,
             )
         _whiskers(axes, [row["intervals"][m] for m in metrics], values, places, "k", vertical=True)
     axes.set_xticks(range(len(metrics)), metrics.values())
@@ -113,6 +119,47 @@ def differences(title: str, compared: Mapping[str, Any], metrics: Mapping[str, s
     _title(figure, title)
     _finish(figure, 0)
     return figure
+
+
+def harm(title: str, methods: Mapping[str, Any]) -> Any:
+    """KL from base and agreement with its most likely token, a row a method, with their intervals.
+
+    Args:
+        title: one line.
+        methods: summaries by label, from `harm.summarize`.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(methods)
+    longest = max(map(len, names))
+    figure = Figure(figsize=(6.5 + 0.065 * longest, 1.4 + 0.4 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    heads = {"kl": "KL(base ‖ method), nats a token", "top1_agreement": "same top 1 as base, %"}
+    for axes, (name, head), scale in zip(panels, heads.items(), (1, 100), strict=True):
+        finite = [scale * row[name] for row in methods.values() if math.isfinite(row[name])]
+        for place, row in enumerate(methods.values()):
+            value, interval = scale * row[name], row["intervals"][name]
+            if math.isfinite(value):
+                axes.plot(value, place, "o", ms=5, color="C0")
+                bounds = interval and [scale * bound for bound in interval]
+                _whiskers(axes, [bounds], [value], [place], "C0", vertical=False)
+            # Beside the dot there may be a whisker.
+            at, shown = (value, f"{value:.3g}") if math.isfinite(value) else (0, _not_finite(value))
+            axes.annotate(shown, (at, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.set_xlabel(head)
+        if name == "kl" and max(finite, default=0.0) > WIDE_KL:
+            axes.set_xscale("symlog", linthresh=0.1)
+        axes.grid(axis="x", lw=0.4, alpha=0.5)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].set_ylim(len(names) - 0.4, -0.7)
+    panels[1].set_xlim(-5, 105)
+    _title(figure, f"{title}; 95 % interval")
+    _finish(figure, 0)
+    return figure
+
+
+def _not_finite(value: float) -> str:
+    return "NaN" if math.isnan(value) else "infinite"
 
 
 def _whiskers(

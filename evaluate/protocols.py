@@ -14,6 +14,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from imae_jax.errors import UserError
+from imae_jax.files import read_text
 from imae_jax.prompts import (
     adds_special_tokens,
     answer_frame,
@@ -78,8 +79,12 @@ class Protocol:
         """Raises a `UserError` if the tokenizer cannot follow this protocol."""
         resolve_format(tokenizer, self.format)
 
+    def message(self, primer: str, question: str) -> str:
+        """What is asked: the whole prompt, or in chat form the user's turn."""
+        return primer + question_text(question)
+
     def prompt(self, tokenizer: Any, primer: str, question: str) -> str:
-        text = primer + question_text(question)
+        text = self.message(primer, question)
         return chat_text(tokenizer, text) if self.format == "chat" else text
 
     def continuation(self, tokenizer: Any, answer: str) -> str:
@@ -188,12 +193,9 @@ def load_primer(file: str | None, *, demo: bool = False, instruction: bool = Tru
         UserError: there is none; says where to get it.
     """
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"primer {file} cannot be read: {error}") from None
+        text = read_text(file, "primer")
         if not text.strip():
-            raise UserError(f"primer {file} is empty")
+            raise UserError(f"primer {file} is empty: give the file with the six pairs")
         return _named(text, file, instruction)
     if demo:
         path = DATA_DIRECTORY / "demo_primer.txt"

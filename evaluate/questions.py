@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from imae_jax.errors import UserError, first_line
+from imae_jax.files import read_text
 
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 BEST_INCORRECT = "Best Incorrect Answer"
@@ -143,7 +144,7 @@ def read_questions(path: str | Path, form: str = "answers") -> list[Question]:
             _question(index, place, cells["Question"], cells["Best Answer"], true, false, cells["Category"])
         )
     if not questions:
-        raise UserError(f"{path} holds no questions")
+        raise UserError(f"{path} holds no questions: give a file with rows")
     return questions
 
 
@@ -257,10 +258,7 @@ def _from_hub(form: str) -> list[Question]:
 
 
 def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from None
+    return read_text(path, "data file", encoding="utf-8-sig")
 
 
 def select(texts: Sequence[str], split: str, *, seed: int = 0, dev_share: float = 0.2) -> list[int]:

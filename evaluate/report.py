@@ -18,10 +18,12 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 
 from .questions import DATA_DIRECTORY
-from .runs import RESULTS_FILE, RUN_FILE, read_run, same_model
+from .runs import COMPARISON_FILE, HARNESS_FILE, RESULTS_FILE, RUN_FILE, read_run, same_model
 from .summaries import (
+    HARNESS_COLUMNS,
     against_baseline,
     differences_table,
+    harness_rows,
     note_undefined,
     precision_of,
     scores_table,
@@ -37,10 +39,18 @@ CONFIG_FILE, ENVIRONMENT_FILE, ICD_DIR, IMAE_CONFIG = (
     "icd",
     "imae_config.json",
 )
-COST, UNITS = "cost", "anti-expert units"
-KINDS = {"truthfulqa": "TruthfulQA", "halueval": "HaluEval QA", "harm": "neutral text", COST: "cost"}
-# Fields of a results.json that tables show, or that are too long to be read.
-SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark")
+COST, COMPARISON, HARNESS, UNITS = "cost", "comparison", "lm-eval", "anti-expert units"
+KINDS = {
+    "truthfulqa": "TruthfulQA",
+    "truthfulqa-answers": "answers",
+    "halueval": "HaluEval QA",
+    "harm": "neutral text",
+    COST: "cost",
+    COMPARISON: "comparison",
+    HARNESS: "lm-eval",
+}
+# Fields of results that tables show, or that are too long to be read.
+SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark", "rows")
 LONGEST_LIST = 12
 NOTE_INTERVALS = (
     "In square brackets: 95 % percentile bootstrap intervals over questions. They are about the choice of "
@@ -56,6 +66,10 @@ NOTE_HARM = (
     "KL(base ‖ method), nats a token, and the share of tokens where the most likely one is base's, are of "
     "neutral text ({}): a gain bought with a broken model shows there."
 )
+NOTE_HARM_INTERVALS = (
+    "In square brackets: 95 % percentile bootstrap intervals over blocks of consecutive tokens. All methods "
+    "are measured on the same tokens."
+)
 NOTE_PAPER = (
     "Published figures, on other models and hardware and with other training than the runs of this "
     "report: not to be compared with them as equals. What can be held against each other is how far a method "
@@ -65,6 +79,19 @@ NOTE_HALUEVAL = (
     "How often the right answer's score is above the hallucinated one's, in per cent; by sums over tokens "
     "and by their means. Hallucinated answers are longer, so that length alone tells much: *the shorter "
     "answer* is what preferring it would score."
+)
+NOTE_ANSWERS = (
+    "What methods wrote. *acc*: share of answers that are more like a true reference than like any false "
+    "one; *diff*: how much more. “I have no comment.” is a true reference of every question: "
+    "*answered acc* is BLEU's acc where a refusal counts as 0. Likeness to references is not truth."
+)
+NOTE_COMPARISON = (
+    "Two runs of evaluations, item by item: the second less the first, with 95 % percentile bootstrap "
+    "intervals of the differences and McNemar's exact test of the first metric."
+)
+NOTE_HARNESS = (
+    "Tasks of the LM Evaluation Harness with its own metrics and standard errors. A log-likelihood is the "
+    "sum of the method's scores: where these are no log-probabilities, a perplexity or MC2 of them is none."
 )
 NOTE_COST = (
     "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
@@ -288,10 +315,12 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
     runs: list[Evaluation | Training] = []
     seen: dict[str, Path] = {}
     for place, path in enumerate(paths, 1):
-        files = [path / RESULTS_FILE, path / METRICS_FILE, path / ICD_DIR / METRICS_FILE]
+        evaluations = [path / name for name in (RESULTS_FILE, COMPARISON_FILE, HARNESS_FILE)]
+        files = [*evaluations, path / METRICS_FILE, path / ICD_DIR / METRICS_FILE]
         file = next(filter(Path.is_file, files), None)
         if file is None and not (path / RUN_FILE).is_file() and not (path / CONFIG_FILE).is_file():
-            state = f"holds neither {RESULTS_FILE} nor {METRICS_FILE}" if path.exists() else "does not exist"
+            names = ", ".join(known.name for known in files[:-1])
+            state = f"holds none of {names}" if path.exists() else "does not exist"
             raise UserError(f"{path} {state}: give output directories of imae_jax.train or imae_jax.evaluate")
         if file is not None:
             # A copy of a run is the same run, too.
@@ -300,7 +329,7 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
                 raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
             seen[digest] = path
         with _damaged(path):
-            if file == files[0] or (path / RUN_FILE).is_file():
+            if file in evaluations or (path / RUN_FILE).is_file():
                 runs.append(Evaluation(place, path, read_results(path)))
             else:
                 runs.append(read_training(place, path))
@@ -308,15 +337,42 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results of a finished evaluation run, of `evaluate.cost` too, which has no benchmark."""
+    """The results of a finished evaluation run, of those too that have no benchmark of their own."""
     if (path / RESULTS_FILE).is_file():
         results = _read_json(path / RESULTS_FILE)
         if isinstance(results, dict) and "batch_sizes" in results:
             return {**results, "benchmark": COST}
+    elif (path / COMPARISON_FILE).is_file():
+        comparison = _read_json(path / COMPARISON_FILE)
+        models = " → ".join(dict.fromkeys(comparison["models"]))
+        return {**comparison, "of": comparison["benchmark"], "benchmark": COMPARISON, "model": models}
+    elif (path / HARNESS_FILE).is_file():
+        return read_harness(path / HARNESS_FILE)
     results = read_run(path)
     if results["benchmark"] not in KINDS:
         raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: leave it out")
     return results
+
+
+def read_harness(file: Path) -> dict[str, Any]:
+    """What a report shows of a result of lm-eval, in the form of other results."""
+    found = _read_json(file)
+    ours, kept = found["config"]["imae_jax"], ("n-samples", "n-shot", "date", "lm_eval_version")
+    arguments = ours["arguments"]
+    return {
+        "benchmark": HARNESS,
+        "model": arguments["model"],
+        "dtype": ours["base_model"]["dtype"],
+        "int8": arguments["int8"],
+        "rows": harness_rows(found),
+        "methods": {arguments["method"]: {"settings": ours["method"]["scoring"]}},
+        "limit": arguments["limit"],
+        "config": ours,
+        "task_versions": found["versions"],
+        **{name: found[name] for name in kept if name in found},
+        "versions": ours["versions"],
+        "git": ours["git"],
+    }
 
 
 @contextlib.contextmanager
@@ -342,8 +398,11 @@ def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:
     trainings = [run for run in runs if isinstance(run, Training)]
     paper = _read_json(PAPER_FILE)
     sections = truthfulqa_sections(by_kind["truthfulqa"], by_kind["harm"], paper)
+    sections += answers_sections(by_kind["truthfulqa-answers"])
     sections += halueval_sections(by_kind["halueval"])
     sections += harm_sections(by_kind["harm"])
+    sections += harness_sections(by_kind[HARNESS])
+    sections += comparison_sections(by_kind[COMPARISON])
     sections += cost_sections(by_kind[COST], paper)
     sections += training_sections(trainings)
     return sections + provenance_sections(runs)
@@ -458,6 +517,25 @@ def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Ma
         return found
 
 
+def answers_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    """Figures of generated answers, and the first of the texts."""
+    from .answers import by_question, results_tables
+    from .runs import read_lines as read_scores
+
+    sections = [Section("Answers to TruthfulQA's questions", (Note(NOTE_ANSWERS),))] if runs else []
+    for run in runs:
+        with _damaged(run.path):
+            texts = {}
+            shown = by_question(read_scores(run.path))[: run.results["shown"]]
+            for place, lines in enumerate(shown, 1):
+                texts[f"{place}. {lines[0]['question']}"] = f"best answer: {lines[0]['best']}"
+                texts |= {f"{place}. {line['method']}": line["answer"] for line in lines}
+            facts = [Facts(f"Answers to {len(shown)} questions", texts)] if shown else []
+            blocks = (*map(Grid.of, results_tables(run.results)), *plots_of(run), *facts)
+            sections.append(Section(run.label(), blocks, level=3))
+    return sections
+
+
 def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
     from .halueval import tables_of
 
@@ -472,11 +550,37 @@ def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
 def harm_sections(runs: Sequence[Evaluation]) -> list[Section]:
     from .harm import results_table
 
-    grids = []
+    blocks: list[Any] = []
     for run in runs:
         with _damaged(run.path):
-            grids.append(Grid.of(results_table(run.results)))
-    return [Section("Harm on neutral text", tuple(grids))] if runs else []
+            blocks += [Grid.of(results_table(run.results)), *plots_of(run)]
+    return [Section("Harm on neutral text", (Note(NOTE_HARM_INTERVALS), *blocks))] if runs else []
+
+
+def harness_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    groups = {}
+    for run in runs:
+        with _damaged(run.path):
+            (method,), limit = run.results["methods"], run.results["limit"]
+            cut = "" if limit is None else f", {limit:g} documents a task"
+            model = f"{run.results['model']} ({precision_of(run.results)})"
+            groups[f"{model}, {method}{cut}, run {run.number}"] = run.results["rows"]
+    grid = Grid("Results [± standard error]", HARNESS_COLUMNS, groups)
+    return [Section("LM Evaluation Harness", (Note(NOTE_HARNESS), grid))] if runs else []
+
+
+def comparison_sections(runs: Sequence[Evaluation]) -> list[Section]:
+    from .compare import comparison_tables
+
+    sections = [Section("Comparisons of two runs", (Note(NOTE_COMPARISON),))] if runs else []
+    for run in runs:
+        with _damaged(run.path):
+            blocks = (
+                *map(Grid.of, comparison_tables({**run.results, "benchmark": run.results["of"]})),
+                *plots_of(run),
+            )
+            sections.append(Section(f"{run.path}, run {run.number}", blocks, level=3))
+    return sections
 
 
 def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[Section]:
@@ -642,7 +746,10 @@ def provenance_sections(runs: Sequence[Evaluation | Training]) -> list[Section]:
 
 def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """Every method's settings, resolved."""
-    methods = results.get("methods") or next(iter(results["batch_sizes"].values()))
+    if "batch_sizes" in results:
+        methods = next(iter(results["batch_sizes"].values()))
+    else:
+        methods = results.get("methods", {})
     kept = ("settings", "scored_with", "seconds")
     return {
         label: {"sums": sums_of(row["settings"]), **{key: row[key] for key in kept if key in row}}

@@ -1,4 +1,4 @@
-"""Evaluation runs: methods that score the answers of many items, item by item, so that a killed run goes on.
+"""Evaluation runs: methods that score or write the answers of many items, so that a killed run goes on.
 
 A run's directory holds
 
@@ -9,6 +9,7 @@ table.md, table.tex, and plots
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,17 +27,18 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import new_directory, write_text
+from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
 from .questions import SPLITS
 from .tables import Table
 
 if TYPE_CHECKING:
     from imae_jax.decode import Continuation, Method
-    from imae_jax.language_model import LanguageModel
+    from imae_jax.language_model import Completion, LanguageModel
 
 RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+COMPARISON_FILE, HARNESS_FILE = "comparison.json", "lm_eval.json"
 # Of `model_settings`: what scores depend on.
 IDENTITY = ("base_model", "units", "int8", "tokenizer")
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
@@ -75,6 +77,7 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
     if not out.exists() or args.overwrite:
+        check_new_directory(out, marker=_marker(out), overwrite=args.overwrite)
         return
     unfinished = (out / RUN_FILE).is_file() and not (out / RESULTS_FILE).exists()
     if not args.resume:
@@ -83,6 +86,11 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         raise UserError(f"{out} {state}{':' if unfinished else ','} {way_out}")
     if not (out / RUN_FILE).is_file():
         raise UserError(f"{out} holds no {RUN_FILE}, so there is no run to resume: choose another output")
+
+
+def _marker(out: Path) -> str:
+    """The file by which a run is known, finished or not."""
+    return RESULTS_FILE if (out / RESULTS_FILE).exists() else RUN_FILE
 
 
 def parse_methods(text: str) -> dict[str, "Method"]:
@@ -96,10 +104,8 @@ def parse_methods(text: str) -> dict[str, "Method"]:
 
     if text.endswith((".yaml", ".yml")):
         try:
-            entries = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"methods file {text} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            entries = yaml.safe_load(read_text(text, "methods file"))
+        except yaml.YAMLError as error:
             raise UserError(f"methods file {text} is not valid YAML: {error}") from None
         are_settings = isinstance(entries, list) and all(
             isinstance(entry, dict) and "name" in entry for entry in entries
@@ -170,27 +176,79 @@ def plan(
     from imae_jax.decode.joint import Joint, share_streams
     from imae_jax.decode.scoring import check_groups
 
+    settings, prepared = _prepare(lm, methods, keys, generating=False)
     everything = tuple(range(len(keys)))
-    passes, settings, whole = [], {}, {}
-    for label, method in methods.items():
-        parts = _parts(method, keys)
-        prepared = [lm.prepare(part, generating=False) for part, _ in parts]
-        settings[label] = method_settings(parts[0][0], prepared[0][1])
-        if len(parts) == 1:
-            whole[label] = prepared[0]
-            continue
-        folds = [_fingerprint(part) for part, _ in parts]
-        settings[label] |= {"directions": method.directions, "folds": len(parts), "fingerprint": folds}
-        for (models, resolved), (_, places) in zip(prepared, parts, strict=True):
-            passes.append(Pass(models, Joint((resolved,)), (label,), tuple(places)))
+    whole = {label: parts[0][:2] for label, parts in prepared.items() if len(parts) == 1}
     labels = list(whole)
     shared = [
         Pass(models, joint, tuple(labels[i] for i in places), everything)
         for models, joint, places in share_streams(list(whole.values()))
     ]
+    passes = [
+        Pass(models, Joint((method,)), (label,), places)
+        for label, parts in prepared.items()
+        if label not in whole
+        for models, method, places in parts
+    ]
     for part in (*shared, *passes):
         check_groups(part.models, groups)
     return Plan((*shared, *passes), settings)
+
+
+def plan_generation(
+    lm: "LanguageModel",
+    methods: Mapping[str, "Method"],
+    keys: Sequence[str],
+    prompts: Sequence[str],
+    options: Mapping[str, Any],
+) -> Plan:
+    """As `plan`, of text that the methods write: no two share a pass.
+
+    Args:
+        lm, methods, keys: as for `plan`.
+        prompts: of every item.
+        options: of `LanguageModel.generate`.
+
+    Raises:
+        UserError: as `plan`, or a prompt that leaves no room for new tokens.
+    """
+    settings, prepared = _prepare(lm, methods, keys, generating=True)
+    passes = [
+        Pass(models, method, (label,), places)
+        for label, parts in prepared.items()
+        for models, method, places in parts
+    ]
+    longest = max(map(len, lm.encode_prompts(prompts, options["format"])))
+    context = min(part.models.context_length for part in passes)
+    if longest + options["max_new_tokens"] > context:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, with {options['max_new_tokens']} new ones over the "
+            f"model's context of {context}: lower --max-new-tokens, or give a shorter --primer"
+        )
+    return Plan(tuple(passes), settings)
+
+
+def _prepare(
+    lm: "LanguageModel", methods: Mapping[str, "Method"], keys: Sequence[str], *, generating: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[tuple[Any, "Method", tuple[int, ...]]]]]:
+    """Every method's settings, and its parts: models, resolved method, places of its items."""
+    settings, prepared = {}, {}
+    for label, method in methods.items():
+        parts = _parts(method, keys)
+        resolved = [lm.prepare(part, generating=generating) for part, _ in parts]
+        settings[label] = method_settings(parts[0][0], resolved[0][1])
+        if len(parts) > 1:
+            folds = [_fingerprint(part) for part, _ in parts]
+            # Which questions a file is for decides as much as what it holds.
+            assigned = hashlib.sha256(json.dumps([list(places) for _, places in parts]).encode()).hexdigest()
+            settings[label] |= {
+                "directions": method.directions,
+                "folds": len(parts),
+                "fingerprint": folds,
+                "assignment": assigned,
+            }
+        prepared[label] = [(*both, tuple(places)) for both, (_, places) in zip(resolved, parts, strict=True)]
+    return settings, prepared
 
 
 def _parts(method: Any, keys: Sequence[str]) -> list[tuple[Any, Sequence[int]]]:
@@ -271,8 +329,7 @@ class Run:
             self._check(settings)
             self._read()
         else:
-            marker = RESULTS_FILE if (out / RESULTS_FILE).exists() else RUN_FILE
-            with new_directory(out, marker=marker, overwrite=overwrite) as new:
+            with new_directory(out, marker=_marker(out), overwrite=overwrite) as new:
                 (new / RUN_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
                 (new / SCORES_FILE).touch()
         self.resumed = len(self.lines)
@@ -338,47 +395,98 @@ class Run:
         from imae_jax.decode import score
 
         costs: dict[str, dict[str, Any]] = {}
+        with self._appended() as append:
+            for part in passes:
+                start = time.perf_counter()
+                missing = [
+                    place
+                    for place in part.places
+                    if any((label, index[place]) not in self.lines for label in part.labels)
+                ]
+                scored = score(part.models, lm.config, [groups[p] for p in missing], part.method)
+                bar = tqdm(
+                    scored,
+                    total=len(part.places),
+                    initial=len(part.places) - len(missing),
+                    desc=", ".join(part.labels),
+                    unit="item",
+                    disable=quiet,
+                )
+                for i, scores in bar:
+                    place = missing[i]
+                    for column, label in enumerate(part.labels):
+                        if (label, index[place]) not in self.lines:
+                            of_method = [answer[:, column] for answer in scores]
+                            append(label, index[place], line(place, of_method))
+                _add_costs(costs, part, start)
+        return costs
+
+    def generate(
+        self,
+        lm: "LanguageModel",
+        passes: Sequence[Pass],
+        prompts: Sequence[str],
+        line: Callable[[int, "Completion"], dict[str, Any]],
+        *,
+        index: Sequence[int],
+        batch_size: int,
+        options: Mapping[str, Any],
+        quiet: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        """Continues the prompts that have no line yet.
+
+        Args:
+            lm: the model.
+            passes: from `plan_generation`.
+            prompts: of every item.
+            line: the fields of an item's line, from its place and what its prompt was continued with.
+            index: every item's number in its data.
+            batch_size: prompts at a time.
+            options: of `LanguageModel.generate`.
+            quiet: no progress bar.
+
+        Returns:
+            As `score`.
+        """
+        from tqdm import tqdm
+
+        costs: dict[str, dict[str, Any]] = {}
+        with self._appended() as append:
+            for part in passes:
+                start = time.perf_counter()
+                (label,) = part.labels
+                with tqdm(total=len(part.places), desc=label, unit="item", disable=quiet) as bar:
+                    # Cut from all items, those done too: what is drawn depends on a row's place in its batch.
+                    for number, first in enumerate(range(0, len(part.places), batch_size)):
+                        batch = part.places[first : first + batch_size]
+                        missing = [place for place in batch if (label, index[place]) not in self.lines]
+                        if missing:
+                            seed = (options["seed"] + number) % 2**31
+                            texts = [prompts[place] for place in batch]
+                            written = lm.complete(texts, part.method, **{**options, "seed": seed})
+                            for place, completion in zip(batch, written, strict=True):
+                                if place in missing:
+                                    append(label, index[place], line(place, completion))
+                        bar.update(len(batch))
+                _add_costs(costs, part, start)
+        return costs
+
+    @contextlib.contextmanager
+    def _appended(self) -> Iterator[Callable[[str, int, dict[str, Any]], None]]:
+        """Yields what adds the line of a method and item, there at once even if the process is killed."""
         path = self.out / SCORES_FILE
         try:
             with path.open("a", encoding="utf-8") as file:
-                for part in passes:
-                    start = time.perf_counter()
-                    missing = [
-                        place
-                        for place in part.places
-                        if any((label, index[place]) not in self.lines for label in part.labels)
-                    ]
-                    scored = score(part.models, lm.config, [groups[p] for p in missing], part.method)
-                    bar = tqdm(
-                        scored,
-                        total=len(part.places),
-                        initial=len(part.places) - len(missing),
-                        desc=", ".join(part.labels),
-                        unit="item",
-                        disable=quiet,
-                    )
-                    for i, scores in bar:
-                        place = missing[i]
-                        for column, label in enumerate(part.labels):
-                            key = label, index[place]
-                            if key not in self.lines:
-                                of_method = [answer[:, column] for answer in scores]
-                                entry = {
-                                    "index": index[place],
-                                    "method": label,
-                                    **line(place, of_method),
-                                }
-                                file.write(dumps(entry) + "\n")
-                                self.lines[key] = jsonable(entry)
-                        file.flush()
-                    seconds = time.perf_counter() - start
-                    for label in part.labels:
-                        cost = costs.setdefault(label, {"seconds": 0.0, "scored_with": []})
-                        cost["seconds"] += seconds
-                        cost["scored_with"] = [other for other in part.labels if other != label]
+
+                def append(label: str, number: int, fields: dict[str, Any]) -> None:
+                    entry = {"index": number, "method": label, **fields}
+                    file.write(dumps(entry) + "\n")
+                    file.flush()
+                    self.lines[label, number] = jsonable(entry)
+
+                yield append
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-        return costs
 
     def of(self, label: str, index: Sequence[int]) -> list[dict[str, Any]]:
         """A method's lines, in the order of the items."""
@@ -403,6 +511,14 @@ class Run:
         write_text(self.out / SCORES_FILE, "".join(dumps(line) + "\n" for line in lines))
         write_outputs(self.out, tables, plots)
         write_text(self.out / RESULTS_FILE, dumps(results, indent=2) + "\n")
+
+
+def _add_costs(costs: dict[str, dict[str, Any]], part: Pass, start: float) -> None:
+    seconds = time.perf_counter() - start
+    for label in part.labels:
+        cost = costs.setdefault(label, {"seconds": 0.0, "scored_with": []})
+        cost["seconds"] += seconds
+        cost["scored_with"] = [other for other in part.labels if other != label]
 
 
 def write_outputs(out: Path, tables: Sequence[Table], plots: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from . import stats
 from .tables import Table, p_value, with_interval
 
+HARNESS_COLUMNS = ("task", "filter", "metric", "value", "± standard error")
+
 
 def values_of(lines: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
     """A metric of lines as float64; NaN where it is undefined."""
@@ -125,6 +127,20 @@ def differences_table(title: str, compared: Mapping[str, Any], metrics: Mapping[
         rows.append((label, str(found[first]["n"]), *shown, *map(str, cells)))
     heads = (*(f"Δ {head}" for head in metrics.values()), "gained", "lost", "McNemar p")
     return Table(title, ("method", "N", *heads), tuple(rows))
+
+
+def harness_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Task, filter, metric, value and standard error of everything in a result of lm-eval, as cells."""
+    rows = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            figures = value, values.get(f"{metric}_stderr,{name}")
+            cells = (f"{x:.4f}" if isinstance(x, int | float) else "–" for x in figures)
+            rows.append((task, name, metric, *cells))
+    return rows
 
 
 def against_baseline(methods: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ in the code of DoLa (Chuang et al., arXiv 2309.03883); the binary choice of the 
 (https://github.com/sylinrl/TruthfulQA), here by the answers' scores.
 """
 
+import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -173,7 +175,74 @@ def read_harm(
     return found
 
 
-def checked(data: Data, protocol: Protocol, primer: Primer, *, any_data: bool) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run asks.
+
+    Attributes:
+        protocol: with its data and primer.
+        data: all of the source.
+        primer: in front of every question.
+        questions: the chosen ones.
+        settings: of data, primer and choice, for `run.json` and `results.json`.
+    """
+
+    protocol: Protocol
+    data: Data
+    primer: Primer
+    questions: tuple[Question, ...]
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return label(self.protocol, self.primer, self.data)
+
+    @property
+    def index(self) -> list[int]:
+        return [question.index for question in self.questions]
+
+    @property
+    def texts(self) -> list[str]:
+        return [question.text for question in self.questions]
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, protocols: Sequence[str] = tuple(PROTOCOLS)) -> None:
+    """Which questions are asked, and how; `read_inputs` reads them."""
+    parser.add_argument(
+        "--data",
+        default="demo",
+        help="TruthfulQA.csv, a JSON or JSONL file in the hub's multiple_choice form, hub, or demo for the "
+        "embedded questions",
+    )
+    parser.add_argument("--protocol", default="tqa-v1/qa-primer", help=f"one of {', '.join(protocols)}")
+    parser.add_argument("--primer", help="file with the six-shot primer (default: from lm-eval)")
+    parser.add_argument("--any-data", action="store_true", help="take data that are not the protocol's")
+
+
+def read_inputs(args: argparse.Namespace, protocol: Protocol) -> Inputs:
+    """What the arguments of a run name; warns of data and primer that are not the protocol's.
+
+    Raises:
+        UserError: the data are not, and --any-data is off, or no question is left.
+    """
+    data = load_data(args.data, protocol.form)
+    primer = load_primer(args.primer, demo=args.data == "demo", instruction=protocol.instruction)
+    for warning in _checked(data, protocol, primer, any_data=args.any_data):
+        print(warning, file=sys.stderr)
+    texts = [question.text for question in data.questions]
+    places = select(texts, args.split, seed=args.split_seed, dev_share=args.dev_share)[: args.limit]
+    if not places:
+        raise UserError(f"--split {args.split} holds no question: give another --dev-share")
+    settings = {
+        "data": {"path": args.data, "kind": data.kind, "sha256": data.sha256},
+        "primer": {"name": primer.name, "source": primer.source, "sha256": primer.sha256},
+        "split": {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share},
+        "limit": args.limit,
+    }
+    return Inputs(protocol, data, primer, tuple(data.questions[place] for place in places), settings)
+
+
+def _checked(data: Data, protocol: Protocol, primer: Primer, *, any_data: bool) -> list[str]:
     """Warnings about data and primer that are not the protocol's.
 
     Raises:
@@ -198,15 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_model_arguments(parser)
     add_run_arguments(parser)
-    parser.add_argument(
-        "--data",
-        default="demo",
-        help="TruthfulQA.csv, a JSON or JSONL file in the hub's multiple_choice form, hub, or demo for the "
-        "embedded questions",
-    )
-    parser.add_argument("--protocol", default="tqa-v1/qa-primer", help=f"one of {', '.join(PROTOCOLS)}")
-    parser.add_argument("--primer", help="file with the six-shot primer (default: from lm-eval)")
-    parser.add_argument("--any-data", action="store_true", help="take data that are not the protocol's")
+    add_data_arguments(parser)
     parser.add_argument(
         "--harm", type=Path, metavar="RESULTS", help="directory of evaluate.harm, to show beside the scores"
     )
@@ -215,16 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = get_protocol(args.protocol)
     methods = parse_methods(args.methods)
     check_arguments(args, methods)
-    data = load_data(args.data, protocol.form)
-    primer = load_primer(args.primer, demo=args.data == "demo", instruction=protocol.instruction)
-    for warning in checked(data, protocol, primer, any_data=args.any_data):
-        print(warning, file=sys.stderr)
-    split = {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share}
-    texts = [question.text for question in data.questions]
-    places = select(texts, args.split, seed=args.split_seed, dev_share=args.dev_share)[: args.limit]
-    if not places:
-        raise UserError(f"--split {args.split} holds no question: give another --dev-share")
-    questions = [data.questions[place] for place in places]
+    inputs = read_inputs(args, protocol)
 
     runtime.set_up()
     from imae_jax.convert import load_model
@@ -232,16 +284,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     lm = load_model(args.model, **model_arguments(args))
     common = {
         "benchmark": BENCHMARK,
-        "protocol": label(protocol, primer, data),
+        "protocol": inputs.label,
         **model_settings(lm, args),
-        "data": {"path": args.data, "kind": data.kind, "sha256": data.sha256},
-        "primer": {"name": primer.name, "source": primer.source, "sha256": primer.sha256},
-        "split": split,
-        "limit": args.limit,
+        **inputs.settings,
     }
-    index = [question.index for question in questions]
-    groups = encode_questions(lm.tokenizer, protocol, primer, questions)
-    planned = plan(lm, methods, [question.text for question in questions], groups)
+    questions, index = inputs.questions, inputs.index
+    groups = encode_questions(lm.tokenizer, protocol, inputs.primer, questions)
+    planned = plan(lm, methods, inputs.texts, groups)
     harm = read_harm(args.harm, common, planned.settings) if args.harm else {}
 
     def line(place: int, scores: list[np.ndarray]) -> dict[str, Any]:

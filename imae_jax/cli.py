@@ -1,4 +1,4 @@
-"""What the commands share: how errors are reported, and the arguments that name a model."""
+"""What the commands share: how errors are reported, and arguments that name a model or its sampling."""
 
 import argparse
 import functools
@@ -60,3 +60,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `imae_jax.convert.load_model` besides the reference."""
     return {name: getattr(args, name, None) for name in ("dtype", "revision", "tokenizer", "base", "int8")}
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings of `decode.Sampler`, in its order."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")

@@ -26,14 +26,7 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
         UserError: `path` exists and may not be replaced, or it cannot be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another output, or pass --overwrite")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, not a directory: choose another output")
-    if path.exists() and not (path / marker).exists() and any(path.iterdir()):
-        raise UserError(
-            f"{path} holds no {marker}, so it is not a result of this command: choose another output"
-        )
+    check_new_directory(path, marker=marker, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -55,6 +48,43 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
         if isinstance(error, OSError):
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def check_new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> None:
+    """Refuses what `new_directory` would refuse, for commands that compute before they write."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: choose another output, or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a directory: choose another output")
+    if path.exists() and not (path / marker).exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path} holds no {marker}, so it is not a result of this command: choose another output"
+        )
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be written in {parent}: choose another output")
+
+
+def read_text(path: str | os.PathLike, name: str, *, encoding: str = "utf-8") -> str:
+    """The contents of a text file.
+
+    Args:
+        path: of the file.
+        name: what it is, for the error.
+        encoding: utf-8, or utf-8-sig where a byte order mark is to be dropped.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding=encoding)
+    except OSError as error:
+        raise UserError(
+            f"{name} {path} cannot be read ({error.strerror or error}): give a text file"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_sampling_arguments,
+    command,
+    model_arguments,
+)
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.prompts import resolve_format
@@ -62,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     args = parser.parse_args(argv)

@@ -27,7 +27,8 @@ class BaseReference:
     Attributes:
         reference: as the user gave it; local paths are absolute.
         revision: commit of a hub model, else None.
-        fingerprint: SHA-256 over the size, first and last MiB of every weight file.
+        fingerprint: SHA-256 over the size, first and last MiB of every weight file; of an adapter, over its
+            files, and its base's fingerprint.
         dtype: that the base was loaded in.
     """
 
@@ -48,6 +49,19 @@ class LoadedResource:
 
     second: "LanguageModel | None" = None
     weights: Callable[[Method], dict[str, Any]] = lambda method: {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    Attributes:
+        text: without special tokens and stop strings.
+        finished: whether an end-of-text token or a stop string ended it, and not the number of tokens.
+    """
+
+    text: str
+    finished: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +153,7 @@ class LanguageModel:
         Raises:
             UserError: a prompt that is empty or too long, or a method that the model cannot run.
         """
-        texts = [""] * len(prompts)
-        for pieces in self.stream(
+        completions = self.complete(
             prompts,
             method,
             format=format,
@@ -148,10 +161,22 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             stop=stop,
             seed=seed,
-            chunk_size=CHUNK_SIZE,
-        ):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        return texts
+        )
+        return [completion.text for completion in completions]
+
+    def complete(
+        self, prompts: Sequence[str], method: str | Method = "base", **options: Any
+    ) -> list[Completion]:
+        """As `generate`, but also says of every text what ended it.
+
+        Args:
+            options: those of `generate`.
+        """
+        texts, finished = [""] * len(prompts), [False] * len(prompts)
+        for completions in self._pieces(prompts, method, **options):
+            finished = [completion.finished for completion in completions]
+            texts = [text + completion.text for text, completion in zip(texts, completions, strict=True)]
+        return [Completion(text, end) for text, end in zip(texts, finished, strict=True)]
 
     def stream(
         self,
@@ -170,6 +195,31 @@ class LanguageModel:
         Args:
             chunk_size: tokens between pieces.
         """
+        for completions in self._pieces(
+            prompts,
+            method,
+            format=format,
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            chunk_size=chunk_size,
+        ):
+            yield [completion.text for completion in completions]
+
+    def _pieces(
+        self,
+        prompts: Sequence[str],
+        method: str | Method,
+        *,
+        format: str = "raw",
+        sampler: Sampler = Sampler(),
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> Iterator[list[Completion]]:
+        """Every prompt's next piece of text, and whether it is the last one."""
         _check_texts("stop", stop)
         if not all(stop):
             raise UserError("a stop string is empty: leave it out")
@@ -177,20 +227,22 @@ class LanguageModel:
         ids = self.encode_prompts(prompts, format)
         rows: list[list[int]] = [[] for _ in prompts]
         shown, closed = [0] * len(prompts), [False] * len(prompts)
+        ends_text = set(self.eos_token_ids)
         # What may be the beginning of a stop string is held back.
         held_back = max(map(len, stop), default=1) - 1
 
-        def pieces(last: bool) -> list[str]:
+        def pieces(last: bool) -> list[Completion]:
             new = []
             for i, row in enumerate(rows):
+                ended = bool(row) and row[-1] in ends_text
                 text = "" if closed[i] else self._new_text(ids[i], row)
                 ends = [place for place in (text.find(string) for string in stop) if place >= 0]
                 if ends:
                     text, closed[i] = text[: min(ends)], True
-                elif not last:
+                elif not (last or ended):
                     # A character of several tokens is still incomplete.
                     text = text[: max(len(text) - held_back, 0)].rstrip("\ufffd")
-                new.append(text[shown[i] :])
+                new.append(Completion(text[shown[i] :], ended or closed[i]))
                 shown[i] = max(shown[i], len(text))
             return new
 
@@ -207,8 +259,9 @@ class LanguageModel:
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
-            yield pieces(last=False)
-            if all(closed):
+            completions = pieces(last=False)
+            yield completions
+            if all(completion.finished for completion in completions):
                 return
         yield pieces(last=True)
 

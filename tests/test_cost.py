@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, import_torch, run_python, user_error, with_random_units
+from conftest import SMOLLM2, TINY, import_torch, user_error, with_random_units
 from test_docs import blocks
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert.imae_dir import write_imae_dir
+from imae_jax.convert.references import BUILT_IN
 from imae_jax.decode import Continuation, generate, parse_method, score
 from imae_jax.evaluate import cost, report
 from imae_jax.evaluate.cost import MemoryMeter, Source, Timing, Workload, main
@@ -237,13 +238,12 @@ def test_random_weights_are_quantized(tmp_path):
     sources = {
         int8: Source(model, NO_OPTIONS | {"int8": int8}, random_weights=True) for int8 in ("units", "all")
     }
-    for units in (False, True):
-        for int8, source in sources.items():
-            weights = source.load(units=units).model.weights()
-            assert isinstance(weights.base["layers"][0]["wq"], Int8) == (int8 == "all")
-            assert units == (weights.units is not None)
-            if units:
-                assert isinstance(weights.units[0]["w_up"], Int8)
+    for int8, units in (("units", False), ("units", True), ("all", True)):
+        weights = sources[int8].load(units=units).model.weights()
+        assert isinstance(weights.base["layers"][0]["wq"], Int8) == (int8 == "all")
+        assert units == (weights.units is not None)
+        if units:
+            assert isinstance(weights.units[0]["w_up"], Int8)
     with user_error("int8='half'"):
         cost.random_model(model, dtype=None, units=False, int8="half")
 
@@ -303,12 +303,15 @@ def test_the_peer_of_decoding_is_timed_by_token(tiny):
     assert figures["weight_bytes"] == 4 * sum(p.numel() for p in tiny("gqa").hf.parameters())
 
 
-def test_commands_of_the_documentation_run(smollm2, tmp_path):
+@pytest.mark.skipif(
+    importlib.util.find_spec(BUILT_IN[SMOLLM2]) is None, reason=f"{BUILT_IN[SMOLLM2]} is not installed"
+)
+def test_commands_of_the_documentation_run(tmp_path, monkeypatch):
     (commands,) = blocks((ROOT / "docs" / "cost.md").read_text(encoding="utf-8"), "bash")
+    monkeypatch.chdir(tmp_path)
     for line in commands.replace("\\\n", " ").splitlines():
-        program, *command = shlex.split(line)
-        assert program == "python"
-        run = run_python(command, tmp_path)
-        assert run.returncode == 0, run.stderr
+        program, flag, module, *command = shlex.split(line)
+        assert (program, flag, module) == ("python", "-m", main.__module__)
+        assert main(command) == 0
     assert (tmp_path / "out" / "cost" / "cost.png").exists()
     assert len(list((tmp_path / "out" / "traces").rglob("*.xplane.pb"))) == 2

@@ -31,6 +31,7 @@ def test_commands_of_the_evaluation_run(smollm2, tmp_path):
         "harm/results.json",
         "tqa/scores.svg",
         "comparison/table.tex",
+        "answers/answers.md",
         "halueval/table.md",
         "report/report.html",
     ):

@@ -1,12 +1,15 @@
 """HaluEval QA preferences, and harm on neutral text."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import TINY, hf_logits, log_softmax, user_error, write_rows
 
 from imae_jax.decode import windows
+from imae_jax.evaluate import stats
+from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import length_statistics, preferences, trained_questions
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS
@@ -70,6 +73,28 @@ def test_answers_are_compared_raw_per_token_and_matched(tiny_imae, rows, tmp_pat
             assert results["parts"][part]["base"][metric] == pytest.approx(expected)
     assert results["length"]["all"]["shorter"] == pytest.approx(100 * (9 + 3 / 2) / 12)
     assert "matched-preferences.png" in {path.name for path in out.iterdir()}
+
+    # Two runs are compared on the same parts.
+    comparison = tmp_path / "comparison"
+    pair = [str(out), str(out), "--pair", "base", "in-model-contrast"]
+    assert compare([*pair, "--out", str(comparison)]) == 0
+    assert "on pairs of matched length that both have" in capfd.readouterr().out
+    found = json.loads((comparison / "comparison.json").read_text())["parts"]
+    for part in ("all", "matched"):
+        own, base = (results["parts"][part][label] for label in ("in-model-contrast", "base"))
+        for metric, row in found[part]["base → in-model-contrast"].items():
+            assert row["value"] == pytest.approx(own[metric] - base[metric])
+            assert row["interval"] == own["against_baseline"][metric]["interval"]
+    assert {"all-differences.png", "matched-differences.svg"} <= {p.name for p in comparison.iterdir()}
+    stricter = tmp_path / "stricter"
+    shutil.copytree(out, stricter)
+    changed = results | {"length": results["length"] | {"ratio": 1.0}}
+    (stricter / "results.json").write_text(json.dumps(changed))
+    assert compare([str(out), str(stricter)]) == 2
+    assert "differ in length.ratio (1.4, 1.0)" in capfd.readouterr().err
+    assert compare([str(out), str(stricter), "--anyway", "--out", str(comparison), "--overwrite"]) == 0
+    found = json.loads((comparison / "comparison.json").read_text())["parts"]["matched"]
+    assert found["base"]["raw"]["n"] == 3, "matched in both runs"
 
     # Killed and resumed.
     kept = (out / "scores.jsonl").read_text().splitlines(keepends=True)
@@ -186,6 +211,14 @@ def test_harm_is_that_of_whole_distributions(tiny_imae, tmp_path, capfd):
     assert static["cross_entropy"] == pytest.approx(-q[rows, targets].mean(), rel=1e-3)
     agreement = (q.argmax(-1) == strong.argmax(-1)).mean()
     assert static["top1_agreement"] == pytest.approx(agreement, abs=0.03)  # a tie of rounding or two
+    for name, values in (("kl", kl), ("cross_entropy", -q[rows, targets])):
+        interval = stats.mean_of_text(values).interval
+        assert interval[0] < static[name] < interval[1]
+        assert static["intervals"][name] == pytest.approx(interval, rel=1e-3)
+    assert static["intervals"]["perplexity"] == pytest.approx(np.exp(static["intervals"]["cross_entropy"]))
+    assert found["base"]["intervals"]["top1_agreement"] == [1.0, 1.0]
+    for name in ("harm.png", "harm.svg"):
+        assert (out / name).stat().st_size > 0
     # A mask of -1000 leaves the KL finite, and rules out what is not plausible.
     masked = found["in-model-contrast:alpha=0.1"]
     plausible = strong >= strong.max(-1, keepdims=True) + np.log(0.1)
@@ -196,6 +229,7 @@ def test_harm_is_that_of_whole_distributions(tiny_imae, tmp_path, capfd):
     assert "infinite" in capfd.readouterr().out
     masked = json.loads((out / "results.json").read_text())["methods"]["in-model-contrast:alpha=0.1"]
     assert (masked["kl"], masked["infinite_kl"]) == ("inf", 1.0)
+    assert masked["intervals"]["kl"] is None
 
 
 def exit_logits(hf, tokens, layer):
@@ -212,6 +246,7 @@ def test_means_that_are_infinite_stay_so():
     values[0] = 1e4
     found = summarize_harm(values)
     assert (found["kl"], found["infinite_kl"], found["perplexity"]) == (np.inf, 0.25, np.inf)
+    assert set(found["intervals"].values()) == {None}, "one block of tokens tells nothing of others"
 
 
 def test_harm_that_is_not_a_number_is_shown(scored, tiny_imae, tmp_path, capfd):
@@ -273,6 +308,7 @@ def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):
         ],
         "nowhere.txt cannot be read": ["--text", "nowhere.txt"],
         "--window 1": ["--window", "1"],
+        "--seed -1": ["--seed", "-1"],
         "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
     }
     capfd.readouterr()  # Writing a checkpoint shows its progress.

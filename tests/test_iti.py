@@ -167,6 +167,14 @@ def test_no_question_sees_its_own_direction(tiny_imae, tmp_path, monkeypatch, ca
     for name, row in before["methods"].items():
         assert after["methods"][name]["mc2"] == pytest.approx(row["mc2"], abs=1e-3)
 
+    # The same files of directions, each for other questions.
+    record = json.loads((out / "folds.json").read_text())
+    record["questions"] = {question: 1 - fold for question, fold in record["questions"].items()}
+    (out / "folds.json").write_text(json.dumps(record))
+    capfd.readouterr()
+    assert truthfulqa([*command, "--resume"]) == 2
+    assert f"was scored with another methods.{method}." in capfd.readouterr().err
+
 
 def folds_of(questions, out):
     by_text = json.loads((out / "folds.json").read_text())["questions"]

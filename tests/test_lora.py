@@ -74,6 +74,21 @@ def test_an_adapter_is_a_model_reference(adapter, stacked):
     )
 
 
+def test_an_adapters_fingerprint_is_of_all_that_it_computes_with(adapter, tiny):
+    checkpoint, _, path = adapter
+
+    def fingerprint(**kwargs):
+        return load_model(str(path), **kwargs).base.fingerprint
+
+    first = fingerprint()
+    assert fingerprint(base=str(checkpoint.directory)) == first
+    assert fingerprint(base=str(tiny("gqa", seed=4).directory)) != first
+    assert fingerprint(base=f"{checkpoint.directory}#layers=3") == first
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 7}))
+    assert fingerprint() != first
+
+
 def test_what_is_written_is_what_peft_reads(adapter, tmp_path):
     checkpoint, model, path = adapter
     lm = checkpoint.load()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
+from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.report import main
@@ -86,7 +87,7 @@ def write_training(path: Path, steps: int = 4, done: int = 4) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(scored, tiny_imae, tmp_path_factory) -> dict[str, Path]:
-    """A run of every kind but cost, of one tiny model."""
+    """A run of every kind but cost and lm-eval, of one tiny model."""
     path = tmp_path_factory.mktemp("runs")
     (path / "text.txt").write_text(" ".join(f"t{i}" for i in range(3, 60)))
     model = ["--model", str(tiny_imae.directory)]
@@ -94,10 +95,12 @@ def runs(scored, tiny_imae, tmp_path_factory) -> dict[str, Path]:
     assert harm([*command, "--out", str(path / "harm")]) == 0
     command = [*model, "--methods", "base,expert", "--data", str(write_rows(path / "rows.jsonl"))]
     assert halueval([*command, "--format", "plain", "--quiet", "--out", str(path / "halueval")]) == 0
+    pair = [str(path / "halueval")] * 2 + ["--pair", "base", "expert"]
+    assert compare([*pair, "--out", str(path / "comparison")]) == 0
     return {
         "training": write_training(path / "training"),
         "truthfulqa": scored[1],
-        **{name: path / name for name in ("harm", "halueval")},
+        **{name: path / name for name in ("harm", "halueval", "comparison")},
     }
 
 
@@ -205,7 +208,8 @@ def test_the_page_needs_nothing_else(full):
         start = b"<?xml" if kind == "svg+xml" else b"\x89PNG"
         assert base64.b64decode(data).startswith(start)
     names = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
-    assert {"1-training.png", "2-scores.png", "2-differences.png"} <= set(names)
+    shown = {"1-training.png", "2-scores.png", "2-differences.png", "3-harm.png", "5-all-differences.png"}
+    assert shown <= set(names)
     assert len(names) == len(set(names)) == len(pictures)
     assert {path.name for path in out.iterdir()} == {"report.md", "report.html", *names}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names)
@@ -227,8 +231,24 @@ def test_what_runs_recorded_is_shown(full, runs):
     settings = results["methods"]["in-model-contrast:renormalize=true"]["settings"]
     assert json.dumps(settings) in page.text
     overview = page.tables[-1]
-    assert [row[1] for row in overview[1:]] == ["training", "TruthfulQA", "neutral text", "HaluEval QA"]
+    kinds = ["training", "TruthfulQA", "neutral text", "HaluEval QA", "comparison"]
+    assert [row[1] for row in overview[1:]] == kinds
     assert overview[1][-1] == "7"
+
+
+def test_harm_and_comparisons_stand_with_their_intervals(full, runs):
+    _, _, page = full
+    harm_row = results_of(runs["harm"])["methods"]["expert"]
+    table = next(t for t, c in zip(page.tables, page.captions, strict=True) if c.startswith("Neutral text"))
+    low, high = harm_row["intervals"]["kl"]
+    assert f"{harm_row['kl']:.3f} [{low:.3f}, {high:.3f}]" in table[2]
+    found = json.loads((runs["comparison"] / "comparison.json").read_text())["parts"]
+    tables = [t for t, c in zip(page.tables, page.captions, strict=True) if "halueval less" in c]
+    assert len(tables) == 2
+    for table, compared in zip(tables, found.values(), strict=True):
+        label, sums, n, *_ = table[1]
+        (row,) = compared.values()
+        assert (label, sums, n) == ("base → expert", "log p", str(row["raw"]["n"]))
 
 
 def test_labels_are_text_not_markup(runs, tmp_path):
@@ -283,7 +303,7 @@ def fails(capfd, *arguments) -> str:
 def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     run, bad, out = runs["truthfulqa"], tmp_path / "bad", tmp_path / "out"
     bad.mkdir()
-    assert "holds neither" in fails(capfd, bad, "--out", out)
+    assert "holds none of results.json, comparison.json, lm_eval.json" in fails(capfd, bad, "--out", out)
     assert "does not exist" in fails(capfd, tmp_path / "nowhere", "--out", out)
     (bad / "run.json").write_text("{}")
     assert "unfinished: go on with --resume" in fails(capfd, run, bad, "--out", out)
@@ -299,6 +319,12 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
         error = fails(capfd, run, bad, "--out", out)
         assert part in error
         assert str(bad) in error
+    (bad / "results.json").unlink()
+    (bad / "run.json").unlink()
+    for name in ("comparison.json", "lm_eval.json"):
+        (bad / name).write_text("{}")
+        assert "of another form" in fails(capfd, run, bad, "--out", out)
+        (bad / name).unlink()
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for again in (run, copy):

@@ -214,6 +214,33 @@ def test_intervals_are_those_of_the_mean():
     assert stats.mean([np.nan]) == stats.Mean(None, None, 0)
 
 
+def test_intervals_of_a_text_allow_for_tokens_that_are_alike():
+    """Of x_t = ρ x_{t−1} + noise the mean over blocks of b has a known variance."""
+    n, rho, b = 20_000, 0.7, stats.BLOCK_LENGTH
+    noise, values = np.random.default_rng(0).normal(size=n), np.empty(n)
+    values[0] = noise[0]
+    for i in range(1, n):
+        values[i] = rho * values[i - 1] + noise[i]
+    lags = np.arange(1, b)
+    variance = (1 + 2 * np.sum((1 - lags / b) * rho**lags)) / (1 - rho**2) / n
+    low, high = stats.mean_of_text(values).interval
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.1)
+    narrow = stats.mean(values).interval
+    assert high - low > 2 * (narrow[1] - narrow[0])
+
+
+def test_means_of_texts_of_any_length():
+    values = np.arange(2.0 * stats.BLOCK_LENGTH + 5)
+    found = stats.mean_of_text(values)
+    assert (found.value, found.count) == (values.mean(), len(values))
+    # The last block's 5 tokens weigh as 5 tokens.
+    assert found.interval[0] == pytest.approx(values[: stats.BLOCK_LENGTH].mean())
+    assert found.interval[1] == pytest.approx(values[-5:].mean())
+    assert stats.mean_of_text(values[: stats.BLOCK_LENGTH]).interval is None
+    assert stats.mean_of_text([1.0, np.inf] * 40) == stats.Mean(np.inf, None, 80)
+    assert np.isnan(stats.mean_of_text([1.0, np.nan] * 40).value)
+
+
 def test_differences_are_paired():
     random = np.random.default_rng(0)
     base = random.normal(0.0, 5.0, 200)
@@ -261,8 +288,8 @@ def test_runs_are_compared_question_by_question(scored, other, tmp_path, capfd):
     lines = (other / "scores.jsonl").read_text().splitlines()
     (other / "scores.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     found = compare_runs(scored[1], other)
-    assert list(found["compared"]) == ["expert"]
-    row = found["compared"]["expert"]
+    assert list(found["parts"]["all"]) == ["expert"]
+    row = found["parts"]["all"]["expert"]
     assert (row["mc1"]["value"], row["mc1"]["n"]) == (0.0, 4)
     assert abs(row["mc2"]["value"]) < 1e-2
     out = tmp_path / "comparison"
@@ -278,7 +305,7 @@ def test_runs_are_compared_question_by_question(scored, other, tmp_path, capfd):
         )
     )
     expected = 100 * np.mean([others[i] - own[i] for i in range(4)])
-    found = written["compared"]["in-model-contrast → -0.5"]["mc2"]["value"]
+    found = written["parts"]["all"]["in-model-contrast → -0.5"]["mc2"]["value"]
     assert found == pytest.approx(expected)
 
 

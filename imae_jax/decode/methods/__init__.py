@@ -74,8 +74,9 @@ def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
         method = REGISTRY[name]
     else:
         if fields or (name not in MODES and not _is_number(name)):
-            known = [*MODES, "a number", *REGISTRY]
-            raise UserError(f"method {name!r} does not exist or takes no settings: use {', '.join(known)}")
+            known = ", ".join([*MODES, "a number", *REGISTRY])
+            wrong = "takes no settings" if name in MODES or _is_number(name) else "does not exist"
+            raise UserError(f"method {name!r} {wrong}: use {known}")
         return Strength(parse_mode(name))
     kinds = typing.get_type_hints(method)
     names = [field.name for field in dataclasses.fields(method) if field.name not in FOUND_OUT]
