@@ -46,6 +46,14 @@ def words(n: int, seed: int = 0) -> str:
     return " ".join(f"t{i}" for i in random_tokens(n, seed=seed))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_environment_info():
+    """With every result the harness lists the machine's packages and hardware, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
+
+
 def instances(kind: str, *arguments: tuple, task: str = "task") -> list:
     from lm_eval.api.instance import Instance
 
@@ -76,7 +84,7 @@ def pair(request, tiny):
 
 
 def test_loglikelihoods_equal_the_hf_backends(pair):
-    (greedy,) = pair[0].generate_until(instances("generate_until", (words(5), {"max_gen_toks": 4})))
+    (greedy,) = pair[1].generate_until(instances("generate_until", (words(5), {"max_gen_toks": 4})))
     arguments = [
         ("t5 t6 t7", " t8"),
         ("t5 t6 t7", " t9"),
@@ -119,7 +127,9 @@ def test_generated_texts_equal_the_hf_backends(pair):
         "generate_until",
         *((prompt, long) for prompt in prompts),
         *((prompt, {"until": [f" {word}", "t7"], "max_new_tokens": 24}) for prompt in prompts[-4:]),
-        (prompts[longest], {"until": f" {word}", "max_tokens": 24, "temperature": 0.7, "do_sample": False}),
+        # As many as in the other batches, for which decoding is compiled already.
+        *[(prompts[longest], {"until": f" {word}", "max_tokens": 24, "temperature": 0.7, "do_sample": False})]
+        * 4,
         (words(80), {"until": "t8", "max_gen_toks": 20, "top_p": 0.9, "num_beams": 1}),
     )
     actual, expected = (model.generate_until(requests, disable_tqdm=True) for model in pair)
@@ -143,14 +153,14 @@ def units() -> LanguageModel:
 def test_any_method_gives_its_scores_and_its_arg_max(units, method):
     model = IMAEJaxLM(units, method)
     prompt, answers = words(5), [words(2, 1), words(3, 2)]
-    (greedy,) = units.generate([prompt], method, max_new_tokens=3)
+    (greedy,) = units.generate([prompt], method, max_new_tokens=24)
     answers.append(greedy.strip())
     requests = instances("loglikelihood", *((prompt, f" {answer}") for answer in answers))
     actual = model.loglikelihood(requests, disable_tqdm=True)
     expected = units.score(f"{prompt} ", answers, method, format="raw")
     np.testing.assert_allclose([v for v, _ in actual], expected, atol=1e-5)
     assert [flag for _, flag in actual] == [False, False, True]
-    (text,) = model.generate_until(instances("generate_until", (prompt, {"max_gen_toks": 3})))
+    (text,) = model.generate_until(instances("generate_until", (prompt, {"max_gen_toks": 24})))
     assert text == greedy.strip()
     assert model.get_model_info()["imae_jax"]["method"]["scoring"]["name"] in (method.split(":")[0], "imae")
 
@@ -169,11 +179,11 @@ def test_drawn_texts_follow_the_seed(units):
 def test_special_tokens_end_a_text(units):
     """They do not appear in the decoded text, so that they cannot be found in it."""
     long = {"max_gen_toks": 24}
-    (plain,) = IMAEJaxLM(units).generate_until(instances("generate_until", (words(5), long)))
+    (plain,) = IMAEJaxLM(units, "expert").generate_until(instances("generate_until", (words(5), long)))
     word = plain.split()[2]
     special = dataclasses.replace(units, tokenizer=copy.deepcopy(units.tokenizer))
     special.tokenizer.add_special_tokens({"additional_special_tokens": [word]})
-    (text,) = IMAEJaxLM(special).generate_until(
+    (text,) = IMAEJaxLM(special, "expert").generate_until(
         instances("generate_until", (words(5), long | {"until": [word]}))
     )
     assert text.split() == plain.split()[:2]
@@ -356,7 +366,7 @@ def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypat
             ((_, scores),) = score(models, lm.config, [group], method)
             sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
             expected = [references[texts] for texts in zip(prompts, continuations, strict=True)]
-            np.testing.assert_allclose(sums, expected, rtol=0, atol=3e-5)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-4)
             best = question.best if name == "mc2" else 0
             metrics = mc_metrics(sums[: len(true)], sums[len(true) :], best)
             assert sample["acc"] == pytest.approx(metrics[name], abs=1e-5)
@@ -430,6 +440,7 @@ def command(tiny, tasks, tmp_path, capfd):
 
 
 BAD_INPUT = {
+    "no task": ({"tasks": ","}, "--tasks names no task"),
     "an unknown task": ({"tasks": "choice,nonsense"}, "task 'nonsense' does not exist"),
     "an unknown method": ({"method": "nonsense"}, "method 'nonsense' does not exist"),
     "a method without its units": ({"method": "expert"}, "needs a model with anti-expert units"),
