@@ -204,9 +204,10 @@ def test_methods_without_units_are_measured_without_them(tiny, tmp_path):
 
 
 def write_sizes(directory: Path, **fields) -> str:
-    """A model of which there is config.json alone."""
+    """A model of which there is config.json alone; of few shapes, since each is compiled to be drawn."""
     directory.mkdir(exist_ok=True)
-    config = dataclasses.replace(TINY, **fields)
+    few_shapes = {"intermediate_size": 32, "vocab_size": 32, "num_kv_heads": 4, "head_dim": 8}
+    config = dataclasses.replace(TINY, **few_shapes | fields)
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     return str(directory)
 

@@ -8,6 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -47,11 +48,13 @@ def words(n: int, seed: int = 0) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_environment_info():
-    """With every result the harness lists the machine's packages and hardware, which takes seconds."""
+def without_what_takes_long():
+    """With every result the harness lists the machine's packages; programs run a few times alone."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def instances(kind: str, *arguments: tuple, task: str = "task") -> list:
