@@ -64,11 +64,12 @@ def quick_compiling():
 
 
 @pytest.fixture(scope="module")
-def measured(tiny, tmp_path_factory):
-    """Two methods at one batch size, with traces."""
+def measured(tmp_path_factory):
+    """Two methods at one batch size, with traces; of random weights, which need no tokenizer."""
     path = tmp_path_factory.mktemp("cost")
     more = ("--methods", "dola", "--batch-sizes", 2, "--prompt-tokens", 5, "--new-tokens", 9, "--repeats", 2)
-    assert main(arguments(tiny, path, *more, "--profile", path / "traces")) == 0
+    more = (*more, "--out", path / "out", "--profile", path / "traces", "--quiet", "--random-weights")
+    assert main([*map(str, ("--model", write_sizes(path / "sizes"), *more))]) == 0
     return path
 
 
