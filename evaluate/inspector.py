@@ -254,7 +254,7 @@ def read_texts(path: Path) -> list[tuple[str, str, str | None]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text {path} cannot be read: {first_line(error)}") from None
     if not text.strip():
-        raise UserError(f"text {path} is empty")
+        raise UserError(f"text {path} is empty: give one of at least 2 tokens")
     if path.suffix != ".jsonl":
         return [(path.name, text, None)]
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

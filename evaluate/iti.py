@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seed {args.seed}: give at least 0")
     questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
-        raise UserError(f"--folds {args.folds}: give 2 to {len(questions) // 2}")
+        raise UserError(f"--folds {args.folds} of {len(questions)} questions: give 2 to half their number")
     with new_directory(args.out, marker=FOLDS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
         from tqdm import tqdm

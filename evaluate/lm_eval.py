@@ -439,6 +439,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    names = [name for name in args.tasks.split(",") if name]
+    if not names:
+        raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
 
     with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
         runtime.set_up()
@@ -447,7 +450,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         from imae_jax.decode import parse_method
 
         method = parse_method(args.method)
-        names = [name for name in args.tasks.split(",") if name]
         manager, tasks = load_tasks(names, args.include_path, unsafe=args.confirm_run_unsafe_code)
         lm = load_model(args.model, **model_arguments(args))
         if args.apply_chat_template:

@@ -9,8 +9,8 @@ import numpy as np
 
 # Of 9 points, with room to spare.
 CHARACTERS_PER_INCH = 13
-# Nats a token, from which on a logarithmic scale is needed: masks come to hundreds.
-WIDE_KL = 20.0
+# Nats a token. Above the first, KL is shown on a logarithmic scale, which is linear below the second.
+WIDE_KL, SMALL_KL = 1.0, 0.01
 
 
 def bars(title: str, methods: Mapping[str, Any], metrics: Mapping[str, str], unit: str) -> Any:
@@ -114,6 +114,9 @@ def differences(title: str, compared: Mapping[str, Any], metrics: Mapping[str, s
                 axes.plot(row["value"], place, "o", ms=5, color="C0")
                 _whiskers(axes, [row["interval"]], [row["value"]], [place], "C0", vertical=False)
         axes.set_xlabel(f"Δ {head} (points)")
+        # Where all are 0, ticks of hundredths would say nothing.
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -1.0), max(high, 1.0))
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
     _title(figure, title)
@@ -147,8 +150,9 @@ def harm(title: str, methods: Mapping[str, Any]) -> Any:
             at, shown = (value, f"{value:.3g}") if math.isfinite(value) else (0, _not_finite(value))
             axes.annotate(shown, (at, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axes.set_xlabel(head)
+        axes.margins(x=0.12)
         if name == "kl" and max(finite, default=0.0) > WIDE_KL:
-            axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xscale("symlog", linthresh=SMALL_KL)
         axes.grid(axis="x", lw=0.4, alpha=0.5)
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0].set_ylim(len(names) - 0.4, -0.7)

@@ -570,8 +570,9 @@ def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        state = "its run is unfinished: go on with --resume" if (path / RUN_FILE).is_file() else "no run"
-        raise UserError(f"{path} holds no {RESULTS_FILE} ({state})") from None
+        unfinished = (path / RUN_FILE).is_file()
+        state = "its run is unfinished: go on with --resume" if unfinished else "give that of a finished run"
+        raise UserError(f"{path} holds no {RESULTS_FILE}: {state}") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     keys = ("benchmark", "protocol", "model", "dtype", "versions", "methods")

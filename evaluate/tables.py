@@ -29,11 +29,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def rich(self) -> Any:
+        """Without its title, which rich would break at the table's width."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
         # Text, since a label may hold what rich would read as markup.
-        table = RichTable(title=Text(self.title), title_justify="left")
+        table = RichTable()
         for number, column in enumerate(self.columns):
             table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
@@ -73,11 +74,13 @@ def _escape(text: str) -> str:
 def show(tables: Sequence[Table]) -> None:
     """Prints tables; not cut to 80 columns where the output is no terminal."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
     for table in tables:
+        console.print(Text(table.title, style="italic"))
         console.print(table.rich())
 
 

@@ -8,6 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -46,6 +47,16 @@ def words(n: int, seed: int = 0) -> str:
     return " ".join(f"t{i}" for i in random_tokens(n, seed=seed))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_what_takes_long():
+    """With every result the harness lists the machine's packages; programs run a few times alone."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def instances(kind: str, *arguments: tuple, task: str = "task") -> list:
     from lm_eval.api.instance import Instance
 
@@ -76,7 +87,7 @@ def pair(request, tiny):
 
 
 def test_loglikelihoods_equal_the_hf_backends(pair):
-    (greedy,) = pair[0].generate_until(instances("generate_until", (words(5), {"max_gen_toks": 4})))
+    (greedy,) = pair[1].generate_until(instances("generate_until", (words(5), {"max_gen_toks": 4})))
     arguments = [
         ("t5 t6 t7", " t8"),
         ("t5 t6 t7", " t9"),
@@ -119,7 +130,9 @@ def test_generated_texts_equal_the_hf_backends(pair):
         "generate_until",
         *((prompt, long) for prompt in prompts),
         *((prompt, {"until": [f" {word}", "t7"], "max_new_tokens": 24}) for prompt in prompts[-4:]),
-        (prompts[longest], {"until": f" {word}", "max_tokens": 24, "temperature": 0.7, "do_sample": False}),
+        # As many as in the other batches, for which decoding is compiled already.
+        *[(prompts[longest], {"until": f" {word}", "max_tokens": 24, "temperature": 0.7, "do_sample": False})]
+        * 4,
         (words(80), {"until": "t8", "max_gen_toks": 20, "top_p": 0.9, "num_beams": 1}),
     )
     actual, expected = (model.generate_until(requests, disable_tqdm=True) for model in pair)
@@ -143,14 +156,14 @@ def units() -> LanguageModel:
 def test_any_method_gives_its_scores_and_its_arg_max(units, method):
     model = IMAEJaxLM(units, method)
     prompt, answers = words(5), [words(2, 1), words(3, 2)]
-    (greedy,) = units.generate([prompt], method, max_new_tokens=3)
+    (greedy,) = units.generate([prompt], method, max_new_tokens=24)
     answers.append(greedy.strip())
     requests = instances("loglikelihood", *((prompt, f" {answer}") for answer in answers))
     actual = model.loglikelihood(requests, disable_tqdm=True)
     expected = units.score(f"{prompt} ", answers, method, format="raw")
     np.testing.assert_allclose([v for v, _ in actual], expected, atol=1e-5)
     assert [flag for _, flag in actual] == [False, False, True]
-    (text,) = model.generate_until(instances("generate_until", (prompt, {"max_gen_toks": 3})))
+    (text,) = model.generate_until(instances("generate_until", (prompt, {"max_gen_toks": 24})))
     assert text == greedy.strip()
     assert model.get_model_info()["imae_jax"]["method"]["scoring"]["name"] in (method.split(":")[0], "imae")
 
@@ -169,11 +182,11 @@ def test_drawn_texts_follow_the_seed(units):
 def test_special_tokens_end_a_text(units):
     """They do not appear in the decoded text, so that they cannot be found in it."""
     long = {"max_gen_toks": 24}
-    (plain,) = IMAEJaxLM(units).generate_until(instances("generate_until", (words(5), long)))
+    (plain,) = IMAEJaxLM(units, "expert").generate_until(instances("generate_until", (words(5), long)))
     word = plain.split()[2]
     special = dataclasses.replace(units, tokenizer=copy.deepcopy(units.tokenizer))
     special.tokenizer.add_special_tokens({"additional_special_tokens": [word]})
-    (text,) = IMAEJaxLM(special).generate_until(
+    (text,) = IMAEJaxLM(special, "expert").generate_until(
         instances("generate_until", (words(5), long | {"until": [word]}))
     )
     assert text.split() == plain.split()[:2]
@@ -261,15 +274,22 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory):
-    """SmolLM2's lowest 2 layers, and lm-eval's backend on their export."""
-    import_torch()
-    from transformers import AutoModelForCausalLM
-
+def cut_dir(tmp_path_factory) -> Path:
+    """SmolLM2's lowest 2 layers as this project exports them, which load faster than from the GGUF file."""
     lm = load_model(f"{SMOLLM2}#layers=2")
     directory = tmp_path_factory.mktemp("cut")
     save_hf(lm.model, lm.tokenizer, directory)
-    hf = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cut(cut_dir):
+    """The same in memory, and lm-eval's backend on them."""
+    import_torch()
+    from transformers import AutoModelForCausalLM
+
+    lm = load_model(str(cut_dir))
+    hf = AutoModelForCausalLM.from_pretrained(cut_dir, attn_implementation="eager").eval()
     return lm, backend(hf, lm.tokenizer)
 
 
@@ -356,7 +376,7 @@ def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypat
             ((_, scores),) = score(models, lm.config, [group], method)
             sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
             expected = [references[texts] for texts in zip(prompts, continuations, strict=True)]
-            np.testing.assert_allclose(sums, expected, rtol=0, atol=3e-5)
+            np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-4)
             best = question.best if name == "mc2" else 0
             metrics = mc_metrics(sums[: len(true)], sums[len(true) :], best)
             assert sample["acc"] == pytest.approx(metrics[name], abs=1e-5)
@@ -430,6 +450,7 @@ def command(tiny, tasks, tmp_path, capfd):
 
 
 BAD_INPUT = {
+    "no task": ({"tasks": ","}, "--tasks names no task"),
     "an unknown task": ({"tasks": "choice,nonsense"}, "task 'nonsense' does not exist"),
     "an unknown method": ({"method": "nonsense"}, "method 'nonsense' does not exist"),
     "a method without its units": ({"method": "expert"}, "needs a model with anti-expert units"),
@@ -475,11 +496,11 @@ def test_groups_are_loaded_once(tasks, tmp_path):
 
 
 @needs_smollm2
-def test_commands_and_snippets_of_the_document_run(tmp_path, monkeypatch, capfd):
+def test_commands_and_snippets_of_the_document_run(cut_dir, tmp_path, monkeypatch, capfd):
     """As they stand, but for most of the model's layers."""
     text = (ROOT / "docs" / "lm_eval.md").read_text(encoding="utf-8")
     assert text.count(SMOLLM2) == 2
-    text = text.replace(SMOLLM2, f"{SMOLLM2}#layers=2")
+    text = text.replace(SMOLLM2, str(cut_dir))
     (tmp_path / "tasks").mkdir()
     for language in ("yaml", "json"):
         (block,) = blocks(text, language)
