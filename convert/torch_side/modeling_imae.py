@@ -18,6 +18,7 @@ Internal Representation Intervention", Findings of IJCNLP-AACL 2025.
 
 import json
 import math
+import numbers
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def parse_mode(mode):
     """The strength `o` of a mode's name, or of any finite number."""
     if isinstance(mode, str) and mode in MODES:
         return MODES[mode]
-    if isinstance(mode, (int, float)) and math.isfinite(mode):
+    if isinstance(mode, numbers.Real) and math.isfinite(mode):
         return float(mode)
     raise ValueError(f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)")
 
