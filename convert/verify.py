@@ -15,8 +15,8 @@ from imae_jax.convert.references import OpenedModel
 from imae_jax.errors import UserError
 from imae_jax.llama import forward, project
 
-# Of two logits. In float64 on both sides, rounding stays far below: 2.5e-6 on SmolLM2's 30 layers, where RoPE's
-# tables are float32. In float32, XLA's sums alone are 2.4e-4 away from float64 there, and torch's 1.4e-4.
+# Of two logits, in float64. Rounding stays far below: 2.5e-6 on SmolLM2's 30 layers, since RoPE's tables are
+# float32. In float32, XLA's sums alone would be 2.4e-4 away from float64 there, and torch's 1.4e-4.
 MAX_DIFFERENCE = 2e-4
 # Half precisions round every activation on both sides, each in its own order: mean KL divergence between the
 # two distributions over tokens, in nats.
@@ -109,7 +109,7 @@ def _check(figures: dict[str, float], limit: float, what: str) -> None:
         if not figure <= limit:
             raise UserError(
                 f"the export does not compute what the model does: in {mode} mode the {what} {figure:.3g}, "
-                f"above {limit:.3g}; please report this with the model's name; --no-verify writes it unchecked"
+                f"above {limit:.3g}; please report this with the model's name (--no-verify: unchecked)"
             )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import GenerationMixin, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 
@@ -172,7 +172,8 @@ class ImaeLlamaModel(ImaeModelMixin, LlamaModel):
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
 
 
-class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM):
+# Of a class that does not name `GenerationMixin` itself, transformers makes a subclass that cannot be pickled.
+class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM, GenerationMixin):
     config_class = ImaeLlamaConfig
     model_class = ImaeLlamaModel
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
@@ -188,7 +189,7 @@ class ImaeQwen2Model(ImaeModelMixin, Qwen2Model):
     _no_split_modules = ["ImaeQwen2DecoderLayer"]  # noqa: RUF012
 
 
-class ImaeQwen2ForCausalLM(ImaeForCausalLMMixin, Qwen2ForCausalLM):
+class ImaeQwen2ForCausalLM(ImaeForCausalLMMixin, Qwen2ForCausalLM, GenerationMixin):
     config_class = ImaeQwen2Config
     model_class = ImaeQwen2Model
     _no_split_modules = ["ImaeQwen2DecoderLayer"]  # noqa: RUF012
