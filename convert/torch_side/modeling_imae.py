@@ -172,7 +172,7 @@ class ImaeLlamaModel(ImaeModelMixin, LlamaModel):
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
 
 
-# Of a class that does not name `GenerationMixin` itself, transformers makes a subclass that cannot be pickled.
+# Of classes that do not name `GenerationMixin`, transformers makes subclasses that cannot be pickled.
 class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM, GenerationMixin):
     config_class = ImaeLlamaConfig
     model_class = ImaeLlamaModel
