@@ -131,7 +131,7 @@ def _export(args: argparse.Namespace) -> None:
                 else:
                     notes.append(f"not verified: {verification}")
                     verification = None
-                write_card(
+                base_model = write_card(
                     out,
                     opened,
                     name=args.push or Path(args.out).resolve().name,
@@ -139,6 +139,8 @@ def _export(args: argparse.Namespace) -> None:
                     results=results,
                     base_model=args.base_model,
                 )
+                if base_model is None:
+                    notes.append("the card cannot link to the base: --base-model ORG/NAME says where it is")
         if args.step is not None:
             shutil.rmtree(of_step)
     print("\n".join([*notes, f"wrote {args.out}"]))

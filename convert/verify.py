@@ -152,10 +152,10 @@ def available_memory() -> int:
 def _logits_here(
     opened: OpenedModel, dtype: str, compute_dtype: str, tokens: np.ndarray, mask: np.ndarray
 ) -> dict[str, np.ndarray]:
+    @jax.jit
     def run(weights, strength):
-        strength = None if strength == 0 else strength
         output = forward(weights, opened.config, tokens, attention_mask=mask, strength=strength)
-        return np.asarray(project(weights, output.hidden_states))
+        return project(weights, output.hidden_states)
 
     # The host's memory is what was found to suffice, and only a CPU has float64 in any case.
     with (
@@ -163,10 +163,10 @@ def _logits_here(
         jax.default_matmul_precision("highest"),
         jax.enable_x64(compute_dtype == "float64"),
     ):
-        weights = opened.load(dtype=dtype).weights()
+        weights = opened.load(dtype=dtype, stacked=True).weights()
         if compute_dtype == "float64":
             weights = jax.tree.map(lambda array: array.astype(jnp.float64), weights)
-        return {mode: run(weights, strength) for mode, strength in MODES.items()}
+        return {mode: np.asarray(run(weights, strength or None)) for mode, strength in MODES.items()}
 
 
 def _host_device() -> jax.Device | None:

@@ -138,7 +138,7 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: it is damaged.
     """
-    context = ocp.Context()
+    path, context = path.resolve(), ocp.Context()  # Orbax takes absolute paths only.
     context.pytree.loading.partial_load = True
     try:
         metadata = ocp.metadata(path)
