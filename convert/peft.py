@@ -82,7 +82,10 @@ def read_adapter(
         raise UserError(f"{path / WEIGHTS_FILE} holds no deltas of this model's projections")
     lora = LoraConfig(rank, float(alpha), tuple(name for name in LORA_TARGETS if name in targets))
     rows = lora_rows(config, lora)
-    check_tensors(rows, config, source, None)
+    try:
+        check_tensors(rows, config, source, None)
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of another base, give its own: {error}") from None
     module = fill(
         nnx.eval_shape(lambda: _declare(config, lora, stacked)),
         {row.path.removeprefix("lora."): (row, source) for row in rows},
