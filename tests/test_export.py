@@ -654,6 +654,9 @@ def test_an_adapter_is_merged(tiny, tmp_path, capfd):
     for name, tensor in actual.items():
         # Products of rank 4: a few roundings of float32.
         np.testing.assert_allclose(tensor, expected[name].numpy(), rtol=0, atol=1e-6)
+    other = tiny("llama2").directory
+    wrong = ["export", "--model", tmp_path / "adapter", "--base", other, "--out", tmp_path / "out"]
+    assert "another base" in error_of(capfd, convert, *wrong)
 
 
 # The card
