@@ -114,7 +114,7 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _not_written(self, error: Exception) -> UserError:
-        kept = f"; step {self.steps[-1]} is kept" if self.steps else ""
+        kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
         return UserError(f"a checkpoint cannot be written to {self._directory}: {first_line(error)}{kept}")
 
 
