@@ -96,11 +96,11 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
     settings += ["mesh.data=2", "mesh.fsdp=2"]
 
     def start_and_wait(before: list[dict], *arguments: str) -> list[subprocess.Popen]:
-        """Two processes, when they have done more steps than `before`, and the same."""
+        """Two processes, when they have saved, done more steps than `before`, and the same."""
         processes = start(2, [*settings, *arguments])
         deadline = time.monotonic() + TIMEOUT
         count = max(len(before) + 1, 5)
-        while not ((out / "metrics.jsonl").exists() and len(losses_of(out)) >= count):
+        while not (any(out.glob("checkpoints/[0-9]*")) and len(losses_of(out)) >= count):
             assert all(p.poll() is None for p in processes), finish(processes)
             assert time.monotonic() < deadline
             time.sleep(0.01)
