@@ -2,18 +2,15 @@
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
-
-if TYPE_CHECKING:
-    from imae_jax.convert.references import OpenedModel
 
 
 @command
@@ -29,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-shard-gb",
         type=float,
         help="size of a safetensors file (default: the files of a plain source, else 5)",
+    )
+    export.add_argument(
+        "--step", type=int, metavar="N", help="MODEL is a training run: take its checkpoint of step N"
     )
     export.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
     export.add_argument("--iti-alpha", type=float, default=15.0, help="strength (default: 15)")
@@ -54,11 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     back.add_argument("--revision", help="branch, tag or commit of a hub model")
     back.add_argument("--out", required=True, help="directory to write: OUT/imae and OUT/base")
     back.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    checkpoint = commands.add_parser(
+        "checkpoint", help="make an IMAE directory or an adapter of a training run's checkpoint"
+    )
+    checkpoint.add_argument("--run", required=True, help="OUT of a training run; OUT/icd: its adapter")
+    checkpoint.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    checkpoint.add_argument("--base", help="where the base is now, if it has moved")
+    checkpoint.add_argument("--out", required=True, help="directory to write")
+    checkpoint.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
-    if args.command == "import":
-        _import(args)
-    else:
-        _export(args)
+    {"export": _export, "import": _import, "checkpoint": _checkpoint}[args.command](args)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -79,7 +84,7 @@ def _export(args: argparse.Namespace) -> None:
     from imae_jax.convert.hf import MAX_SHARD_BYTES, save_hf
     from imae_jax.convert.iti import bake_into, read_directions
     from imae_jax.convert.peft import is_adapter
-    from imae_jax.convert.references import open_model
+    from imae_jax.convert.references import local_paths, open_model
     from imae_jax.convert.verify import Verification, verify
 
     if args.push is not None:
@@ -88,6 +93,14 @@ def _export(args: argparse.Namespace) -> None:
     results = None if args.results is None else read_results(args.results)
     notes = []
     with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
+        of_step, read = out / ".checkpoint", [args.tokenizer, args.iti, args.results]
+        if args.step is not None:
+            from imae_jax.train.result import write_result
+
+            read.append(args.model)
+            write_result(Path(args.model), args.step, of_step, base=args.base)
+            args.model = str(of_step)
+        _keep_sources(args.out, *read, *local_paths(args.model, args.base))
         if args.iti is not None or is_adapter(Path(args.model)):
             lm = load_model(args.model, **model_arguments(args))
             if lm.imae is not None:
@@ -101,7 +114,6 @@ def _export(args: argparse.Namespace) -> None:
             save_hf(model, lm.tokenizer, out, eos_token_ids=lm.eos_token_ids, max_shard_bytes=size)
         else:
             opened = open_model(args.model, revision=args.revision, base=args.base)
-            _keep_sources(opened, args.out)
             if opened.imae is None:
                 _check_plain(args)
             write_model(
@@ -119,7 +131,7 @@ def _export(args: argparse.Namespace) -> None:
                 else:
                     notes.append(f"not verified: {verification}")
                     verification = None
-                write_card(
+                base_model = write_card(
                     out,
                     opened,
                     name=args.push or Path(args.out).resolve().name,
@@ -127,6 +139,10 @@ def _export(args: argparse.Namespace) -> None:
                     results=results,
                     base_model=args.base_model,
                 )
+                if base_model is None:
+                    notes.append("the card cannot link to the base: --base-model ORG/NAME says where it is")
+        if args.step is not None:
+            shutil.rmtree(of_step)
     print("\n".join([*notes, f"wrote {args.out}"]))
     if args.push is not None:
         files = push(Path(args.out), args.push, dry_run=args.dry_run)
@@ -140,22 +156,35 @@ def _check_plain(args: argparse.Namespace) -> None:
             raise UserError(f"{name} goes with an IMAE model, which {args.model} is not: leave it out")
 
 
-def _keep_sources(opened: "OpenedModel", out: str) -> None:
-    """Raises a `UserError` where `out` would replace the model that is read, or its base."""
-    for source in (opened.source, opened.unit_source):
-        if source is not None and Path(source.location).resolve().is_relative_to(Path(out).resolve()):
-            raise UserError(f"{out} holds {source.location}, which is read: choose another output")
+def _keep_sources(out: str, *read: str | Path | None) -> None:
+    """Raises a `UserError` where `out` would replace something that is read."""
+    directory = Path(out).resolve()
+    for path in read:
+        path = None if path is None else Path(path).resolve()
+        # A new output has a temporary name until it is written.
+        if path is not None and directory.exists() and path.is_relative_to(directory):
+            raise UserError(f"{out} holds {path}, which is read: choose another output")
 
 
 def _import(args: argparse.Namespace) -> None:
     runtime.set_up()
     from imae_jax.convert.export import import_model
-    from imae_jax.convert.references import open_model
+    from imae_jax.convert.references import local_paths, open_model
 
     opened = open_model(args.model, revision=args.revision)
-    _keep_sources(opened, args.out)
+    _keep_sources(args.out, *local_paths(args.model))
     import_model(opened, args.out, overwrite=args.overwrite)
     print(f"wrote {args.out}/imae and its base, {args.out}/base")
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+    runtime.set_up()
+    from imae_jax.convert.references import local_paths
+    from imae_jax.train.result import write_result
+
+    _keep_sources(args.out, args.run, *([] if args.base is None else local_paths(args.base)))
+    step = write_result(Path(args.run), args.step, Path(args.out), base=args.base, overwrite=args.overwrite)
+    print(f"wrote {args.out} (step {step})")
 
 
 if __name__ == "__main__":

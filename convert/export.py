@@ -146,7 +146,7 @@ def write_card(
     verification: Verification | None = None,
     results: Mapping[str, Any] | None = None,
     base_model: str | None = None,
-) -> None:
+) -> str | None:
     """Writes an IMAE model's card.
 
     Args:
@@ -156,12 +156,16 @@ def write_card(
         verification: what was measured of the written files.
         results: from `read_results`.
         base_model: hub id of the base; default: the base's reference, where that is one.
+
+    Returns:
+        The hub id of the base, if it is known.
     """
     training = opened.imae.get("training")
     config = training.get("config") if isinstance(training, dict) else None
     config = config if isinstance(config, dict) else {}
     data = config.get("data")
     source = data.get("source") if isinstance(data, dict) else None
+    source = _public_name(source) if isinstance(source, str) else None
     reference = _public_name(opened.imae["base"]["reference"])
     if base_model is None and HUB_ID.fullmatch(reference.partition("#")[0]):
         base_model = reference.partition("#")[0]
@@ -177,16 +181,17 @@ def write_card(
     text = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8")).render(
         header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
         name=name,
-        base=base_model or reference,
+        base=reference,
+        base_model=base_model,
         llama=opened.config,
         size=opened.anti_expert.intermediate_size,
         data_source=source,
-        loss=config.get("loss") if isinstance(config.get("loss"), dict) else {},
         verification=verification,
         results=results,
         version=__version__,
     )
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
+    return base_model
 
 
 def read_results(path: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from imae_jax.sharding import check_divisible, sharding
 
 # Buffers that old checkpoints store and that are functions of the config.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
-MAX_NAMES_IN_ERROR = 8
+MAX_NAMES_IN_ERROR = 3
 # By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"

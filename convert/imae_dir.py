@@ -36,7 +36,8 @@ def check_config(imae: Any, location: str) -> dict[str, Any]:
     version = imae.get("format_version") if isinstance(imae, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{location} has format_version {version!r}: this version of imae_jax reads {FORMAT_VERSION}"
+            f"{location} has format_version {version!r}: this version of imae_jax reads {FORMAT_VERSION}: "
+            "take the version that wrote it"
         )
     fields = {
         "base": {"reference": str, "revision": str | None, "fingerprint": str, "dtype": str},

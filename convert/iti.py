@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from imae_jax.config import LlamaConfig
 from imae_jax.errors import UserError, first_line
@@ -71,11 +71,13 @@ def write_directions(path: Path, directions: Directions) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: np.ascontiguousarray(v) for k, v in dataclasses.asdict(directions).items()}
     try:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # `save_file` makes files that only their owner can read.
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+        raise
 
 
 def read_directions(path: Path, config: LlamaConfig) -> Directions:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from imae_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from imae_jax.convert.hf import SafetensorsSource, check_tensors, fill, hf_tensors, read_json
@@ -82,7 +82,10 @@ def read_adapter(
         raise UserError(f"{path / WEIGHTS_FILE} holds no deltas of this model's projections")
     lora = LoraConfig(rank, float(alpha), tuple(name for name in LORA_TARGETS if name in targets))
     rows = lora_rows(config, lora)
-    check_tensors(rows, config, source, None)
+    try:
+        check_tensors(rows, config, source, None)
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of another base, give its own: {error}") from None
     module = fill(
         nnx.eval_shape(lambda: _declare(config, lora, stacked)),
         {row.path.removeprefix("lora."): (row, source) for row in rows},
@@ -131,7 +134,8 @@ def write_adapter(
     readers = hf_tensors(Weights({}, lora=deltas), config, rows)
     with new_directory(path, marker=CONFIG_FILE, overwrite=overwrite) as temporary:
         tensors = {name: read() for name, read in readers.items()}
-        save_file(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
+        # `save_file` makes files that only their owner can read.
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
         (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 

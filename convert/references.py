@@ -315,6 +315,24 @@ def _adapter_fingerprint(directory: Path, of_base: str) -> str:
     return f"{_fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])} on {of_base}"
 
 
+def local_paths(reference: str, base: str | None = None) -> list[Path]:
+    """Where a model lies on this machine, and the base that it brings along; nothing of hub models.
+
+    Args:
+        reference, base: see `load_model`.
+    """
+    path = Path(_split_suffix(reference)[0])
+    if str(path) in BUILT_IN or not _exists(str(path)):
+        return []
+    if peft.is_adapter(path):
+        base = base or read_json(path / peft.CONFIG_FILE).get("base_model_name_or_path")
+    elif imae_dir.is_imae_dir(path):
+        base = base or imae_dir.read_config(path)["base"]["reference"]
+    else:
+        base = None
+    return [path, *(local_paths(base) if isinstance(base, str) and base != reference else [])]
+
+
 def _open(reference: str, revision: str | None) -> OpenedModel:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:

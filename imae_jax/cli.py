@@ -1,13 +1,16 @@
 """What the commands share: how errors are reported, and arguments that name a model or its sampling."""
 
 import argparse
+import contextlib
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from imae_jax.errors import Stopped, UserError
+from imae_jax.errors import Stopped, Terminated, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -23,13 +26,17 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
-            main(argv)
+            with _sigterm_unwinds():
+                main(argv)
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             return 2
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return 128 + stopped.signal
+        except Terminated:
+            print("terminated", file=sys.stderr)
+            return 128 + signal.SIGTERM
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -40,6 +47,26 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         return 0
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Raises `Terminated` at a SIGTERM, which would otherwise end the process and leave temporary files."""
+
+    def terminate(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # A second one must not stop the cleaning up.
+        raise Terminated
+
+    # Only the main thread may listen; and whoever set a handler before wants it kept.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = True) -> None:

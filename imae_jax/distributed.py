@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imae_jax.errors import Stopped, UserError, first_line
+from imae_jax.errors import Stopped, Terminated, UserError, first_line
 
 INITIALIZATION_TIMEOUT = 300  # seconds
 _LAST_WORDS = "import sys; sys.stdin.buffer.read() or sys.exit(sys.argv[1])"
@@ -146,6 +146,8 @@ def end_together() -> Iterator[None]:
         name, code = f"process {jax.process_index()} of {jax.process_count()}", 1
         if isinstance(error, UserError):
             message, code = " ".join(str(error).split()), 2
+        elif isinstance(error, Terminated):
+            message, code = "terminated", 143
         elif isinstance(error, KeyboardInterrupt):
             message, code = "interrupted", 130
         else:

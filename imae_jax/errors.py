@@ -20,6 +20,10 @@ class Stopped(Exception):
         self.signal = signal
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what is open is closed, and half-written files are removed, as after Ctrl-C."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line that says something of another library's error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

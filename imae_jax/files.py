@@ -14,7 +14,7 @@ from imae_jax.errors import UserError
 def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block succeeds.
 
-    On an error nothing is left, and an existing `path` stays as it was.
+    On an error, Ctrl-C or (in commands) SIGTERM nothing is left, and an existing `path` stays as it was.
 
     Args:
         path: the directory to make.
@@ -37,10 +37,7 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
     try:
         yield temporary
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            os.rename(path, old / "old")
-            os.rename(temporary, path)
-            shutil.rmtree(old)
+            _replace(path, temporary)
         else:
             os.rename(temporary, path)
     except BaseException as error:
@@ -87,6 +84,20 @@ def read_text(path: str | os.PathLike, name: str, *, encoding: str = "utf-8") ->
         raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from None
 
 
+def _replace(path: Path, temporary: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        os.rename(path, old / "old")
+        os.rename(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(old / "old", path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file under a temporary name, then renames it."""
     path = Path(path)
@@ -94,9 +105,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise
 
 
 def _umask() -> int:

@@ -38,10 +38,15 @@ class Int8:
         return cls(values, jnp.squeeze(scales, inputs))
 
 
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """In which sums over an axis are computed; float64 where a model is held against another."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`scale · x / rms(x)` over the last axis; statistics in float32. x [..., D], scale [D]."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    """`scale · x / rms(x)` over the last axis; statistics in float32 or wider. x [..., D], scale [D]."""
+    wide = x.astype(at_least_float32(x.dtype))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
@@ -105,13 +110,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, attend: jax.Array) -> ja
     K, S = k.shape[1:3]
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
+    wide = at_least_float32(q.dtype)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=wide)
     scores = scores.reshape(B, K, G, T, S) * H**-0.5
-    scores = jnp.where(attend[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(attend[:, None, None], scores, jnp.finfo(wide).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.reshape(B, K, G * T, S).astype(v.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=wide)
     out = (out.reshape(B, K, G, T, H) / total).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

@@ -158,6 +158,9 @@ def import_torch():
     torch = pytest.importorskip("torch")
     # Its threads spin while they wait for each other, which on a busy machine takes many times longer.
     torch.set_num_threads(1)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # In standard error, where tests read errors.
     return torch
 
 

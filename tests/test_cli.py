@@ -356,3 +356,31 @@ def test_repetition_penalty_equals_recomputation(checkpoint):
     rows = decode.generate(lm.model, lm.config, [prompt, [9] * 5], sampler=sampler, max_new_tokens=8)
     assert rows[0] == expected[3:]
     assert rows[0] != decode.generate(lm.model, lm.config, [prompt], max_new_tokens=8)[0]
+
+
+TERMINATED = """
+import os, signal, sys
+from pathlib import Path
+from imae_jax.cli import command
+from imae_jax.files import new_directory
+
+@command
+def main(argv):
+    with new_directory(sys.argv[1], marker="mine", overwrite=True) as directory:
+        (directory / "mine").write_text("new")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+assert main([]) == 143
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+signal.signal(signal.SIGTERM, lambda *_: print("mine"))  # an application's own handler stays
+assert main([]) == 0
+"""
+
+
+def test_sigterm_cleans_up(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("old")
+    done = run_python(["-c", TERMINATED, tmp_path / "out"], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "terminated\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine").read_text() == "new"

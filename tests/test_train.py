@@ -20,6 +20,7 @@ from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
+from imae_jax.convert.__main__ import main as convert
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.scoring import Continuation, score
 from imae_jax.sharding import make_mesh
@@ -300,6 +301,17 @@ def test_all_stages_in_one_command(settings, tmp_path, capfd):
             next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1][0] for lm in (base, anti)
         ]
         np.testing.assert_allclose(row["log_ratio"], log_probs[1] - log_probs[0], atol=1e-4)
+
+    # A checkpoint of the first stage is an adapter, and exported merged into its base.
+    assert convert(["checkpoint", "--run", str(out / "icd"), "--out", str(tmp_path / "adapter")]) == 0
+    for path in (tmp_path / "adapter").iterdir():
+        assert path.read_bytes() == (out / "icd" / "adapter" / path.name).read_bytes()
+        assert path.stat().st_mode == (out / "config.yaml").stat().st_mode
+    for name, source in (("merged", ["icd", "--step", "6"]), ("expected", ["icd/adapter"])):
+        command = ["export", "--out", str(tmp_path / name), "--model", str(out / source[0]), *source[1:]]
+        assert convert(command) == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("merged", "expected")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_stages_one_at_a_time(settings, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from imae_jax.errors import UserError, first_line
@@ -113,8 +114,45 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _not_written(self, error: Exception) -> UserError:
-        kept = f"; step {self.steps[-1]} is kept" if self.steps else ""
+        kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
         return UserError(f"a checkpoint cannot be written to {self._directory}: {first_line(error)}{kept}")
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Numbers of steps done at the whole checkpoints in a directory, ascending."""
+    named = [path for path in directory.glob("[0-9]*") if path.name.isdigit()]
+    return sorted(int(path.name) for path in named if ocp.is_orbax_checkpoint(path))
+
+
+def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainable part of one checkpoint on the host, and its identity; nothing is written.
+
+    Unlike `Checkpoints.load` it needs neither the devices that wrote it nor room for the optimizer's state.
+
+    Args:
+        path: of a checkpoint, as any number of processes wrote it.
+
+    Returns:
+        NumPy arrays, and the identity of `Checkpoints`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path, context = path.resolve(), ocp.Context()  # Orbax takes absolute paths only.
+    context.pytree.loading.partial_load = True
+    try:
+        metadata = ocp.metadata(path)
+        identity, checksums = metadata.custom_metadata["identity"], metadata.custom_metadata["checksums"]
+        shape = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata["trainable"])
+        with context:
+            trainable = ocp.load(path, {"trainable": shape})["trainable"]
+    except Exception as error:  # Orbax' and TensorStore's errors share no base class.
+        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): give another step") from None
+    found = [int(x) for x in jax.device_get(_checksum(trainable))]
+    # Those of the optimizer's state follow.
+    if found != checksums[: len(found)]:
+        raise UserError(f"checkpoint {path} is damaged (a checksum differs): give another step")
+    return trainable, identity
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

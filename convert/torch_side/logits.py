@@ -1,5 +1,6 @@
 """The logits of an export, for verifying it. Not shipped with exports."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from . import modeling_imae
 
@@ -18,7 +20,7 @@ def logits_of(
     mask: np.ndarray,
     *,
     modes: Mapping[str, float],
-    attention: str,
+    dtype: str,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Runs the lowest layers of an export in transformers, on the CPU.
 
@@ -29,20 +31,27 @@ def logits_of(
         num_layers: how many.
         tokens, mask: [B, T]; the mask is False at padding.
         modes: names that the model knows.
-        attention: transformers' implementation: `sdpa` or `eager`.
+        dtype: that it computes in. In float64 the norms do, too, which transformers casts to float32.
 
     Returns:
-        By mode float32 [B, T, V], and the versions of torch and transformers.
+        By mode [B, T, V], float32 or float64, and the versions of torch and transformers.
     """
     hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kind = getattr(modeling_imae, hf["architectures"][0])
     transformers.utils.logging.disable_progress_bar()
     model = kind.from_pretrained(
-        directory, dtype="auto", num_hidden_layers=num_layers, attn_implementation=attention
+        directory, dtype=getattr(torch, dtype), num_hidden_layers=num_layers, attn_implementation="sdpa"
     ).eval()
+    if dtype == "float64":
+        for norm in [module for module in model.modules() if hasattr(module, "variance_epsilon")]:
+            settings = {"normalized_shape": norm.weight.shape, "eps": norm.variance_epsilon}
+            norm.forward = functools.partial(nn.functional.rms_norm, weight=norm.weight, **settings)
     inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
     # Positions count real tokens, as `generate` has it; a bare call of transformers counts padding, too.
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode():
-        logits = {mode: model(**inputs, mode=mode).logits.float().numpy() for mode in modes}
+        logits = {mode: model(**inputs, mode=mode).logits for mode in modes}
+        logits = {
+            mode: x.to(torch.promote_types(x.dtype, torch.float32)).numpy() for mode, x in logits.items()
+        }
     return logits, {"torch": torch.__version__, "transformers": transformers.__version__}

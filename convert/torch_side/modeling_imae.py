@@ -18,12 +18,13 @@ Internal Representation Intervention", Findings of IJCNLP-AACL 2025.
 
 import json
 import math
+import numbers
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import GenerationMixin, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 
@@ -37,7 +38,7 @@ def parse_mode(mode):
     """The strength `o` of a mode's name, or of any finite number."""
     if isinstance(mode, str) and mode in MODES:
         return MODES[mode]
-    if isinstance(mode, (int, float)) and math.isfinite(mode):
+    if isinstance(mode, numbers.Real) and math.isfinite(mode):
         return float(mode)
     raise ValueError(f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)")
 
@@ -171,7 +172,8 @@ class ImaeLlamaModel(ImaeModelMixin, LlamaModel):
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
 
 
-class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM):
+# Of classes that do not name `GenerationMixin`, transformers makes subclasses that cannot be pickled.
+class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM, GenerationMixin):
     config_class = ImaeLlamaConfig
     model_class = ImaeLlamaModel
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
@@ -187,7 +189,7 @@ class ImaeQwen2Model(ImaeModelMixin, Qwen2Model):
     _no_split_modules = ["ImaeQwen2DecoderLayer"]  # noqa: RUF012
 
 
-class ImaeQwen2ForCausalLM(ImaeForCausalLMMixin, Qwen2ForCausalLM):
+class ImaeQwen2ForCausalLM(ImaeForCausalLMMixin, Qwen2ForCausalLM, GenerationMixin):
     config_class = ImaeQwen2Config
     model_class = ImaeQwen2Model
     _no_split_modules = ["ImaeQwen2DecoderLayer"]  # noqa: RUF012

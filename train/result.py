@@ -1,0 +1,81 @@
+"""A checkpoint as what its run writes at the end: an IMAE directory, or an adapter in PEFT's format."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.convert.imae_dir import write_imae_dir
+from imae_jax.convert.peft import write_adapter
+from imae_jax.convert.references import open_model
+from imae_jax.errors import UserError
+from imae_jax.language_model import BaseReference
+from imae_jax.llama import Weights
+from imae_jax.train.checkpoint import read_trainable, steps_in
+from imae_jax.train.config import TrainConfig, load_config
+from imae_jax.train.loop import CHECKPOINT_DIR, CONFIG_FILE, ICD_DIR, units_objective
+
+
+def write_result(
+    run: Path, step: int | None, out: Path, *, base: str | None = None, overwrite: bool = False
+) -> int:
+    """Writes a checkpoint's units as an IMAE directory or, of a run's `icd/`, its deltas as an adapter.
+
+    The checkpoint may be of any mesh and number of processes; of the base, only the config is read. The run
+    may be under way: nothing in its directory changes.
+
+    Args:
+        run: the `out` of a training run, its `icd/`, or the `checkpoints/` in either.
+        step: of the checkpoint; default: the newest.
+        out: the new directory.
+        base: where the base is now, if it has moved.
+        overwrite: replace an existing result.
+
+    Returns:
+        The step.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or another base.
+    """
+    stage = run.parent if run.resolve().name == CHECKPOINT_DIR else run
+    is_icd = stage.resolve().name == ICD_DIR and not (stage / CONFIG_FILE).is_file()
+    settings = (stage.parent if is_icd else stage) / CONFIG_FILE
+    if not settings.is_file():
+        raise UserError(f"{run} is no training run: {settings} does not exist")
+    config, steps = load_config(str(settings)), steps_in(stage / CHECKPOINT_DIR)
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise UserError(f"{stage / CHECKPOINT_DIR} has no checkpoint{wanted}; there: {there}")
+    trainable, identity = read_trainable(stage / CHECKPOINT_DIR / str(step))
+    reference, llama = _base(config, is_icd, base, identity)
+    if is_icd:
+        lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
+        origin = {"base_reference": reference.reference, "revision": reference.revision}
+        write_adapter(out, trainable, llama, lora, **origin, overwrite=overwrite)
+    else:
+        write_imae_dir(
+            out,
+            Weights({}, trainable),
+            llama,
+            units_objective(config, llama).anti_expert,
+            base=dataclasses.asdict(reference),
+            training={"config": config.to_dict(), "checkpoint": step},
+            overwrite=overwrite,
+        )
+    return step
+
+
+def _base(
+    config: TrainConfig, is_icd: bool, moved: str | None, identity: dict[str, Any]
+) -> tuple[BaseReference, LlamaConfig]:
+    other = config.icd.model if is_icd else None
+    name = moved or other or config.model
+    try:
+        opened = open_model(name, revision=None if moved or other else config.revision)
+    except UserError as error:
+        raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from None
+    if opened.base.fingerprint != identity.get("base"):
+        raise UserError(f"the run's base has other weights than {name}: restore it, or pass --base")
+    return dataclasses.replace(opened.base, dtype=str(identity["base dtype"])), opened.config
