@@ -34,6 +34,8 @@ NAMES = {
     "sled": "SLED",
     "iti": "ITI",
 }
+# Of an ablation's training, of which the mean gates are shown.
+LAST_STEPS = 10
 # A method in the tables: its name, and what it sums over an answer's tokens.
 Key = tuple[str, str]
 
@@ -207,7 +209,11 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         if found is None or harm is None:
             continue
         trained = read_json(run / "imae" / "imae_config.json")["training"]["data"]
-        last = json.loads((run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
+        last = {
+            k: statistics.mean(json.loads(step)[k] for step in steps)
+            for k in ("gate_on_fact", "gate_off_fact")
+        }
         of_text = {key_of(row["settings"]): row for row in harm["methods"].values()}
         kept = number(100 * trained["kept_share"], 0)
         gates = f"{last['gate_on_fact']:.2f} / {last['gate_off_fact']:.2f}"

@@ -215,7 +215,7 @@ class TrainConfig:
         keep: checkpoints to keep.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between measurements on held-out rows; there is one before the first step and one
-            after the last, too.
+            after the last, too. None measures nothing.
         eval_rows: of the held-out rows, how many are measured before the last step; None measures all.
         wandb: Weights & Biases project to log to; None logs to TensorBoard and metrics.jsonl only.
     """
@@ -240,7 +240,7 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 2
     log_every: int = 1
-    eval_every: int = 100
+    eval_every: int | None = 100
     eval_rows: int | None = 64
     wandb: str | None = None
 

@@ -340,11 +340,12 @@ def run_stage(
             stack.callback(log.close)
         stack.enter_context(bar)
 
+        eval_every = config.eval_every if tokenized.held_out else None
+
         def evaluate(trainable: Any, done: int, limit: int | None) -> None:
-            if tokenized.held_out:
-                metrics = measure(trainable, base, limit)
-                if log is not None:
-                    log.evaluation(done, metrics)
+            metrics = measure(trainable, base, limit)
+            if log is not None:
+                log.evaluation(done, metrics)
 
         def batch_of(step: int):
             chosen = data.batch_rows(
@@ -354,7 +355,7 @@ def run_stage(
             return batch, chosen, place_batch(batch, mesh)
 
         run.check_stop(f"stopped before stage {name}")
-        if start == 0:
+        if start == 0 and eval_every is not None:
             evaluate(state.trainable, 0, config.eval_rows)
         clock, tokens = time.perf_counter(), 0
         following = batch_of(start) if start < steps else None
@@ -384,7 +385,7 @@ def run_stage(
                 shown = {k: f"{metrics[k]:.3f}" for k in objective.shown}
                 bar.set_postfix(shown | {"tok/s": f"{rate:.0f}"})
             bar.update()
-            if done % config.eval_every == 0 or done == steps:
+            if eval_every is not None and (done % eval_every == 0 or done == steps):
                 began = time.perf_counter()
                 evaluate(state.trainable, done, None if done == steps else config.eval_rows)
                 clock += time.perf_counter() - began
