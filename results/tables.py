@@ -196,7 +196,7 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """What one changed setting does to scores and to neutral text, on the questions not used for choosing."""
-    names = ["seed0", *sorted(path.parent.name for path in figures.root.glob("ablations/*/tqa/results.json"))]
+    names = ["seed0", *sorted(path.parts[-3] for path in figures.root.glob("ablations/*/tqa/results.json"))]
     rows, stored = [], {}
     for name in names:
         run = figures.root / ("train/seed0" if name == "seed0" else f"ablations/{name}")

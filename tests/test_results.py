@@ -1,0 +1,166 @@
+"""The runs behind docs/results.md: what `make results` calls is valid, its tables show what runs found."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from imae_jax.decode.methods import parse_method, split_methods
+from imae_jax.evaluate.harm import main as harm
+from imae_jax.train.config import load_config
+from imae_jax.train.data import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+
+
+def planned(directory: Path, *settings: str) -> list[list[str]]:
+    """Arguments of every command that `make results` would run, module first."""
+    data = directory / "data"
+    data.mkdir(exist_ok=True)
+    (data / "TruthfulQA.csv").touch()
+    (data / "halueval_qa.jsonl").touch()
+    call = [
+        "make",
+        "-n",
+        "--file",
+        "results/Makefile",
+        f"DATA={data}",
+        f"R={directory / 'out'}",
+        "BIN=bin",
+        *settings,
+    ]
+    made = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in made.stdout.replace("\\\n", " ").splitlines()]
+    return [line[2:] if line[1] == "-m" else line[1:] for line in lines if line[0] == "bin/python"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> list[list[str]]:
+    return planned(tmp_path_factory.mktemp("planned"))
+
+
+def test_every_training_run_has_valid_settings_and_an_output_of_its_own(commands):
+    trained = [line[1:] for line in commands if line[0] == "imae_jax.train"]
+    configs = []
+    for line in trained:
+        settings = [argument for argument in line if "=" in argument]
+        config = load_config(str(ROOT / line[line.index("--config") + 1]), settings)
+        configs.append(config)
+    assert len({config.out for config in configs}) == len(configs)
+    changed = [
+        {k: v for k, v in config.to_dict().items() if k not in ("out", "eval_every")} for config in configs
+    ]
+    unequal = {json.dumps(settings, sort_keys=True) for settings in changed}
+    assert len(unequal) == len(configs), "two runs would do the same"
+    assert sorted(config.seed for config in configs if config.icd.enabled and "seed" in config.out) == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_every_evaluation_has_valid_methods(commands):
+    outputs = []
+    for module, *line in commands:
+        if "--methods" in line:
+            for method in split_methods(line[line.index("--methods") + 1]):
+                parse_method(method)
+        if module.startswith("imae_jax.evaluate."):
+            outputs.append(line[line.index("--out") + 1])
+            assert importlib.util.find_spec(module)
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_a_stopped_run_is_resumed(tmp_path):
+    run = tmp_path / "out" / "train" / "seed1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    trained = {line[4]: "--resume" in line for line in planned(tmp_path) if line[0] == "imae_jax.train"}
+    found = [line for line in planned(tmp_path) if line[0] == "imae_jax.train" and "--resume" in line]
+    assert [f"out={run}" in line for line in found] == [True], trained
+
+
+def test_missing_data_are_named(tmp_path):
+    call = ["make", "--file", "results/Makefile", f"DATA={tmp_path}", f"R={tmp_path / 'out'}", "train"]
+    (tmp_path / "out" / "base").mkdir(parents=True)
+    (tmp_path / "out" / "base" / "config.json").touch()
+    made = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert f"{tmp_path}/halueval_qa.jsonl does not exist: pass DATA=DIRECTORY" in made.stderr
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    call = [sys.executable, RESULTS / f"{name}.py", *map(str, arguments)]
+    made = subprocess.run(call, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return made
+
+
+def test_controls_swap_answers_and_keep_pairs_of_equal_length(tiny_imae, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run_script("controls", "right-answers", rows, tmp_path / "swapped.jsonl")
+    before, after = read_jsonl(rows), read_jsonl(tmp_path / "swapped.jsonl")
+    assert [(r.question, r.hallucinated_answer) for r in after] == [
+        (r.question, r.right_answer) for r in before
+    ]
+
+    tokenizer = json.loads((tiny_imae.directory / "imae_config.json").read_text())["base"]["reference"]
+    run_script("controls", "matched-pairs", rows, tmp_path / "matched.jsonl", "--tokenizer", tokenizer)
+    matched = read_jsonl(tmp_path / "matched.jsonl")
+    # Right answers have 3 tokens, hallucinated ones 3, 4, 5 and 6 in turn; the limit is a factor of 1.25.
+    assert matched == before[::4]
+
+
+def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
+    runs, docs = tmp_path / "runs", tmp_path / "docs"
+    for seed in (0, 1):
+        shutil.copytree(scored[1], runs / "tqa" / "primer" / f"seed{seed}")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"t{i}" for i in range(3, 60)))
+    command = ["--model", str(tiny_imae.directory), "--methods", "base,expert", "--text", str(text)]
+    assert harm([*command, "--out", str(runs / "harm" / "seed0")]) == 0
+    for name, kept in (("train/seed0", 0.25), ("ablations/beta1", 0.5)):
+        training = runs / name
+        (training / "imae").mkdir(parents=True)
+        config = {"training": {"data": {"kept_share": kept}}}
+        (training / "imae" / "imae_config.json").write_text(json.dumps(config))
+        steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
+        (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    gates = {"gate_on_fact_by_layer": [0.5, 0.6], "gate_off_fact_by_layer": [0.2, 0.3]}
+    (runs / "train" / "seed0" / "evaluation.jsonl").write_text(json.dumps(gates) + "\n")
+    shutil.copytree(scored[1], runs / "ablations" / "beta1" / "tqa")
+    shutil.copytree(runs / "harm" / "seed0", runs / "ablations" / "beta1" / "harm")
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "results.md", docs)
+    said = run_script("tables", runs, "--docs", docs).stdout
+    assert not said, "the page has a place for every table"
+
+    results = json.loads((scored[1] / "results.json").read_text())
+    page, figures = (
+        (docs / "results.md").read_text(),
+        json.loads((docs / "results" / "figures.json").read_text()),
+    )
+    expert, base = results["methods"]["expert"], results["methods"]["base"]
+    (scores,) = re.findall(r"<!-- primer-all -->(.*?)<!-- /primer-all -->", page, re.DOTALL)
+    assert f"| IMAE expert | log p | {expert['mc1']:.2f} [" in scores
+    assert "| in-model contrast | raw |" in scores and "| in-model contrast | renormalized |" in scores
+    (differences,) = re.findall(r"<!-- primer-all-differences -->(.*?)<!-- /", page, re.DOTALL)
+    assert f"| IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
+    (seeds,) = re.findall(r"<!-- primer-all-seeds -->(.*?)<!-- /", page, re.DOTALL)
+    assert f"| IMAE expert | log p | {expert['mc1']:.2f} ± 0.00 (" in seeds
+    (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
+    kl = json.loads((runs / "harm" / "seed0" / "results.json").read_text())["methods"]["expert"]["kl"]
+    assert f"| IMAE expert | log p | {kl:.3f} |" in effects
+    (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
+    assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
+    assert (docs / "results" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert figures["sources"]["tqa/primer/seed0"]["command"] == results["command"]
+    assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
