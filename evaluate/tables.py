@@ -80,7 +80,7 @@ def show(tables: Sequence[Table]) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     for table in tables:
-        console.print(Text(table.title, style="italic"))
+        console.print(Text(table.title, style="italic"), soft_wrap=True)
         console.print(table.rich())
 
 

@@ -59,7 +59,7 @@ def test_what_a_run_leaves_behind(settings, tmp_path, capfd):
 def test_held_out_rows_need_not_be_measured(settings, tmp_path):
     assert main([*settings, *HELD_OUT, "eval_every=null", "--quiet"]) == 0
     out = tmp_path / "run"
-    assert not (out / "evaluation.jsonl").exists() and len(losses_of(out)) == 8
+    assert evaluations(out) == [] and len(losses_of(out)) == 8
 
 
 def test_tensorboard_shows_a_step_once_after_a_resume(settings, tmp_path):
