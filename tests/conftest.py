@@ -22,6 +22,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,23 @@ def user_error(*parts: str):
     assert len(message.splitlines()) == 1
     for part in parts:
         assert str(part) in message
+
+
+def with_changes(command: Sequence[Any], **changes) -> list[Any]:
+    """Arguments of a command with other values after its `--name`s."""
+    command = [*command]
+    for name, value in changes.items():
+        command[command.index(f"--{name.replace('_', '-')}") + 1] = value
+    return command
+
+
+def error_line(capfd, status: int) -> str:
+    """The one error of a command that the user got wrong; warnings may come before it."""
+    assert status == 2
+    *warnings, error = capfd.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert all(line.startswith("warning: ") for line in warnings)
+    return error
 
 
 def run_python(arguments, directory: Path) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, word_tokenizer, write_questions
+from conftest import TINY, error_line, with_changes, word_tokenizer, write_questions
 
 from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.decode import Sampler
@@ -156,19 +156,12 @@ def run(*arguments) -> int:
 
 
 def with_out(command, out, **changes):
-    command = [*command]
-    for name, value in {"out": out, **changes}.items():
-        command[command.index(f"--{name.replace('_', '-')}") + 1] = value
-    return command
+    return with_changes(command, out=out, **changes)
 
 
 def refused(capfd, *arguments) -> str:
     capfd.readouterr()
-    assert run(*arguments) == 2
-    *warnings, error = capfd.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    assert all(line.startswith("warning: ") for line in warnings)
-    return error
+    return error_line(capfd, run(*arguments))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import user_error, write_questions
+from conftest import error_line, user_error, with_changes, write_questions
 
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
@@ -25,19 +25,12 @@ def run(*arguments) -> int:
 
 
 def with_out(command, out, **changes):
-    command = [*command]
-    for name, value in {"out": out, **changes}.items():
-        command[command.index(f"--{name}") + 1] = value
-    return command
+    return with_changes(command, out=out, **changes)
 
 
 def refused(capfd, *arguments) -> str:
     capfd.readouterr()
-    assert run(*arguments) == 2
-    *warnings, error = capfd.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    assert all(line.startswith("warning: ") for line in warnings)
-    return error
+    return error_line(capfd, run(*arguments))
 
 
 @pytest.fixture
