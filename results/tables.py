@@ -45,7 +45,7 @@ def key_of(settings: Mapping[str, Any]) -> Key:
         strength = settings["strength"]
         return MODES.get(strength, f"IMAE, strength {strength:g}"), "log p"
     name = NAMES[settings["name"]]
-    if settings["name"] == "in-model-contrast" and settings["alpha"]:
+    if settings["name"] == "in-model-contrast" and settings["beta"] != 1:
         name = "the expert's target"
     if "merged" in settings.get("anti_expert", ""):
         name = "ICD, second model"
