@@ -41,6 +41,7 @@ MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
 COMPARISON_FILE, HARNESS_FILE = "comparison.json", "lm_eval.json"
 # Of `model_settings`: what scores depend on.
 IDENTITY = ("base_model", "units", "int8", "tokenizer")
+LONGEST_LABEL = 40  # characters
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
 
 
@@ -309,6 +310,12 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(a.get(name) == b.get(name) for name in IDENTITY)
 
 
+def _shown(labels: Sequence[str]) -> str:
+    """Labels in front of a progress bar, which must fit a line with it."""
+    together = ", ".join(labels)
+    return together if len(together) <= LONGEST_LABEL else f"{len(labels)} methods"
+
+
 class Run:
     """The directory of a run. `lines` are those of `scores.jsonl`, by (method, index).
 
@@ -408,7 +415,7 @@ class Run:
                     scored,
                     total=len(part.places),
                     initial=len(part.places) - len(missing),
-                    desc=", ".join(part.labels),
+                    desc=_shown(part.labels),
                     unit="item",
                     disable=quiet,
                 )
