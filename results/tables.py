@@ -17,6 +17,7 @@ import numpy as np
 
 from imae_jax.evaluate import stats
 from imae_jax.evaluate.questions import select
+from imae_jax.evaluate.runs import read_lines
 from imae_jax.evaluate.summaries import sums_of, values_of
 from imae_jax.evaluate.tables import Table, number, p_value, with_interval
 
@@ -74,21 +75,22 @@ class Figures:
         return found
 
     def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
-        """Metrics of every method, question by question, of both splits."""
+        """Metrics of every method, question by question, of the splits that the run holds whole."""
         found = self.results(name)
         if found is None:
             return None
-        lines: dict[Key, list[dict[str, Any]]] = {}
         keys = {label: key_of(row["settings"]) for label, row in found["methods"].items()}
-        for line in map(
-            json.loads, (self.root / name / "scores.jsonl").read_text(encoding="utf-8").splitlines()
-        ):
+        lines: dict[Key, list[dict[str, Any]]] = {}
+        for line in sorted(read_lines(self.root / name), key=lambda line: line["index"]):
             lines.setdefault(keys[line["method"]], []).append(line)
+        held = found["split"]["name"]
         values: dict[str, dict[Key, dict[str, np.ndarray]]] = {}
-        for split in SPLITS:
+        for split in SPLITS if held == "all" else (held,):
             for key, own in lines.items():
-                own = sorted(own, key=lambda line: line["index"])
-                chosen = [own[i] for i in select([line["question"] for line in own], split)]
+                # Of a run that holds one split alone, its lines are that split.
+                chosen = own
+                if held == "all":
+                    chosen = [own[i] for i in select([line["question"] for line in own], split)]
                 values.setdefault(split, {})[key] = {m: values_of(chosen, m) for m in METRICS}
         return values
 
@@ -196,18 +198,18 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """What one changed setting does to scores and to neutral text, on the questions not used for choosing."""
-    names = ["seed0", *sorted(path.parts[-3] for path in figures.root.glob("ablations/*/tqa/results.json"))]
+    # Name, training run, scores, neutral text.
+    runs = [("seed0", "train/seed0", "tqa/primer/seed0", "harm/seed0")]
+    runs.append(("strengths", "train/seed0", "strengths/tqa", "strengths/harm"))
+    for path in sorted(figures.root.glob("ablations/*")):
+        own = f"ablations/{path.name}"
+        runs.append((path.name, own, f"{own}/tqa", f"{own}/harm"))
     rows, stored = [], {}
-    for name in names:
-        run = figures.root / ("train/seed0" if name == "seed0" else f"ablations/{name}")
-        evaluated, harmed = (
-            ("tqa/primer/seed0", "harm/seed0")
-            if name == "seed0"
-            else (f"ablations/{name}/{part}" for part in ("tqa", "harm"))
-        )
+    for name, training, evaluated, harmed in runs:
         found, harm = figures.truthfulqa(evaluated), figures.results(harmed)
         if found is None or harm is None:
             continue
+        run = figures.root / training
         trained = read_json(run / "imae" / "imae_config.json")["training"]["data"]
         steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
         last = {

@@ -14,6 +14,7 @@ from conftest import write_rows
 
 from imae_jax.decode.methods import parse_method, split_methods
 from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import load_config
 from imae_jax.train.data import read_jsonl
 
@@ -136,8 +137,13 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     gates = {"gate_on_fact_by_layer": [0.5, 0.6], "gate_off_fact_by_layer": [0.2, 0.3]}
     (runs / "train" / "seed0" / "evaluation.jsonl").write_text(json.dumps(gates) + "\n")
-    shutil.copytree(scored[1], runs / "ablations" / "beta1" / "tqa")
-    shutil.copytree(runs / "harm" / "seed0", runs / "ablations" / "beta1" / "harm")
+    # These are scored on the test questions alone, as the plan has it.
+    command = [*map(str, scored[0]), "--split", "test", "--quiet"]
+    command[command.index("--out") + 1] = str(runs / "ablations" / "beta1" / "tqa")
+    assert truthfulqa(command) == 0
+    for place in ("ablations/beta1", "strengths"):
+        shutil.copytree(runs / "harm" / "seed0", runs / place / "harm")
+    shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "strengths" / "tqa")
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
     said = run_script("tables", runs, "--docs", docs).stdout
@@ -161,6 +167,13 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert f"| IMAE expert | log p | {kl:.3f} |" in effects
     (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
     assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
+    assert "| strengths | 25 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
+    # The same model on the same questions: seed 0's run holds all of them, the other the test ones.
+    of_runs = [
+        re.search(rf"\| {name} \|.*?\| IMAE expert \| log p \|(.*)", ablations)[1]
+        for name in ("seed0", "beta1")
+    ]
+    assert of_runs[0] == of_runs[1]
     assert (docs / "results" / "gates.png").read_bytes().startswith(b"\x89PNG")
     assert figures["sources"]["tqa/primer/seed0"]["command"] == results["command"]
     assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
