@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from imae_jax.decode.methods import parse_method
 from imae_jax.evaluate import stats
 from imae_jax.evaluate.questions import select
 from imae_jax.evaluate.runs import read_lines
@@ -178,7 +179,7 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
         for label, row in rows.items():
             ratios = [row[name] / rows["base"][name] for name in ("ms_per_token", "memory_bytes")]
             # Raw and renormalized differences cost the same; what is measured here alone has one row.
-            name, sums = key_of(cost["methods"][label]["settings"])
+            name, sums = key_of(parse_method(label).settings())
             for key in [k for cells in columns.values() for k in cells if k[0] == name] or [(name, sums)]:
                 columns.setdefault("ms/token (× base)", {})[key] = (
                     f"{row['ms_per_token']:.1f} ({ratios[0]:.2f})"

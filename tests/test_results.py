@@ -13,6 +13,7 @@ import pytest
 from conftest import write_rows
 
 from imae_jax.decode.methods import parse_method, split_methods
+from imae_jax.evaluate.cost import main as cost
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import load_config
@@ -128,6 +129,9 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     text.write_text(" ".join(f"t{i}" for i in range(3, 60)))
     command = ["--model", str(tiny_imae.directory), "--methods", "base,expert", "--text", str(text)]
     assert harm([*command, "--out", str(runs / "harm" / "seed0")]) == 0
+    command = ["--model", str(tiny_imae.directory), "--methods", "expert", "--batch-sizes", "1", "--quiet"]
+    command += ["--prompt-tokens", "4", "--new-tokens", "4", "--repeats", "1"]
+    assert cost([*command, "--out", str(runs / "cost")]) == 0
     for name, kept in (("train/seed0", 0.25), ("ablations/beta1", 0.5)):
         training = runs / name
         (training / "imae").mkdir(parents=True)
@@ -165,6 +169,10 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     kl = json.loads((runs / "harm" / "seed0" / "results.json").read_text())["methods"]["expert"]["kl"]
     assert f"| IMAE expert | log p | {kl:.3f} |" in effects
+    ms = json.loads((runs / "cost" / "results.json").read_text())["batch_sizes"]["1"]["expert"][
+        "ms_per_token"
+    ]
+    assert re.search(rf"\| IMAE expert \|.*\| {ms:.1f} \(\d", effects)
     (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
     assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
     assert "| strengths | 25 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
