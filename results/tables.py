@@ -17,7 +17,7 @@ import numpy as np
 
 from imae_jax.decode.methods import parse_method
 from imae_jax.evaluate import stats
-from imae_jax.evaluate.questions import select
+from imae_jax.evaluate.questions import Question, load_data, select
 from imae_jax.evaluate.runs import read_lines
 from imae_jax.evaluate.summaries import sums_of, values_of
 from imae_jax.evaluate.tables import Table, number, p_value, with_interval
@@ -95,6 +95,15 @@ class Figures:
                 values.setdefault(split, {})[key] = {m: values_of(chosen, m) for m in METRICS}
         return values
 
+    def questions(self, name: str, split: str) -> list[Question]:
+        """What such a run asked, in the order of its metrics."""
+        found = self.results(name)
+        asked = {line["index"] for line in read_lines(self.root / name)}
+        chosen = [q for q in load_data(found["data"]["path"]).questions if q.index in asked]
+        if found["split"]["name"] == "all":
+            chosen = [chosen[i] for i in select([q.text for q in chosen], split)]
+        return chosen
+
 
 def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     """Scores and paired differences to base of all methods, of both splits."""
@@ -154,6 +163,48 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
             f"{PROTOCOLS[protocol]}, {described}: mean ± standard deviation over {len(names)} training seeds"
         )
         yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
+
+
+def lengths_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """Gains where the best answer is the longer one, and where it is not: an anti-expert that learned to write
+    long answers, as HaluEval's hallucinated ones are, would help short answers alone."""
+    name, split = "tqa/primer/seed0", "test"
+    methods = figures.truthfulqa(name)
+    if methods is None:
+        return
+    methods, questions = methods[split], figures.questions(name, split)
+    best = np.array([len(q.true[q.best]) for q in questions])
+    false = [np.array([len(answer) for answer in q.false]) for q in questions]
+    longer = best > np.array([np.mean(lengths) for lengths in false])
+    parts = {"the best answer is longer": longer, "it is not": ~longer}
+    shown = ("mc1", "mc2")
+    columns = [
+        f"{METRICS[m]} where {part} ({mask.sum()})" for m in shown for part, mask in parts.items()
+    ]
+    extremes = {
+        "the longest answer": best > [max(lengths) for lengths in false],
+        "the shortest answer": best < [min(lengths) for lengths in false],
+    }
+    rows, stored = [], {}
+    for control, right in extremes.items():
+        means = [stats.mean(right[mask]).scaled(100) for mask in parts.values()]
+        cells = [with_interval(mean["value"], mean["interval"]) for mean in means]
+        rows.append((control, "", *cells, *["–"] * len(parts)))
+        stored[control] = dict(zip(columns, cells, strict=False))
+    base = methods[BASE]
+    for key, own in methods.items():
+        of, minus = (own, None) if key == BASE else (own, base)
+        cells = []
+        for metric in shown:
+            for mask in parts.values():
+                values = of[metric][mask] - (minus[metric][mask] if minus else 0)
+                mean = stats.mean(values).scaled(100)
+                cells.append(with_interval(mean["value"], mean["interval"], sign=minus is not None))
+        rows.append((*key, *cells))
+        stored[" / ".join(key)] = dict(zip(columns, cells, strict=True))
+    figures.values["lengths"] = stored
+    title = "tqa-v1/qa-primer, test questions, seed 0: scores of base, differences to base of the others"
+    yield "lengths", Table(title, ("method", "sums", *columns), tuple(rows))
 
 
 def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
@@ -283,7 +334,7 @@ def main() -> None:
     figures, tables = Figures(args.root), []
     for protocol in PROTOCOLS:
         tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
-    tables += [*side_effects(figures), *ablations_table(figures)]
+    tables += [*lengths_table(figures), *side_effects(figures), *ablations_table(figures)]
     for name in write_page(args.docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")
     found = {"sources": figures.sources, "figures": figures.values}

@@ -166,6 +166,12 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert f"| IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
     (seeds,) = re.findall(r"<!-- primer-all-seeds -->(.*?)<!-- /", page, re.DOTALL)
     assert f"| IMAE expert | log p | {expert['mc1']:.2f} ± 0.00 (" in seeds
+    # These questions' right answers are shorter than the wrong ones.
+    (lengths,) = re.findall(r"<!-- lengths -->(.*?)<!-- /lengths -->", page, re.DOTALL)
+    (row,) = re.findall(r"\| IMAE expert \| log p \| – \| (\S+) .*", lengths)
+    of_test = figures["figures"]["primer test"]["methods"]["IMAE expert / log p"]["against_base"]
+    assert row == f"{of_test['mc1']['value']:+.2f}"
+    assert "| the shortest answer |  | – | 100.00 [" in lengths
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     kl = json.loads((runs / "harm" / "seed0" / "results.json").read_text())["methods"]["expert"]["kl"]
     assert f"| IMAE expert | log p | {kl:.3f} |" in effects
