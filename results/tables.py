@@ -36,6 +36,8 @@ NAMES = {
     "sled": "SLED",
     "iti": "ITI",
 }
+# Gains of the paper's smallest model, and how much more than base a method may cost.
+PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
 # Of an ablation's training, of which the mean gates are shown.
 LAST_STEPS = 10
 # A method in the tables: its name, and what it sums over an answer's tokens.
@@ -141,6 +143,71 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         yield f"{protocol}-{split}-differences", Table(title, columns, tuple(differences))
 
 
+def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """What was aimed at, what was found, and whether it was met."""
+    methods = figures.truthfulqa("tqa/primer/seed0")
+    if methods is None:
+        return
+    own = methods["test"]
+    expert, anti = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
+    contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
+    paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
+    # Name, a method, what it is compared with, and which difference of a metric will do.
+    targets = (
+        ("expert above base", expert, BASE, lambda metric, mean: mean.value > 0),
+        ("… with intervals above 0", expert, BASE, lambda metric, mean: mean.interval[0] > 0),
+        (f"… by {paper} (paper)", expert, BASE, lambda metric, mean: mean.value >= PAPER_GAINS[metric] / 100),
+        ("anti-expert below base", anti, BASE, lambda metric, mean: mean.value < 0),
+        ("ICD above base", icd, BASE, lambda metric, mean: mean.value > 0),
+        ("in-model contrast at ICD's level", contrast, icd, lambda metric, mean: mean.value >= 0),
+    )
+    rows = []
+    for name, key, other, will_do in targets:
+        if key not in own or other not in own:
+            continue
+        means = {m: stats.difference(own[key][m], own[other][m]) for m in METRICS}
+        missed = [METRICS[m] for m, mean in means.items() if not will_do(m, mean)]
+        scaled = [mean.scaled(100) for mean in means.values()]
+        cells = [with_interval(mean["value"], mean["interval"], sign=True) for mean in scaled]
+        rows.append((name, *cells, f"not in {', '.join(missed)}" if missed else "yes"))
+    cost = figures.results("cost")
+    measured = cost["batch_sizes"]["1"] if cost is not None else {}
+    for label, row in measured.items():
+        name, _ = key_of(parse_method(label).settings())
+        if name in (expert[0], contrast[0]):
+            sizes = {"time": "ms_per_token", "memory": "memory_bytes"}
+            ratios = {what: row[size] / measured["base"][size] for what, size in sizes.items()}
+            missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
+            cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
+            limit = f"{name}: at most {MOST_COST} × base's time and memory"
+            rows.append((limit, *cells, "", f"not in {', '.join(missed)}" if missed else "yes"))
+    figures.values["targets"] = {name: cells for name, *cells in rows}
+    title = "Targets: differences on the test questions, seed 0, [95 % interval]"
+    yield "targets", Table(title, ("target", *METRICS.values(), "met"), tuple(rows))
+
+
+def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """How much of a contrast's gain is left once its scores are a distribution's log-probabilities."""
+    methods = figures.truthfulqa("tqa/primer/seed0")
+    if methods is None:
+        return
+    own, rows, stored = methods["test"], [], {}
+    for name in [name for name, sums in own if sums == "raw" and (name, "renormalized") in own]:
+        gains = [
+            [100 * float(np.nanmean(own[name, sums][m] - own[BASE][m])) for m in METRICS]
+            for sums in ("raw", "renormalized")
+        ]
+        cells = [
+            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 else "")
+            for raw, left in zip(*gains, strict=True)
+        ]
+        rows.append((name, *cells))
+        stored[name] = dict(zip(METRICS, zip(*gains, strict=True), strict=True))
+    figures.values["raw, renormalized"] = stored
+    title = "Gains over base, test questions, seed 0: raw sums → renormalized (share left)"
+    yield "shares", Table(title, ("method", *METRICS.values()), tuple(rows))
+
+
 def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     """Every training seed, and their mean and standard deviation."""
     names = sorted(path.parent.name for path in figures.root.glob(f"tqa/{protocol}/seed*/results.json"))
@@ -166,8 +233,11 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
 
 
 def lengths_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """Gains where the best answer is the longer one, and where it is not: an anti-expert that learned to write
-    long answers, as HaluEval's hallucinated ones are, would help short answers alone."""
+    """Gains where the best answer is the longer one, and where it is not.
+
+    An anti-expert that learned to write long answers, as HaluEval's hallucinated ones are, would help
+    short answers alone.
+    """
     name, split = "tqa/primer/seed0", "test"
     methods = figures.truthfulqa(name)
     if methods is None:
@@ -178,9 +248,7 @@ def lengths_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     longer = best > np.array([np.mean(lengths) for lengths in false])
     parts = {"the best answer is longer": longer, "it is not": ~longer}
     shown = ("mc1", "mc2")
-    columns = [
-        f"{METRICS[m]} where {part} ({mask.sum()})" for m in shown for part, mask in parts.items()
-    ]
+    columns = [f"{METRICS[m]} where {part} ({mask.sum()})" for m in shown for part, mask in parts.items()]
     extremes = {
         "the longest answer": best > [max(lengths) for lengths in false],
         "the shortest answer": best < [min(lengths) for lengths in false],
@@ -331,7 +399,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="where `make results` keeps its runs")
     parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md")
     args = parser.parse_args()
-    figures, tables = Figures(args.root), []
+    figures = Figures(args.root)
+    tables = [*targets_table(figures), *shares_table(figures)]
     for protocol in PROTOCOLS:
         tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
     tables += [*lengths_table(figures), *side_effects(figures), *ablations_table(figures)]

@@ -171,8 +171,18 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     (row,) = re.findall(r"\| IMAE expert \| log p \| – \| (\S+) .*", lengths)
     of_test = figures["figures"]["primer test"]["methods"]["IMAE expert / log p"]["against_base"]
     assert row == f"{of_test['mc1']['value']:+.2f}"
+    (targets,) = re.findall(r"<!-- targets -->(.*?)<!-- /targets -->", page, re.DOTALL)
+    missed = [m.upper() for m in ("mc1", "mc2", "mc3") if of_test[m]["value"] <= 0]
+    met = f"not in {', '.join(missed)}" if missed else "yes"
+    assert re.search(rf"\| expert above base \| {re.escape(row)} .*\| {met} \|", targets)
     assert "| the shortest answer |  | – | 100.00 [" in lengths
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
+    (shares,) = re.findall(r"<!-- shares -->(.*?)<!-- /shares -->", page, re.DOTALL)
+    raw, left = (
+        figures["figures"]["primer test"]["methods"][f"in-model contrast / {sums}"]["against_base"]["mc2"]
+        for sums in ("raw", "renormalized")
+    )
+    assert f" {raw['value']:+.1f} → {left['value']:+.1f}" in shares
     kl = json.loads((runs / "harm" / "seed0" / "results.json").read_text())["methods"]["expert"]["kl"]
     assert f"| IMAE expert | log p | {kl:.3f} |" in effects
     ms = json.loads((runs / "cost" / "results.json").read_text())["batch_sizes"]["1"]["expert"][
