@@ -7,6 +7,7 @@ docs/results/figures.json in full, with the command and commit of every run.
 import argparse
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from imae_jax.decode.methods import parse_method
-from imae_jax.evaluate import stats
+from imae_jax.evaluate import plots, stats
 from imae_jax.evaluate.questions import Question, load_data, select
 from imae_jax.evaluate.runs import read_lines
 from imae_jax.evaluate.summaries import sums_of, values_of
@@ -364,6 +365,23 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         yield "ablations", Table(title, (*columns, "KL", "same top 1"), tuple(rows))
 
 
+def write_plots(figures: Figures, directory: Path) -> None:
+    """Differences of all methods to base; training curves and gates by layer of seed 0."""
+    found = figures.values.get("primer test")
+    if found is not None:
+        compared = {
+            name.removesuffix(" / log p").replace(" / ", ", "): row["against_base"]
+            for name, row in found["methods"].items()
+            if "against_base" in row
+        }
+        title = f"Differences to base, TruthfulQA, N = {found['n']}, 95 % intervals"
+        plots.differences(title, compared, METRICS).savefig(directory / "differences.png", dpi=120)
+    run = figures.root / "train" / "seed0"
+    if (run / "imae").is_dir():
+        shutil.copy(run / "training.png", directory / "training.png")
+        gates_plot(run, directory / "gates.png")
+
+
 def gates_plot(run: Path, path: Path) -> None:
     """Mean gates of every layer on and off T_fact, on held-out rows."""
     last = json.loads((run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -375,7 +393,6 @@ def gates_plot(run: Path, path: Path) -> None:
         axes.plot(last[name], marker="o", markersize=3, label=label)
     axes.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1))
     axes.legend()
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -407,12 +424,12 @@ def main() -> None:
     for name in write_page(args.docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")
     found = {"sources": figures.sources, "figures": figures.values}
-    (args.docs / "results").mkdir(exist_ok=True)
-    (args.docs / "results" / "figures.json").write_text(
+    directory = args.docs / "results"
+    directory.mkdir(exist_ok=True)
+    (directory / "figures.json").write_text(
         json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    if (args.root / "train" / "seed0" / "imae").is_dir():
-        gates_plot(args.root / "train" / "seed0", args.docs / "results" / "gates.png")
+    write_plots(figures, directory)
 
 
 if __name__ == "__main__":

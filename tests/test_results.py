@@ -139,6 +139,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         (training / "imae" / "imae_config.json").write_text(json.dumps(config))
         steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
     gates = {"gate_on_fact_by_layer": [0.5, 0.6], "gate_off_fact_by_layer": [0.2, 0.3]}
     (runs / "train" / "seed0" / "evaluation.jsonl").write_text(json.dumps(gates) + "\n")
     # These are scored on the test questions alone, as the plan has it.
@@ -198,6 +199,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         for name in ("seed0", "beta1")
     ]
     assert of_runs[0] == of_runs[1]
-    assert (docs / "results" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("differences", "gates"):
+        assert (docs / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (docs / "results" / "training.png").read_bytes() == b"curves"
     assert figures["sources"]["tqa/primer/seed0"]["command"] == results["command"]
     assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
