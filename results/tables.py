@@ -54,6 +54,10 @@ def key_of(settings: Mapping[str, Any]) -> Key:
         name = "the expert's target"
     if "merged" in settings.get("anti_expert", ""):
         name = "ICD, second model"
+    if re.search(r"\bright\b", settings.get("anti_expert", "")):
+        name = "placebo: ICD, right answers"
+    if settings["name"] == "icd" and settings["beta"] != 1:
+        name += f", β {settings['beta']:g}"
     return name, sums_of(settings)
 
 
@@ -114,11 +118,14 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     if seed0 is None:
         return
     controls = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in CONTROLS}
+    placebo = figures.truthfulqa(f"tqa/{protocol}/placebo")
     for split, described in SPLITS.items():
         methods = dict(seed0[split])
         for name, found in controls.items():
             if found is not None:
                 methods[CONTROLS[name], "log p"] = found[split][BASE]
+        if placebo is not None:
+            methods |= {key: own for key, own in placebo[split].items() if key != BASE}
         base, scores, differences, stored = methods[BASE], [], [], {}
         for key, own in methods.items():
             means = {m: stats.mean(own[m]).scaled(100) for m in METRICS}

@@ -54,7 +54,8 @@ def test_every_training_run_has_valid_settings_and_an_output_of_its_own(commands
     configs = []
     for line in trained:
         settings = [argument for argument in line if "=" in argument]
-        config = load_config(str(ROOT / line[line.index("--config") + 1]), settings)
+        name = line[line.index("--config") + 1]
+        config = load_config(str(ROOT / name) if (ROOT / name).is_file() else name, settings)
         configs.append(config)
     assert len({config.out for config in configs}) == len(configs)
     changed = [
@@ -76,7 +77,8 @@ def test_every_evaluation_has_valid_methods(commands):
             for method in split_methods(line[line.index("--methods") + 1]):
                 parse_method(method)
         if module.startswith("imae_jax.evaluate."):
-            outputs.append(line[line.index("--out") + 1])
+            out = "--html" if module.endswith("inspector") else "--out"
+            outputs.append(line[line.index(out) + 1])
             assert importlib.util.find_spec(module)
     assert len(set(outputs)) == len(outputs)
 
