@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from imae_jax.decode.methods import parse_method
@@ -39,6 +38,10 @@ NAMES = {
 }
 # Gains of the paper's smallest model, and how much more than base a method may cost.
 PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
+# Methods that no training has a part in.
+UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
+LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Units of trivia"}
+PLACEBO = "placebo: ICD, right answers"
 # Of an ablation's training, of which the mean gates are shown.
 LAST_STEPS = 10
 # A method in the tables: its name, and what it sums over an answer's tokens.
@@ -55,7 +58,7 @@ def key_of(settings: Mapping[str, Any]) -> Key:
     if "merged" in settings.get("anti_expert", ""):
         name = "ICD, second model"
     if re.search(r"\bright\b", settings.get("anti_expert", "")):
-        name = "placebo: ICD, right answers"
+        name = PLACEBO
     if settings["name"] == "icd" and settings["beta"] != 1:
         name += f", β {settings['beta']:g}"
     return name, sums_of(settings)
@@ -80,6 +83,10 @@ class Figures:
         self.sources[name] = {
             key: found.get(key) for key in ("command", "git", "versions", "machine", "split")
         }
+        if "path" in found.get("data", {}):
+            # Where the data lie is this machine's affair.
+            directory = str(Path(found["data"]["path"]).parent)
+            self.sources[name]["command"] = found["command"].replace(f"{directory}/", "DATA/")
         return found
 
     def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
@@ -240,17 +247,21 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
 
 
-def lengths_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+def lengths_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
     """Gains where the best answer is the longer one, and where it is not.
 
     An anti-expert that learned to write long answers, as HaluEval's hallucinated ones are, would help
     short answers alone.
     """
-    name, split = "tqa/primer/seed0", "test"
-    methods = figures.truthfulqa(name)
-    if methods is None:
-        return
-    methods, questions = methods[split], figures.questions(name, split)
+    for name, run in (("lengths", "tqa/primer/seed0"), ("lengths-trivia", "ablations/trivia/tqa")):
+        methods = figures.truthfulqa(run)
+        if methods is not None:
+            yield name, lengths_table(figures, name, methods["test"], figures.questions(run, "test"))
+
+
+def lengths_table(
+    figures: Figures, name: str, methods: Mapping[Key, Any], questions: list[Question]
+) -> Table:
     best = np.array([len(q.true[q.best]) for q in questions])
     false = [np.array([len(answer) for answer in q.false]) for q in questions]
     longer = best > np.array([np.mean(lengths) for lengths in false])
@@ -278,9 +289,33 @@ def lengths_table(figures: Figures) -> Iterable[tuple[str, Table]]:
                 cells.append(with_interval(mean["value"], mean["interval"], sign=minus is not None))
         rows.append((*key, *cells))
         stored[" / ".join(key)] = dict(zip(columns, cells, strict=True))
-    figures.values["lengths"] = stored
-    title = "tqa-v1/qa-primer, test questions, seed 0: scores of base, differences to base of the others"
-    yield "lengths", Table(title, ("method", "sums", *columns), tuple(rows))
+    figures.values[name] = stored
+    title = f"{LENGTHS[name]}, test questions: scores of base, differences to base of the others"
+    return Table(title, ("method", "sums", *columns), tuple(rows))
+
+
+def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """The contrast against an LLM trained on hallucinated answers, against one trained on right ones."""
+    rows, stored = [], {}
+    for data, hallucinated, right in (
+        ("HaluEval", "tqa/primer/seed0", "tqa/primer/placebo"),
+        ("trivia", "ablations/trivia/tqa", "ablations/trivia/tqa"),
+    ):
+        of_hallucinated, of_right = figures.truthfulqa(hallucinated), figures.truthfulqa(right)
+        if of_hallucinated is None or of_right is None:
+            continue
+        for key, own in of_right["test"].items():
+            icd = key[0].replace(PLACEBO, "ICD"), key[1]
+            if key[0].startswith(PLACEBO) and icd in of_hallucinated["test"]:
+                compared = stats.compare(list(METRICS), of_hallucinated["test"][icd], own, seed=0)
+                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+                rows.append((data, *icd, *cells))
+                stored.setdefault(data, {})[" / ".join(icd)] = compared
+    if rows:
+        figures.values["placebo"] = stored
+        columns = ("data", "method", "sums", *(f"Δ {head}" for head in METRICS.values()))
+        title = "Trained on hallucinated − on right answers, test questions, [95 % interval]"
+        yield "placebo", Table(title, columns, tuple(rows))
 
 
 def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
@@ -348,7 +383,7 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         kept = number(100 * trained["kept_share"], 0)
         gates = f"{last['gate_on_fact']:.2f} / {last['gate_off_fact']:.2f}"
         for key, own in found["test"].items():
-            if key == BASE or key not in of_text:
+            if key == BASE or key not in of_text or key[0] in UNTRAINED:
                 continue
             compared = stats.compare(list(METRICS), own, found["test"][BASE], seed=0)
             cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
@@ -373,7 +408,7 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 
 def write_plots(figures: Figures, directory: Path) -> None:
-    """Differences of all methods to base; training curves and gates by layer of seed 0."""
+    """Differences of all methods to base, and seed 0's training curves with its gates by layer."""
     found = figures.values.get("primer test")
     if found is not None:
         compared = {
@@ -385,23 +420,7 @@ def write_plots(figures: Figures, directory: Path) -> None:
         plots.differences(title, compared, METRICS).savefig(directory / "differences.png", dpi=120)
     run = figures.root / "train" / "seed0"
     if (run / "imae").is_dir():
-        shutil.copy(run / "training.png", directory / "training.png")
-        gates_plot(run, directory / "gates.png")
-
-
-def gates_plot(run: Path, path: Path) -> None:
-    """Mean gates of every layer on and off T_fact, on held-out rows."""
-    last = json.loads((run / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    for name, label in (
-        ("gate_on_fact_by_layer", "T_fact"),
-        ("gate_off_fact_by_layer", "other answer tokens"),
-    ):
-        axes.plot(last[name], marker="o", markersize=3, label=label)
-    axes.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        shutil.copy(run / "training.png", directory)
 
 
 def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
@@ -427,7 +446,12 @@ def main() -> None:
     tables = [*targets_table(figures), *shares_table(figures)]
     for protocol in PROTOCOLS:
         tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
-    tables += [*lengths_table(figures), *side_effects(figures), *ablations_table(figures)]
+    tables += [
+        *lengths_tables(figures),
+        *placebo_table(figures),
+        *side_effects(figures),
+        *ablations_table(figures),
+    ]
     for name in write_page(args.docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")
     found = {"sources": figures.sources, "figures": figures.values}

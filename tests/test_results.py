@@ -70,6 +70,25 @@ def test_every_training_run_has_valid_settings_and_an_output_of_its_own(commands
     ]
 
 
+def test_commands_of_the_page_are_valid():
+    page = (ROOT / "docs" / "results.md").read_text()
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    shown = 'python() { printf "%q " "$@"; echo; }; make() { :; }\n' + blocks
+    made = subprocess.run(["bash", "-e", "-c", shown], capture_output=True, text=True, check=True)
+    lines = [shlex.split(line)[1:] for line in made.stdout.splitlines()]
+    for line in lines:
+        if line[0] == "imae_jax.train":
+            load_config(line[line.index("--config") + 1], [x for x in line[1:] if "=" in x])
+        if "--methods" in line:
+            for method in split_methods(line[line.index("--methods") + 1]):
+                parse_method(method)
+    assert {line[0] for line in lines} == {
+        "imae_jax.convert",
+        "imae_jax.train",
+        "imae_jax.evaluate.truthfulqa",
+    }
+
+
 def test_every_evaluation_has_valid_methods(commands):
     outputs = []
     for module, *line in commands:
@@ -134,7 +153,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     command = ["--model", str(tiny_imae.directory), "--methods", "expert", "--batch-sizes", "1", "--quiet"]
     command += ["--prompt-tokens", "4", "--new-tokens", "4", "--repeats", "1"]
     assert cost([*command, "--out", str(runs / "cost")]) == 0
-    for name, kept in (("train/seed0", 0.25), ("ablations/beta1", 0.5)):
+    for name, kept in (("train/seed0", 0.25), ("ablations/beta1", 0.5), ("ablations/trivia", 0.5)):
         training = runs / name
         (training / "imae").mkdir(parents=True)
         config = {"training": {"data": {"kept_share": kept}}}
@@ -142,15 +161,22 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
-    gates = {"gate_on_fact_by_layer": [0.5, 0.6], "gate_off_fact_by_layer": [0.2, 0.3]}
-    (runs / "train" / "seed0" / "evaluation.jsonl").write_text(json.dumps(gates) + "\n")
     # These are scored on the test questions alone, as the plan has it.
     command = [*map(str, scored[0]), "--split", "test", "--quiet"]
     command[command.index("--out") + 1] = str(runs / "ablations" / "beta1" / "tqa")
     assert truthfulqa(command) == 0
-    for place in ("ablations/beta1", "strengths"):
+    for place in ("strengths", "ablations/trivia"):
+        shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / place / "tqa")
+    for place in ("ablations/beta1", "strengths", "ablations/trivia"):
         shutil.copytree(runs / "harm" / "seed0", runs / place / "harm")
-    shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "strengths" / "tqa")
+    # As if its contrasts were ICD with LLMs trained on hallucinated and on right answers.
+    path = runs / "ablations" / "trivia" / "tqa" / "results.json"
+    trivia = json.loads(path.read_text())
+    contrasts = {"in-model-contrast": "own", "in-model-contrast:renormalize=true": "right"}
+    for label, trained in contrasts.items():
+        settings = {"name": "icd", "anti_expert": f"train/{trained}/icd/adapter", "beta": 1.0}
+        trivia["methods"][label]["settings"] = settings | {"renormalize": False}
+    path.write_text(json.dumps(trivia))
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
     said = run_script("tables", runs, "--docs", docs).stdout
@@ -179,6 +205,11 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     met = f"not in {', '.join(missed)}" if missed else "yes"
     assert re.search(rf"\| expert above base \| {re.escape(row)} .*\| {met} \|", targets)
     assert "| the shortest answer |  | – | 100.00 [" in lengths
+    (placebo,) = re.findall(r"<!-- placebo -->(.*?)<!-- /placebo -->", page, re.DOTALL)
+    own, right = (trivia["methods"][label]["mc2"] for label in contrasts)
+    assert re.search(
+        rf"\| trivia \| ICD \| raw \| \S+ \[.*?\] \| {re.escape(f'{own - right:+.2f}')} \[", placebo
+    )
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     (shares,) = re.findall(r"<!-- shares -->(.*?)<!-- /shares -->", page, re.DOTALL)
     raw, left = (
@@ -201,8 +232,10 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         for name in ("seed0", "beta1")
     ]
     assert of_runs[0] == of_runs[1]
-    for name in ("differences", "gates"):
-        assert (docs / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (docs / "results" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (docs / "results" / "training.png").read_bytes() == b"curves"
-    assert figures["sources"]["tqa/primer/seed0"]["command"] == results["command"]
+    data = Path(results["data"]["path"])
+    command = results["command"].replace(f"{data.parent}/", "DATA/")
+    assert figures["sources"]["tqa/primer/seed0"]["command"] == command
+    assert f"DATA/{data.name}" in command
     assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
