@@ -53,13 +53,13 @@ def key_of(settings: Mapping[str, Any]) -> Key:
         strength = settings["strength"]
         return MODES.get(strength, f"IMAE, strength {strength:g}"), "log p"
     name = NAMES[settings["name"]]
-    if settings["name"] == "in-model-contrast" and settings["beta"] != 1:
-        name = "the expert's target"
-    if "merged" in settings.get("anti_expert", ""):
+    # Of `make results`, DIRECTORY/icd/adapter or a whole model.
+    anti_expert = Path(settings.get("anti_expert", ""))
+    if anti_expert.name == "merged":
         name = "ICD, second model"
-    if re.search(r"\bright\b", settings.get("anti_expert", "")):
+    if anti_expert.parts[-3:-2] in (("right",), ("trivia-right",)):
         name = PLACEBO
-    if settings["name"] == "icd" and settings["beta"] != 1:
+    if settings.get("beta", 1) != 1:
         name += f", β {settings['beta']:g}"
     return name, sums_of(settings)
 
@@ -85,8 +85,8 @@ class Figures:
         }
         if "path" in found.get("data", {}):
             # Where the data lie is this machine's affair.
-            directory = str(Path(found["data"]["path"]).parent)
-            self.sources[name]["command"] = found["command"].replace(f"{directory}/", "DATA/")
+            path = found["data"]["path"]
+            self.sources[name]["command"] = found["command"].replace(path, f"DATA/{Path(path).name}")
         return found
 
     def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
@@ -95,6 +95,8 @@ class Figures:
         if found is None:
             return None
         keys = {label: key_of(row["settings"]) for label, row in found["methods"].items()}
+        if len(set(keys.values())) < len(keys):
+            raise SystemExit(f"error: {name} has several methods of one name: {keys}")
         lines: dict[Key, list[dict[str, Any]]] = {}
         for line in sorted(read_lines(self.root / name), key=lambda line: line["index"]):
             lines.setdefault(keys[line["method"]], []).append(line)
@@ -108,6 +110,20 @@ class Figures:
                     chosen = [own[i] for i in select([line["question"] for line in own], split)]
                 values.setdefault(split, {})[key] = {m: values_of(chosen, m) for m in METRICS}
         return values
+
+    def training(self, name: str) -> None:
+        """Notes where a training run is from, with every time that it was resumed."""
+        starts = read_json(self.root / name / "environment.json")
+        shown = ("started", "git", "versions")
+        self.sources[name] = {
+            "config": re.sub(
+                r"^(\s+path: ).*/",
+                r"\1DATA/",
+                (self.root / name / "config.yaml").read_text(encoding="utf-8"),
+                flags=re.M,
+            ),
+            "starts": [{key: start.get(key) for key in shown} for start in starts],
+        }
 
     def questions(self, name: str, split: str) -> list[Question]:
         """What such a run asked, in the order of its metrics."""
@@ -167,10 +183,9 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     expert, anti = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
     contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
     paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
-    # Name, a method, what it is compared with, and which difference of a metric will do.
+    # Name, a method, what it is compared with, and which mean difference of a metric will do.
     targets = (
         ("expert above base", expert, BASE, lambda metric, mean: mean.value > 0),
-        ("… with intervals above 0", expert, BASE, lambda metric, mean: mean.interval[0] > 0),
         (f"… by {paper} (paper)", expert, BASE, lambda metric, mean: mean.value >= PAPER_GAINS[metric] / 100),
         ("anti-expert below base", anti, BASE, lambda metric, mean: mean.value < 0),
         ("ICD above base", icd, BASE, lambda metric, mean: mean.value > 0),
@@ -184,7 +199,9 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         missed = [METRICS[m] for m, mean in means.items() if not will_do(m, mean)]
         scaled = [mean.scaled(100) for mean in means.values()]
         cells = [with_interval(mean["value"], mean["interval"], sign=True) for mean in scaled]
-        rows.append((name, *cells, f"not in {', '.join(missed)}" if missed else "yes"))
+        clear = [METRICS[m] for m, mean in means.items() if not mean.interval[0] <= 0 <= mean.interval[1]]
+        met = f"not in {', '.join(missed)}" if missed else "yes"
+        rows.append((name, *cells, met, ", ".join(clear) or "none"))
     cost = figures.results("cost")
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
     for label, row in measured.items():
@@ -195,10 +212,10 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
             cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
             limit = f"{name}: at most {MOST_COST} × base's time and memory"
-            rows.append((limit, *cells, "", f"not in {', '.join(missed)}" if missed else "yes"))
+            rows.append((limit, *cells, "", f"not in {', '.join(missed)}" if missed else "yes", ""))
     figures.values["targets"] = {name: cells for name, *cells in rows}
     title = "Targets: differences on the test questions, seed 0, [95 % interval]"
-    yield "targets", Table(title, ("target", *METRICS.values(), "met"), tuple(rows))
+    yield "targets", Table(title, ("target", *METRICS.values(), "met", "interval excludes 0"), tuple(rows))
 
 
 def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
@@ -213,7 +230,7 @@ def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             for sums in ("raw", "renormalized")
         ]
         cells = [
-            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 else "")
+            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 < left else "")
             for raw, left in zip(*gains, strict=True)
         ]
         rows.append((name, *cells))
@@ -452,6 +469,8 @@ def main() -> None:
         *side_effects(figures),
         *ablations_table(figures),
     ]
+    for path in sorted(args.root.glob("*/*/environment.json")):
+        figures.training(str(path.parent.relative_to(args.root)))
     for name in write_page(args.docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")
     found = {"sources": figures.sources, "figures": figures.values}

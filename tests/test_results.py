@@ -83,6 +83,7 @@ def test_commands_of_the_page_are_valid():
             for method in split_methods(line[line.index("--methods") + 1]):
                 parse_method(method)
     assert {line[0] for line in lines} == {
+        "matched-pairs",
         "imae_jax.convert",
         "imae_jax.train",
         "imae_jax.evaluate.truthfulqa",
@@ -158,6 +159,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         (training / "imae").mkdir(parents=True)
         config = {"training": {"data": {"kept_share": kept}}}
         (training / "imae" / "imae_config.json").write_text(json.dumps(config))
+        (training / "config.yaml").write_text("seed: 0\n")
+        (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
         steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
@@ -234,8 +237,9 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert of_runs[0] == of_runs[1]
     assert (docs / "results" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (docs / "results" / "training.png").read_bytes() == b"curves"
+    assert figures["sources"]["train/seed0"]["starts"][0]["git"] == {"commit": "c0ffee"}
     data = Path(results["data"]["path"])
-    command = results["command"].replace(f"{data.parent}/", "DATA/")
+    command = results["command"].replace(str(data), f"DATA/{data.name}")
     assert figures["sources"]["tqa/primer/seed0"]["command"] == command
     assert f"DATA/{data.name}" in command
     assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
