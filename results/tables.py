@@ -1,13 +1,12 @@
-"""Writes the tables of docs/results.md from finished runs: `python results/tables.py out/results`.
+"""Writes the tables of docs/results.md from the records in docs/results/runs: `python results/tables.py`.
 
 `make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Its figures are in
-docs/results/figures.json in full, with the command and commit of every run.
+docs/results/figures.json in full.
 """
 
 import argparse
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,9 +16,7 @@ import numpy as np
 
 from imae_jax.decode.methods import parse_method
 from imae_jax.evaluate import plots, stats
-from imae_jax.evaluate.questions import Question, load_data, select
-from imae_jax.evaluate.runs import read_lines
-from imae_jax.evaluate.summaries import sums_of, values_of
+from imae_jax.evaluate.summaries import sums_of
 from imae_jax.evaluate.tables import Table, number, p_value, with_interval
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -42,8 +39,6 @@ PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
 UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Units of trivia"}
 PLACEBO = "placebo: ICD, right answers"
-# Of an ablation's training, of which the mean gates are shown.
-LAST_STEPS = 10
 # A method in the tables: its name, and what it sums over an answer's tokens.
 Key = tuple[str, str]
 
@@ -64,75 +59,38 @@ def key_of(settings: Mapping[str, Any]) -> Key:
     return name, sums_of(settings)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 class Figures:
-    """What was read from runs: everything that a table shows, and where it is from."""
+    """The records that tables are made of, and everything that a table shows."""
 
-    def __init__(self, root: Path):
-        self.root, self.sources, self.values = root, {}, {}
+    def __init__(self, records: Path):
+        self.records, self.values = records, {}
 
-    def results(self, name: str) -> dict[str, Any] | None:
-        """The `results.json` of an evaluation, or None where there is none yet."""
-        path = self.root / name / "results.json"
-        if not path.is_file():
-            return None
-        found = read_json(path)
-        self.sources[name] = {
-            key: found.get(key) for key in ("command", "git", "versions", "machine", "split")
-        }
-        if "path" in found.get("data", {}):
-            # Where the data lie is this machine's affair.
-            path = found["data"]["path"]
-            self.sources[name]["command"] = found["command"].replace(path, f"DATA/{Path(path).name}")
-        return found
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What `results/records.py` kept of a run, or None where it is not there yet."""
+        path = self.records / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
         """Metrics of every method, question by question, of the splits that the run holds whole."""
-        found = self.results(name)
+        found = self.record(name)
         if found is None:
             return None
-        keys = {label: key_of(row["settings"]) for label, row in found["methods"].items()}
+        keys = {label: key_of(settings) for label, settings in found["methods"].items()}
         if len(set(keys.values())) < len(keys):
             raise SystemExit(f"error: {name} has several methods of one name: {keys}")
-        lines: dict[Key, list[dict[str, Any]]] = {}
-        for line in sorted(read_lines(self.root / name), key=lambda line: line["index"]):
-            lines.setdefault(keys[line["method"]], []).append(line)
-        held = found["split"]["name"]
-        values: dict[str, dict[Key, dict[str, np.ndarray]]] = {}
-        for split in SPLITS if held == "all" else (held,):
-            for key, own in lines.items():
-                # Of a run that holds one split alone, its lines are that split.
-                chosen = own
-                if held == "all":
-                    chosen = [own[i] for i in select([line["question"] for line in own], split)]
-                values.setdefault(split, {})[key] = {m: values_of(chosen, m) for m in METRICS}
-        return values
-
-    def training(self, name: str) -> None:
-        """Notes where a training run is from, with every time that it was resumed."""
-        starts = read_json(self.root / name / "environment.json")
-        shown = ("started", "git", "versions")
-        self.sources[name] = {
-            "config": re.sub(
-                r"^(\s+path: ).*/",
-                r"\1DATA/",
-                (self.root / name / "config.yaml").read_text(encoding="utf-8"),
-                flags=re.M,
-            ),
-            "starts": [{key: start.get(key) for key in shown} for start in starts],
+        scores = {
+            # None, where a metric is undefined, becomes NaN.
+            keys[label]: {m: np.array(own[m], np.float64) for m in METRICS}
+            for label, own in found["scores"].items()
         }
+        test = np.array(found["questions"]["test"], bool)
+        values = {"test": {key: {m: x[test] for m, x in own.items()} for key, own in scores.items()}}
+        return values if test.all() else {**values, "all": scores}
 
-    def questions(self, name: str, split: str) -> list[Question]:
-        """What such a run asked, in the order of its metrics."""
-        found = self.results(name)
-        asked = {line["index"] for line in read_lines(self.root / name)}
-        chosen = [q for q in load_data(found["data"]["path"]).questions if q.index in asked]
-        if found["split"]["name"] == "all":
-            chosen = [chosen[i] for i in select([q.text for q in chosen], split)]
-        return chosen
+    def facts(self, name: str) -> dict[str, np.ndarray]:
+        """What is known of the test questions that such a run asked, in the order of its metrics."""
+        facts = {key: np.array(x, bool) for key, x in self.record(name)["questions"].items()}
+        return {key: x[facts["test"]] for key, x in facts.items()}
 
 
 def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
@@ -181,12 +139,14 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         return
     own = methods["test"]
     expert, anti = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
+    stronger = ("IMAE, strength -2", "log p")
     contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
     paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
     # Name, a method, what it is compared with, and which mean difference of a metric will do.
     targets = (
         ("expert above base", expert, BASE, lambda metric, mean: mean.value > 0),
         (f"… by {paper} (paper)", expert, BASE, lambda metric, mean: mean.value >= PAPER_GAINS[metric] / 100),
+        ("strength -2 above base", stronger, BASE, lambda metric, mean: mean.value > 0),
         ("anti-expert below base", anti, BASE, lambda metric, mean: mean.value < 0),
         ("ICD above base", icd, BASE, lambda metric, mean: mean.value > 0),
         ("in-model contrast at ICD's level", contrast, icd, lambda metric, mean: mean.value >= 0),
@@ -202,7 +162,7 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         clear = [METRICS[m] for m, mean in means.items() if not mean.interval[0] <= 0 <= mean.interval[1]]
         met = f"not in {', '.join(missed)}" if missed else "yes"
         rows.append((name, *cells, met, ", ".join(clear) or "none"))
-    cost = figures.results("cost")
+    cost = figures.record("cost")
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
     for label, row in measured.items():
         name, _ = key_of(parse_method(label).settings())
@@ -242,7 +202,7 @@ def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     """Every training seed, and their mean and standard deviation."""
-    names = sorted(path.parent.name for path in figures.root.glob(f"tqa/{protocol}/seed*/results.json"))
+    names = sorted(path.stem for path in figures.records.glob(f"tqa/{protocol}/seed*.json"))
     runs = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in names}
     if len(runs) < 2:
         return
@@ -273,22 +233,17 @@ def lengths_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
     for name, run in (("lengths", "tqa/primer/seed0"), ("lengths-trivia", "ablations/trivia/tqa")):
         methods = figures.truthfulqa(run)
         if methods is not None:
-            yield name, lengths_table(figures, name, methods["test"], figures.questions(run, "test"))
+            yield name, lengths_table(figures, name, methods["test"], figures.facts(run))
 
 
 def lengths_table(
-    figures: Figures, name: str, methods: Mapping[Key, Any], questions: list[Question]
+    figures: Figures, name: str, methods: Mapping[Key, Any], facts: Mapping[str, np.ndarray]
 ) -> Table:
-    best = np.array([len(q.true[q.best]) for q in questions])
-    false = [np.array([len(answer) for answer in q.false]) for q in questions]
-    longer = best > np.array([np.mean(lengths) for lengths in false])
+    longer = facts["best_longer"]
     parts = {"the best answer is longer": longer, "it is not": ~longer}
     shown = ("mc1", "mc2")
     columns = [f"{METRICS[m]} where {part} ({mask.sum()})" for m in shown for part, mask in parts.items()]
-    extremes = {
-        "the longest answer": best > [max(lengths) for lengths in false],
-        "the shortest answer": best < [min(lengths) for lengths in false],
-    }
+    extremes = {f"the {extreme} answer": facts[extreme] for extreme in ("longest", "shortest")}
     rows, stored = [], {}
     for control, right in extremes.items():
         means = [stats.mean(right[mask]).scaled(100) for mask in parts.values()]
@@ -339,20 +294,18 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
     """HaluEval's pairs of equal length, neutral text, time and memory."""
     columns: dict[str, dict[Key, str]] = {}
     for run, own in {"seed0": None, **CONTROLS}.items():
-        halueval, harm = figures.results(f"halueval/{run}"), figures.results(f"harm/{run}")
+        halueval, harm = figures.record(f"halueval/{run}"), figures.record(f"harm/{run}")
         if halueval is not None:
-            for label, row in halueval["parts"]["all"].items():
-                key = (own, "log p") if own else key_of(halueval["methods"][label]["settings"])
-                columns.setdefault("right preferred", {})[key] = with_interval(
-                    row["raw"], row["intervals"]["raw"]
-                )
+            for label, row in halueval["scores"].items():
+                key = (own, "log p") if own else key_of(halueval["methods"][label])
+                columns.setdefault("right preferred", {})[key] = with_interval(row["raw"], row["interval"])
                 columns.setdefault("per token", {})[key] = number(row["per_token"])
         if harm is not None:
-            for row in harm["methods"].values():
-                key = (own, "log p") if own else key_of(row["settings"])
+            for label, row in harm["scores"].items():
+                key = (own, "log p") if own else key_of(harm["methods"][label])
                 columns.setdefault("KL(base ‖ method)", {})[key] = number(row["kl"], 3)
                 columns.setdefault("same top 1", {})[key] = number(100 * row["top1_agreement"], 1)
-    cost = figures.results("cost")
+    cost = figures.record("cost")
     if cost is not None:
         rows = cost["batch_sizes"]["1"]
         for label, row in rows.items():
@@ -380,24 +333,18 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """What one changed setting does to scores and to neutral text, on the questions not used for choosing."""
     # Name, training run, scores, neutral text.
     runs = [("seed0", "train/seed0", "tqa/primer/seed0", "harm/seed0")]
-    runs.append(("strengths", "train/seed0", "strengths/tqa", "strengths/harm"))
-    for path in sorted(figures.root.glob("ablations/*")):
+    for path in sorted((figures.records / "ablations").glob("*/")):
         own = f"ablations/{path.name}"
-        runs.append((path.name, own, f"{own}/tqa", f"{own}/harm"))
+        runs.append((path.name, f"{own}/train", f"{own}/tqa", f"{own}/harm"))
     rows, stored = [], {}
-    for name, training, evaluated, harmed in runs:
-        found, harm = figures.truthfulqa(evaluated), figures.results(harmed)
+    for name, *of_run in runs:
+        training, harm = figures.record(of_run[0]), figures.record(of_run[2])
+        found = figures.truthfulqa(of_run[1])
         if found is None or harm is None:
             continue
-        run = figures.root / training
-        trained = read_json(run / "imae" / "imae_config.json")["training"]["data"]
-        steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-        last = {
-            k: statistics.mean(json.loads(step)[k] for step in steps)
-            for k in ("gate_on_fact", "gate_off_fact")
-        }
-        of_text = {key_of(row["settings"]): row for row in harm["methods"].values()}
-        kept = number(100 * trained["kept_share"], 0)
+        last = training["last_steps"]
+        of_text = {key_of(harm["methods"][label]): row for label, row in harm["scores"].items()}
+        kept = number(100 * training["kept_share"], 0)
         gates = f"{last['gate_on_fact']:.2f} / {last['gate_off_fact']:.2f}"
         for key, own in found["test"].items():
             if key == BASE or key not in of_text or key[0] in UNTRAINED:
@@ -424,20 +371,18 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         yield "ablations", Table(title, (*columns, "KL", "same top 1"), tuple(rows))
 
 
-def write_plots(figures: Figures, directory: Path) -> None:
-    """Differences of all methods to base, and seed 0's training curves with its gates by layer."""
+def write_plot(figures: Figures, path: Path) -> None:
+    """Differences of all methods to base."""
     found = figures.values.get("primer test")
-    if found is not None:
-        compared = {
-            name.removesuffix(" / log p").replace(" / ", ", "): row["against_base"]
-            for name, row in found["methods"].items()
-            if "against_base" in row
-        }
-        title = f"Differences to base, TruthfulQA, N = {found['n']}, 95 % intervals"
-        plots.differences(title, compared, METRICS).savefig(directory / "differences.png", dpi=120)
-    run = figures.root / "train" / "seed0"
-    if (run / "imae").is_dir():
-        shutil.copy(run / "training.png", directory)
+    if found is None:
+        return
+    compared = {
+        name.removesuffix(" / log p").replace(" / ", ", "): row["against_base"]
+        for name, row in found["methods"].items()
+        if "against_base" in row
+    }
+    title = f"Differences to base, TruthfulQA, N = {found['n']}, 95 % intervals"
+    plots.differences(title, compared, METRICS).savefig(path, dpi=120)
 
 
 def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
@@ -456,10 +401,9 @@ def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path, help="where `make results` keeps its runs")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md")
-    args = parser.parse_args()
-    figures = Figures(args.root)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md and results/runs")
+    docs = parser.parse_args().docs
+    figures = Figures(docs / "results" / "runs")
     tables = [*targets_table(figures), *shares_table(figures)]
     for protocol in PROTOCOLS:
         tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
@@ -469,17 +413,11 @@ def main() -> None:
         *side_effects(figures),
         *ablations_table(figures),
     ]
-    for path in sorted(args.root.glob("*/*/environment.json")):
-        figures.training(str(path.parent.relative_to(args.root)))
-    for name in write_page(args.docs / "results.md", tables):
+    for name in write_page(docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")
-    found = {"sources": figures.sources, "figures": figures.values}
-    directory = args.docs / "results"
-    directory.mkdir(exist_ok=True)
-    (directory / "figures.json").write_text(
-        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    write_plots(figures, directory)
+    found = json.dumps(figures.values, indent=1, ensure_ascii=False)
+    (docs / "results" / "figures.json").write_text(found + "\n", encoding="utf-8")
+    write_plot(figures, docs / "results" / "differences.png")
 
 
 if __name__ == "__main__":

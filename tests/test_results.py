@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import write_rows
 
 from imae_jax.decode.methods import parse_method, split_methods
 from imae_jax.evaluate.cost import main as cost
 from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.questions import load_data
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import load_config
 from imae_jax.train.data import read_jsonl
@@ -121,6 +123,34 @@ def test_missing_data_are_named(tmp_path):
     assert f"{tmp_path}/halueval_qa.jsonl does not exist: pass DATA=DIRECTORY" in made.stderr
 
 
+def test_what_is_published_is_what_the_plan_would_make(tmp_path):
+    """After a change of settings, the records of older ones must not stay in the tables."""
+    planned_of = {}
+    for module, *line in planned(tmp_path):
+        line = [
+            x.replace(str(tmp_path / "out"), "out/results").replace(str(tmp_path / "data"), "DATA")
+            for x in line
+        ]
+        if module == "imae_jax.train":
+            settings = [argument for argument in line if "=" in argument]
+            name = line[line.index("--config") + 1]
+            config = load_config(str(ROOT / name) if (ROOT / name).is_file() else name, settings)
+            planned_of[config.out] = config.to_dict()
+        elif "--out" in line and "evaluate" in module:
+            planned_of[line[line.index("--out") + 1]] = [module, *line]
+    records = sorted((ROOT / "docs" / "results" / "runs").rglob("*.json"))
+    assert records
+    for path in records:
+        record = json.loads(path.read_text())
+        run = f"out/results/{path.relative_to(ROOT / 'docs' / 'results' / 'runs').with_suffix('')}"
+        if "config" in record:
+            assert yaml.safe_load(record["config"]) == planned_of[run.removesuffix("/train")], path
+        else:
+            command = shlex.split(record["source"]["command"])[2:]
+            once = [x for x in command if x not in ("--resume", "--overwrite")]
+            assert once == [x for x in planned_of[run] if x != "--overwrite"], path
+
+
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     call = [sys.executable, RESULTS / f"{name}.py", *map(str, arguments)]
     made = subprocess.run(call, capture_output=True, text=True)
@@ -159,18 +189,18 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         (training / "imae").mkdir(parents=True)
         config = {"training": {"data": {"kept_share": kept}}}
         (training / "imae" / "imae_config.json").write_text(json.dumps(config))
-        (training / "config.yaml").write_text("seed: 0\n")
+        (training / "config.yaml").write_text("seed: 0\ndata:\n  path: /own/halueval_qa.jsonl\n")
         (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
-        steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
+        own = {"anti": 2.0, "expert": 1.0, "gate_on_fact": 0.5}
+        steps = [own | {"gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
     # These are scored on the test questions alone, as the plan has it.
     command = [*map(str, scored[0]), "--split", "test", "--quiet"]
     command[command.index("--out") + 1] = str(runs / "ablations" / "beta1" / "tqa")
     assert truthfulqa(command) == 0
-    for place in ("strengths", "ablations/trivia"):
-        shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / place / "tqa")
-    for place in ("ablations/beta1", "strengths", "ablations/trivia"):
+    shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "ablations" / "trivia" / "tqa")
+    for place in ("ablations/beta1", "ablations/trivia"):
         shutil.copytree(runs / "harm" / "seed0", runs / place / "harm")
     # As if its contrasts were ICD with LLMs trained on hallucinated and on right answers.
     path = runs / "ablations" / "trivia" / "tqa" / "results.json"
@@ -182,7 +212,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     path.write_text(json.dumps(trivia))
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
-    said = run_script("tables", runs, "--docs", docs).stdout
+    run_script("records", runs, docs / "results" / "runs")
+    said = run_script("tables", "--docs", docs).stdout
     assert not said, "the page has a place for every table"
 
     results = json.loads((scored[1] / "results.json").read_text())
@@ -201,7 +232,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     # These questions' right answers are shorter than the wrong ones.
     (lengths,) = re.findall(r"<!-- lengths -->(.*?)<!-- /lengths -->", page, re.DOTALL)
     (row,) = re.findall(r"\| IMAE expert \| log p \| – \| (\S+) .*", lengths)
-    of_test = figures["figures"]["primer test"]["methods"]["IMAE expert / log p"]["against_base"]
+    of_test = figures["primer test"]["methods"]["IMAE expert / log p"]["against_base"]
     assert row == f"{of_test['mc1']['value']:+.2f}"
     (targets,) = re.findall(r"<!-- targets -->(.*?)<!-- /targets -->", page, re.DOTALL)
     missed = [m.upper() for m in ("mc1", "mc2", "mc3") if of_test[m]["value"] <= 0]
@@ -216,7 +247,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     (shares,) = re.findall(r"<!-- shares -->(.*?)<!-- /shares -->", page, re.DOTALL)
     raw, left = (
-        figures["figures"]["primer test"]["methods"][f"in-model contrast / {sums}"]["against_base"]["mc2"]
+        figures["primer test"]["methods"][f"in-model contrast / {sums}"]["against_base"]["mc2"]
         for sums in ("raw", "renormalized")
     )
     assert f" {raw['value']:+.1f} → {left['value']:+.1f}" in shares
@@ -228,7 +259,6 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert re.search(rf"\| IMAE expert \|.*\| {ms:.1f} \(\d", effects)
     (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
     assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
-    assert "| strengths | 25 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
     # The same model on the same questions: seed 0's run holds all of them, the other the test ones.
     of_runs = [
         re.search(rf"\| {name} \|.*?\| IMAE expert \| log p \|(.*)", ablations)[1]
@@ -237,9 +267,15 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert of_runs[0] == of_runs[1]
     assert (docs / "results" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (docs / "results" / "training.png").read_bytes() == b"curves"
-    assert figures["sources"]["train/seed0"]["starts"][0]["git"] == {"commit": "c0ffee"}
+    assert figures["primer test"]["n"] + 1 == figures["primer all"]["n"] == 6
+
+    # What is published of a run says how it was made, and holds neither texts nor places of this machine.
+    training = json.loads((docs / "results" / "runs" / "train" / "seed0.json").read_text())
+    assert training["starts"][0]["git"] == {"commit": "c0ffee"}
+    assert training["config"].endswith("path: DATA/halueval_qa.jsonl\n")
+    record = (docs / "results" / "runs" / "tqa" / "primer" / "seed0.json").read_text()
     data = Path(results["data"]["path"])
     command = results["command"].replace(str(data), f"DATA/{data.name}")
-    assert figures["sources"]["tqa/primer/seed0"]["command"] == command
+    assert json.loads(record)["source"]["command"] == command
     assert f"DATA/{data.name}" in command
-    assert figures["figures"]["primer test"]["n"] + 1 == figures["figures"]["primer all"]["n"] == 6
+    assert all(question.text not in record for question in load_data(str(data)).questions)
