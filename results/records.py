@@ -1,12 +1,13 @@
 """Keeps what docs/results.md needs of runs: `python results/records.py out/results docs/results/runs`.
 
-`make results` calls it. A record is small and has no text of the benchmarks: settings, commit and command of
-a run, of TruthfulQA the metrics of every question. So tables and tests can be made again without the runs,
-and runs made on several machines come together.
+`make results` calls it. A record is small and has no text of the benchmarks: settings and commit of a run,
+of TruthfulQA the metrics of every question. So tables and tests can be made again without the runs, and runs
+made on several machines come together.
 """
 
 import argparse
 import json
+import math
 import re
 import shutil
 import statistics
@@ -15,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from imae_jax.evaluate.questions import Question, load_data, select
 from imae_jax.evaluate.runs import read_lines
 
 METRICS = ("mc1", "mc2", "mc3")
-# MC2 and MC3 of a question, as shares: a mean over hundreds is exact to a hundredth of a percentage point.
-DECIMALS = 4
+# Of MC2 and MC3, which are shares.
+DECIMALS = 6
+# What `make results` calls its directory, whatever it is on a machine.
+ROOT = "out/results"
+MADE_BY = ("command", "git", "versions", "machine", "cpu_cores")
+MADE_OF = ("protocol", "split", "units", "workload", "dtype")
 # Of a training run, of which the mean gates are kept.
 LAST_STEPS = 10
 
@@ -30,14 +36,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def source(results: Mapping[str, Any]) -> dict[str, Any]:
-    """How an evaluation was run. Where its data lay is one machine's affair."""
-    kept = {
-        key: results.get(key) for key in ("command", "git", "versions", "machine", "cpu_cores", "protocol")
-    }
-    path = results.get("data", {}).get("path")
-    if path is not None:
-        kept["command"] = kept["command"].replace(path, f"DATA/{Path(path).name}")
+def place(path: str, root: Path) -> str:
+    """Where a file lies for every reader: under `out/results`, or among the DATA that one brings along."""
+    own = Path(path).is_relative_to(root)
+    return f"{ROOT}/{Path(path).relative_to(root)}" if own else f"DATA/{Path(path).name}"
+
+
+def source(results: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """How an evaluation was run, and the hashes of what it was run on."""
+    # Only `evaluate.cost` has an environment of its own.
+    known = {**results, **results.get("environment", {})}
+    kept = {key: known.get(key) for key in MADE_BY + MADE_OF}
+    data = results.get("data", {})
+    if "path" in data:
+        kept["command"] = kept["command"].replace(data["path"], place(data["path"], root))
+        kept["data_sha256"] = data.get("sha256")
     return {key: value for key, value in kept.items() if value is not None}
 
 
@@ -91,22 +104,24 @@ def of_harm(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_evaluation(run: Path) -> dict[str, Any]:
+def of_evaluation(run: Path, root: Path) -> dict[str, Any]:
     results = read_json(run / "results.json")
     if "batch_sizes" in results:
-        return {"source": source(results), "batch_sizes": results["batch_sizes"]}
+        return {"source": source(results, root), "batch_sizes": results["batch_sizes"]}
     of_benchmark = {"truthfulqa": lambda r: of_truthfulqa(run, r), "halueval": of_halueval, "harm": of_harm}
     settings = {label: row["settings"] for label, row in results["methods"].items()}
     found = of_benchmark[results["benchmark"]](results)
-    return {"source": source(results), "methods": settings, **found}
+    return {"source": source(results, root), "methods": settings, **found}
 
 
-def of_training(run: Path) -> dict[str, Any]:
+def of_training(run: Path, root: Path) -> dict[str, Any]:
     """Settings, every start (a resumed run has several), and what the token filter and the gates came to."""
-    shown = ("started", "git", "versions", "machine", "cpu_cores")
-    config = (run / "config.yaml").read_text(encoding="utf-8")
+    shown = ("started", "git", "versions")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if config["data"]["path"] is not None:
+        config["data"]["path"] = place(config["data"]["path"], root)
     record: dict[str, Any] = {
-        "config": re.sub(r"^(\s+path: ).*/", r"\1DATA/", config, flags=re.M),
+        "config": config,
         "starts": [
             {k: start[k] for k in shown if k in start} for start in read_json(run / "environment.json")
         ],
@@ -114,23 +129,26 @@ def of_training(run: Path) -> dict[str, Any]:
     trained = run / "imae" / "imae_config.json"
     if trained.is_file():
         steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-        record["last_steps"] = {
-            key: statistics.mean(json.loads(step)[key] for step in steps)
-            for key in ("anti", "expert", "gate_on_fact", "gate_off_fact")
-        }
+        gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
+        # Without a token filter there is nothing off T_fact.
+        finite = {key: [value for value in own if math.isfinite(value)] for key, own in gates.items()}
+        record["last_steps"] = {key: statistics.mean(own) if own else None for key, own in finite.items()}
         record["kept_share"] = read_json(trained)["training"]["data"]["kept_share"]
     return record
 
 
-def finished(root: Path) -> Iterator[tuple[str, Path, bool]]:
-    """Name and directory of every finished run, and whether it is of training."""
+def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and record of every finished run."""
     for path in sorted(root.rglob("results.json")):
-        yield str(path.parent.relative_to(root)), path.parent, False
+        yield str(path.parent.relative_to(root)), of_evaluation(path.parent, root)
     for path in sorted(root.rglob("environment.json")):
         run = path.parent
-        if (run / "imae" / "imae_config.json").is_file() or (run / "icd" / "adapter").is_dir():
+        # Of other runs the adapter is a first stage.
+        adapter_alone = "icd" in read_json(path)[0].get("command", [])
+        last = "icd/adapter/adapter_config.json" if adapter_alone else "imae/imae_config.json"
+        if (run / last).is_file():
             name = run.relative_to(root)
-            yield str(name if name.parts[0] == "train" else name / "train"), run, True
+            yield str(name if name.parts[0] == "train" else name / "train"), of_training(run, root)
 
 
 def main() -> None:
@@ -138,12 +156,12 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="where `make results` keeps its runs")
     parser.add_argument("records", type=Path, help="where to keep what is published of them")
     args = parser.parse_args()
-    for name, run, trained in finished(args.root):
-        record = of_training(run) if trained else of_evaluation(run)
+    for name, record in finished(args.root):
         path = args.records / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         # A line for every list of numbers.
-        text = json.dumps(record, indent=1, ensure_ascii=False)
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+        text = text.replace(f"{args.root}/", f"{ROOT}/")
         text = re.sub(r"\[\s+([-\d.,\snul]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         path.write_text(text + "\n", encoding="utf-8")
     curves = args.root / "train" / "seed0" / "training.png"

@@ -89,7 +89,8 @@ class Figures:
 
     def facts(self, name: str) -> dict[str, np.ndarray]:
         """What is known of the test questions that such a run asked, in the order of its metrics."""
-        facts = {key: np.array(x, bool) for key, x in self.record(name)["questions"].items()}
+        facts = self.record(name)["questions"]
+        facts = {key: np.array(x, bool) for key, x in facts.items() if key != "index"}
         return {key: x[facts["test"]] for key, x in facts.items()}
 
 
@@ -340,12 +341,12 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     for name, *of_run in runs:
         training, harm = figures.record(of_run[0]), figures.record(of_run[2])
         found = figures.truthfulqa(of_run[1])
-        if found is None or harm is None:
+        if found is None or harm is None or training is None:
             continue
         last = training["last_steps"]
         of_text = {key_of(harm["methods"][label]): row for label, row in harm["scores"].items()}
         kept = number(100 * training["kept_share"], 0)
-        gates = f"{last['gate_on_fact']:.2f} / {last['gate_off_fact']:.2f}"
+        gates = " / ".join(number(last[key], 2) for key in ("gate_on_fact", "gate_off_fact"))
         for key, own in found["test"].items():
             if key == BASE or key not in of_text or key[0] in UNTRAINED:
                 continue
@@ -386,17 +387,17 @@ def write_plot(figures: Figures, path: Path) -> None:
 
 
 def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
-    """Puts tables between their marks; returns the names of those that the page has no place for."""
-    text, homeless = page.read_text(encoding="utf-8"), []
-    for name, table in tables:
-        marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-        if not marks.search(text):
-            homeless.append(name)
-        # A backslash of the table would be one of the template's.
-        shown = table.markdown().replace("\\", "\\\\")
-        text = marks.sub(rf"\g<1>{shown}\g<2>", text)
-    page.write_text(text, encoding="utf-8")
-    return homeless
+    """Puts tables between their marks, empties the others; returns the names of those without a place."""
+    shown = {name: table.markdown() for name, table in tables}
+    marks = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    text, placed = page.read_text(encoding="utf-8"), set()
+
+    def filled(found: re.Match) -> str:
+        placed.add(found[2])
+        return f"{found[1]}{shown.get(found[2], '')}{found[3]}"
+
+    page.write_text(marks.sub(filled, text), encoding="utf-8")
+    return sorted(set(shown) - placed)
 
 
 def main() -> None:

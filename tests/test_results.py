@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import write_rows
 
 from imae_jax.decode.methods import parse_method, split_methods
@@ -140,15 +139,21 @@ def test_what_is_published_is_what_the_plan_would_make(tmp_path):
             planned_of[line[line.index("--out") + 1]] = [module, *line]
     records = sorted((ROOT / "docs" / "results" / "runs").rglob("*.json"))
     assert records
+    units_of = {}
     for path in records:
         record = json.loads(path.read_text())
         run = f"out/results/{path.relative_to(ROOT / 'docs' / 'results' / 'runs').with_suffix('')}"
         if "config" in record:
-            assert yaml.safe_load(record["config"]) == planned_of[run.removesuffix("/train")], path
+            assert record["config"] == planned_of.get(run.removesuffix("/train")), path
         else:
             command = shlex.split(record["source"]["command"])[2:]
             once = [x for x in command if x not in ("--resume", "--overwrite")]
+            assert run in planned_of, path
             assert once == [x for x in planned_of[run] if x != "--overwrite"], path
+            # Two trainings of one name must not meet in a table.
+            model = once[once.index("--model") + 1]
+            units = record["source"].get("units")
+            assert units is None or units_of.setdefault(model, units) == units, path
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -156,6 +161,13 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     made = subprocess.run(call, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return made
+
+
+def test_the_page_shows_what_is_recorded(tmp_path):
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    shutil.copytree(ROOT / "docs" / "results" / "runs", tmp_path / "results" / "runs")
+    assert not run_script("tables", "--docs", tmp_path).stdout
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
 
 
 def test_controls_swap_answers_and_keep_pairs_of_equal_length(tiny_imae, tmp_path):
@@ -191,8 +203,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         (training / "imae" / "imae_config.json").write_text(json.dumps(config))
         (training / "config.yaml").write_text("seed: 0\ndata:\n  path: /own/halueval_qa.jsonl\n")
         (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
-        own = {"anti": 2.0, "expert": 1.0, "gate_on_fact": 0.5}
-        steps = [own | {"gate_off_fact": x} for x in (1.0, *[0.25] * 10)]
+        steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 9, float("nan"))]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
     # These are scored on the test questions alone, as the plan has it.
@@ -269,10 +280,10 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert (docs / "results" / "training.png").read_bytes() == b"curves"
     assert figures["primer test"]["n"] + 1 == figures["primer all"]["n"] == 6
 
-    # What is published of a run says how it was made, and holds neither texts nor places of this machine.
+    # What is published of a run says how it was made, and holds neither texts nor where data lay.
     training = json.loads((docs / "results" / "runs" / "train" / "seed0.json").read_text())
     assert training["starts"][0]["git"] == {"commit": "c0ffee"}
-    assert training["config"].endswith("path: DATA/halueval_qa.jsonl\n")
+    assert training["config"]["data"]["path"] == "DATA/halueval_qa.jsonl"
     record = (docs / "results" / "runs" / "tqa" / "primer" / "seed0.json").read_text()
     data = Path(results["data"]["path"])
     command = results["command"].replace(str(data), f"DATA/{data.name}")
