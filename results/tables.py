@@ -38,7 +38,11 @@ PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
 # Methods that no training has a part in.
 UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Units of trivia"}
-PLACEBO = "placebo: ICD, right answers"
+# What is trained on right answers, beside the same of hallucinated ones: data, and the run of either.
+PLACEBOS = (
+    ("HaluEval", "tqa/primer/seed0", "tqa/primer/placebo"),
+    ("trivia", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
+)
 # A method in the tables: its name, and what it sums over an answer's tokens.
 Key = tuple[str, str]
 
@@ -48,15 +52,16 @@ def key_of(settings: Mapping[str, Any]) -> Key:
         strength = settings["strength"]
         return MODES.get(strength, f"IMAE, strength {strength:g}"), "log p"
     name = NAMES[settings["name"]]
-    # Of `make results`, DIRECTORY/icd/adapter or a whole model.
-    anti_expert = Path(settings.get("anti_expert", ""))
-    if anti_expert.name == "merged":
+    # In `make results` the one that is no adapter.
+    if Path(settings.get("anti_expert", "")).name == "merged":
         name = "ICD, second model"
-    if anti_expert.parts[-3:-2] in (("right",), ("trivia-right",)):
-        name = PLACEBO
     if settings.get("beta", 1) != 1:
         name += f", β {settings['beta']:g}"
     return name, sums_of(settings)
+
+
+def placebo(key: Key) -> Key:
+    return f"placebo: {key[0]}", key[1]
 
 
 class Figures:
@@ -100,14 +105,14 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     if seed0 is None:
         return
     controls = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in CONTROLS}
-    placebo = figures.truthfulqa(f"tqa/{protocol}/placebo")
+    placebos = figures.truthfulqa(f"tqa/{protocol}/placebo")
     for split, described in SPLITS.items():
         methods = dict(seed0[split])
         for name, found in controls.items():
             if found is not None:
                 methods[CONTROLS[name], "log p"] = found[split][BASE]
-        if placebo is not None:
-            methods |= {key: own for key, own in placebo[split].items() if key != BASE}
+        if placebos is not None:
+            methods |= {placebo(key): own for key, own in placebos[split].items() if key != BASE}
         base, scores, differences, stored = methods[BASE], [], [], {}
         for key, own in methods.items():
             means = {m: stats.mean(own[m]).scaled(100) for m in METRICS}
@@ -268,22 +273,18 @@ def lengths_table(
 
 
 def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """The contrast against an LLM trained on hallucinated answers, against one trained on right ones."""
+    """What is trained on hallucinated answers, against the same trained on right ones."""
     rows, stored = [], {}
-    for data, hallucinated, right in (
-        ("HaluEval", "tqa/primer/seed0", "tqa/primer/placebo"),
-        ("trivia", "ablations/trivia/tqa", "ablations/trivia/tqa"),
-    ):
-        of_hallucinated, of_right = figures.truthfulqa(hallucinated), figures.truthfulqa(right)
-        if of_hallucinated is None or of_right is None:
+    for data, *runs in PLACEBOS:
+        found = [figures.truthfulqa(run) for run in runs]
+        if None in found:
             continue
-        for key, own in of_right["test"].items():
-            icd = key[0].replace(PLACEBO, "ICD"), key[1]
-            if key[0].startswith(PLACEBO) and icd in of_hallucinated["test"]:
-                compared = stats.compare(list(METRICS), of_hallucinated["test"][icd], own, seed=0)
-                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
-                rows.append((data, *icd, *cells))
-                stored.setdefault(data, {})[" / ".join(icd)] = compared
+        of_hallucinated, of_right = (methods["test"] for methods in found)
+        for key in [key for key in of_right if key != BASE and key in of_hallucinated]:
+            compared = stats.compare(list(METRICS), of_hallucinated[key], of_right[key], seed=0)
+            cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+            rows.append((data, *key, *cells))
+            stored.setdefault(data, {})[" / ".join(key)] = compared
     if rows:
         figures.values["placebo"] = stored
         columns = ("data", "method", "sums", *(f"Δ {head}" for head in METRICS.values()))
@@ -293,19 +294,30 @@ def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
     """HaluEval's pairs of equal length, neutral text, time and memory."""
+    columns_of = {
+        "halueval": lambda row: {
+            "right preferred": with_interval(row["raw"], row["interval"]),
+            "per token": number(row["per_token"]),
+        },
+        "harm": lambda row: {
+            "KL(base ‖ method)": number(row["kl"], 3),
+            "same top 1": number(100 * row["top1_agreement"], 1),
+        },
+    }
     columns: dict[str, dict[Key, str]] = {}
-    for run, own in {"seed0": None, **CONTROLS}.items():
-        halueval, harm = figures.record(f"halueval/{run}"), figures.record(f"harm/{run}")
-        if halueval is not None:
-            for label, row in halueval["scores"].items():
-                key = (own, "log p") if own else key_of(halueval["methods"][label])
-                columns.setdefault("right preferred", {})[key] = with_interval(row["raw"], row["interval"])
-                columns.setdefault("per token", {})[key] = number(row["per_token"])
-        if harm is not None:
-            for label, row in harm["scores"].items():
-                key = (own, "log p") if own else key_of(harm["methods"][label])
-                columns.setdefault("KL(base ‖ method)", {})[key] = number(row["kl"], 3)
-                columns.setdefault("same top 1", {})[key] = number(100 * row["top1_agreement"], 1)
+    for run in ("seed0", *CONTROLS, "placebo"):
+        for name, shown in columns_of.items():
+            record = figures.record(f"{name}/{run}")
+            for label, row in record["scores"].items() if record is not None else ():
+                key = key_of(record["methods"][label])
+                if run in CONTROLS:
+                    key = CONTROLS[run], "log p"
+                elif run == "placebo":
+                    if key == BASE:
+                        continue
+                    key = placebo(key)
+                for column, cell in shown(row).items():
+                    columns.setdefault(column, {})[key] = cell
     cost = figures.record("cost")
     if cost is not None:
         rows = cost["batch_sizes"]["1"]

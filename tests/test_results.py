@@ -210,17 +210,18 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     command = [*map(str, scored[0]), "--split", "test", "--quiet"]
     command[command.index("--out") + 1] = str(runs / "ablations" / "beta1" / "tqa")
     assert truthfulqa(command) == 0
-    shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "ablations" / "trivia" / "tqa")
+    for name in ("trivia", "trivia-right"):
+        shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "ablations" / name / "tqa")
+    shutil.copytree(scored[1], runs / "tqa" / "primer" / "placebo")
     for place in ("ablations/beta1", "ablations/trivia"):
         shutil.copytree(runs / "harm" / "seed0", runs / place / "harm")
-    # As if its contrasts were ICD with LLMs trained on hallucinated and on right answers.
-    path = runs / "ablations" / "trivia" / "tqa" / "results.json"
-    trivia = json.loads(path.read_text())
-    contrasts = {"in-model-contrast": "own", "in-model-contrast:renormalize=true": "right"}
-    for label, trained in contrasts.items():
-        settings = {"name": "icd", "anti_expert": f"train/{trained}/icd/adapter", "beta": 1.0}
-        trivia["methods"][label]["settings"] = settings | {"renormalize": False}
-    path.write_text(json.dumps(trivia))
+    shutil.copytree(runs / "harm" / "seed0", runs / "harm" / "placebo")
+    # As if the placebo's raw sums were what the other's renormalized ones are.
+    path = runs / "ablations" / "trivia-right" / "tqa" / "results.json"
+    right = json.loads(path.read_text())
+    raw, renormalized = (right["methods"][f"in-model-contrast{x}"] for x in ("", ":renormalize=true"))
+    raw["settings"], renormalized["settings"] = renormalized["settings"], raw["settings"]
+    path.write_text(json.dumps(right))
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
     run_script("records", runs, docs / "results" / "runs")
@@ -251,10 +252,11 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert re.search(rf"\| expert above base \| {re.escape(row)} .*\| {met} \|", targets)
     assert "| the shortest answer |  | – | 100.00 [" in lengths
     (placebo,) = re.findall(r"<!-- placebo -->(.*?)<!-- /placebo -->", page, re.DOTALL)
-    own, right = (trivia["methods"][label]["mc2"] for label in contrasts)
+    minus = raw["mc2"] - renormalized["mc2"]
     assert re.search(
-        rf"\| trivia \| ICD \| raw \| \S+ \[.*?\] \| {re.escape(f'{own - right:+.2f}')} \[", placebo
+        rf"\| trivia \| in-model contrast \| raw \| \S+ \[.*?\] \| {re.escape(f'{minus:+.2f}')} \[", placebo
     )
+    assert f"| placebo: IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     (shares,) = re.findall(r"<!-- shares -->(.*?)<!-- /shares -->", page, re.DOTALL)
     raw, left = (
