@@ -38,9 +38,9 @@ PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
 # Methods that no training has a part in.
 UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Units of trivia"}
-# What is trained on right answers, beside the same of hallucinated ones: data, and the run of either.
+# Data, a run of hallucinated answers, and the same of right ones, whose training seed is 0.
 PLACEBOS = (
-    ("HaluEval", "tqa/primer/seed0", "tqa/primer/placebo"),
+    *((f"HaluEval, seed {seed}", f"tqa/primer/seed{seed}", "tqa/primer/placebo") for seed in range(3)),
     ("trivia", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
 )
 # A method in the tables: its name, and what it sums over an answer's tokens.
@@ -207,7 +207,7 @@ def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
 
 
 def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
-    """Every training seed, and their mean and standard deviation."""
+    """Every training seed, their mean and standard deviation, and each seed's differences to base."""
     names = sorted(path.stem for path in figures.records.glob(f"tqa/{protocol}/seed*.json"))
     runs = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in names}
     if len(runs) < 2:
@@ -224,10 +224,21 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
                 cells.append(f"{mean:.2f} ± {deviation:.2f} ({', '.join(f'{x:.1f}' for x in of_seeds)})")
             rows.append((*key, *cells))
         figures.values[f"{protocol} {split} seeds"] = stored
+        against_base, compared_of = [], {}
+        for key in [key for key in shared if key != BASE]:
+            for name, run in runs.items():
+                compared = stats.compare(list(METRICS), run[split][key], run[split][BASE], seed=0)
+                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+                against_base.append((*key, name.removeprefix("seed"), *cells))
+                compared_of.setdefault(" / ".join(key), {})[name] = compared
+        figures.values[f"{protocol} {split} seeds, against base"] = compared_of
         title = (
             f"{PROTOCOLS[protocol]}, {described}: mean ± standard deviation over {len(names)} training seeds"
         )
         yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
+        title = f"{PROTOCOLS[protocol]}, {described}: paired differences to base, [95 % interval]"
+        columns = ("method", "sums", "training seed", *(f"Δ {head}" for head in METRICS.values()))
+        yield f"{protocol}-{split}-seeds-differences", Table(title, columns, tuple(against_base))
 
 
 def lengths_tables(figures: Figures) -> Iterable[tuple[str, Table]]:

@@ -241,6 +241,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert f"| IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
     (seeds,) = re.findall(r"<!-- primer-all-seeds -->(.*?)<!-- /", page, re.DOTALL)
     assert f"| IMAE expert | log p | {expert['mc1']:.2f} ± 0.00 (" in seeds
+    (of_seeds,) = re.findall(r"<!-- primer-all-seeds-differences -->(.*?)<!-- /", page, re.DOTALL)
+    assert f"| IMAE expert | log p | 1 | {expert['mc1'] - base['mc1']:+.2f} [" in of_seeds
     # These questions' right answers are shorter than the wrong ones.
     (lengths,) = re.findall(r"<!-- lengths -->(.*?)<!-- /lengths -->", page, re.DOTALL)
     (row,) = re.findall(r"\| IMAE expert \| log p \| – \| (\S+) .*", lengths)
