@@ -28,6 +28,8 @@ DECIMALS = 6
 ROOT = "out/results"
 MADE_BY = ("command", "git", "versions", "machine", "cpu_cores")
 MADE_OF = ("protocol", "split", "units", "workload", "dtype")
+# What a finished training run leaves behind.
+TRAINED = Path("imae/imae_config.json")
 # Of a training run, of which the mean gates are kept.
 LAST_STEPS = 10
 
@@ -120,21 +122,18 @@ def of_training(run: Path, root: Path) -> dict[str, Any]:
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if config["data"]["path"] is not None:
         config["data"]["path"] = place(config["data"]["path"], root)
-    record: dict[str, Any] = {
+    steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
+    gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
+    # Without a token filter there is nothing off T_fact.
+    finite = {key: [value for value in own if math.isfinite(value)] for key, own in gates.items()}
+    return {
         "config": config,
         "starts": [
             {k: start[k] for k in shown if k in start} for start in read_json(run / "environment.json")
         ],
+        "last_steps": {key: statistics.mean(own) if own else None for key, own in finite.items()},
+        "kept_share": read_json(run / TRAINED)["training"]["data"]["kept_share"],
     }
-    trained = run / "imae" / "imae_config.json"
-    if trained.is_file():
-        steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-        gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
-        # Without a token filter there is nothing off T_fact.
-        finite = {key: [value for value in own if math.isfinite(value)] for key, own in gates.items()}
-        record["last_steps"] = {key: statistics.mean(own) if own else None for key, own in finite.items()}
-        record["kept_share"] = read_json(trained)["training"]["data"]["kept_share"]
-    return record
 
 
 def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -143,10 +142,7 @@ def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield str(path.parent.relative_to(root)), of_evaluation(path.parent, root)
     for path in sorted(root.rglob("environment.json")):
         run = path.parent
-        # Of other runs the adapter is a first stage.
-        adapter_alone = "icd" in read_json(path)[0].get("command", [])
-        last = "icd/adapter/adapter_config.json" if adapter_alone else "imae/imae_config.json"
-        if (run / last).is_file():
+        if (run / TRAINED).is_file():
             name = run.relative_to(root)
             yield str(name if name.parts[0] == "train" else name / "train"), of_training(run, root)
 
