@@ -106,8 +106,11 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         return
     controls = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in CONTROLS}
     placebos = figures.truthfulqa(f"tqa/{protocol}/placebo")
+    second_model = figures.truthfulqa(f"tqa/{protocol}/second-model")
     for split, described in SPLITS.items():
         methods = dict(seed0[split])
+        if second_model is not None:
+            methods |= {key: own for key, own in second_model[split].items() if key != BASE}
         for name, found in controls.items():
             if found is not None:
                 methods[CONTROLS[name], "log p"] = found[split][BASE]

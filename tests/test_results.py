@@ -150,8 +150,8 @@ def test_what_is_published_is_what_the_plan_would_make(tmp_path):
             once = [x for x in command if x not in ("--resume", "--overwrite")]
             assert run in planned_of, path
             assert once == [x for x in planned_of[run] if x != "--overwrite"], path
-            # Two trainings of one name must not meet in a table.
-            model = once[once.index("--model") + 1]
+            # Two trainings of one name must not meet in a table: the chat protocol has tables of its own.
+            model = once[once.index("--model") + 1], "tqa-v1/chat" in once
             units = record["source"].get("units")
             assert units is None or units_of.setdefault(model, units) == units, path
 
@@ -222,6 +222,12 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     raw, renormalized = (right["methods"][f"in-model-contrast{x}"] for x in ("", ":renormalize=true"))
     raw["settings"], renormalized["settings"] = renormalized["settings"], raw["settings"]
     path.write_text(json.dumps(right))
+    # As if its contrast were ICD's with a model of its own.
+    shutil.copytree(scored[1], runs / "tqa" / "primer" / "second-model")
+    path = runs / "tqa" / "primer" / "second-model" / "results.json"
+    second = json.loads(path.read_text())
+    second["methods"]["in-model-contrast"]["settings"] |= {"name": "icd", "anti_expert": "out/merged"}
+    path.write_text(json.dumps(second))
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
     run_script("records", runs, docs / "results" / "runs")
@@ -236,6 +242,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     expert, base = results["methods"]["expert"], results["methods"]["base"]
     (scores,) = re.findall(r"<!-- primer-all -->(.*?)<!-- /primer-all -->", page, re.DOTALL)
     assert f"| IMAE expert | log p | {expert['mc1']:.2f} [" in scores
+    contrast = results["methods"]["in-model-contrast"]["mc1"]
+    assert f"| ICD, second model | raw | {contrast:.2f} [" in scores
     assert "| in-model contrast | raw |" in scores and "| in-model contrast | renormalized |" in scores
     (differences,) = re.findall(r"<!-- primer-all-differences -->(.*?)<!-- /", page, re.DOTALL)
     assert f"| IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
