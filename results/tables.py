@@ -37,11 +37,12 @@ NAMES = {
 PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
 # Methods that no training has a part in.
 UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
-LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Units of trivia"}
-# Data, a run of hallucinated answers, and the same of right ones, whose training seed is 0.
+LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
+# Data, a run of hallucinated answers, and the same of right ones, of which HaluEval has seed 0 alone.
 PLACEBOS = (
     *((f"HaluEval, seed {seed}", f"tqa/primer/seed{seed}", "tqa/primer/placebo") for seed in range(3)),
-    ("trivia", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
+    ("trivia, seed 0", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
+    ("trivia, seed 1", "ablations/trivia-seed1/tqa", "ablations/trivia-right-seed1/tqa"),
 )
 # A method in the tables: its name, and what it sums over an answer's tokens.
 Key = tuple[str, str]

@@ -64,7 +64,7 @@ def test_every_training_run_has_valid_settings_and_an_output_of_its_own(commands
     ]
     unequal = {json.dumps(settings, sort_keys=True) for settings in changed}
     assert len(unequal) == len(configs), "two runs would do the same"
-    assert sorted(config.seed for config in configs if config.icd.enabled and "seed" in config.out) == [
+    assert sorted(config.seed for config in configs if config.icd.enabled and "train/seed" in config.out) == [
         0,
         1,
         2,
@@ -264,7 +264,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     (placebo,) = re.findall(r"<!-- placebo -->(.*?)<!-- /placebo -->", page, re.DOTALL)
     minus = raw["mc2"] - renormalized["mc2"]
     assert re.search(
-        rf"\| trivia \| in-model contrast \| raw \| \S+ \[.*?\] \| {re.escape(f'{minus:+.2f}')} \[", placebo
+        rf"\| trivia, seed 0 \| in-model contrast \| raw \| \S+ \[.*?\] \| {re.escape(f'{minus:+.2f}')} \[",
+        placebo,
     )
     assert f"| placebo: IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
