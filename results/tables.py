@@ -41,6 +41,7 @@ LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
 # Data, a run of hallucinated answers, and the same of right ones, of which HaluEval has seed 0 alone.
 PLACEBOS = (
     *((f"HaluEval, seed {seed}", f"tqa/primer/seed{seed}", "tqa/primer/placebo") for seed in range(3)),
+    *((f"HaluEval, seed {seed}, chat", f"tqa/chat/seed{seed}", "tqa/chat/placebo") for seed in range(3)),
     ("trivia, seed 0", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
     ("trivia, seed 1", "ablations/trivia-seed1/tqa", "ablations/trivia-right-seed1/tqa"),
 )
@@ -142,9 +143,9 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         yield f"{protocol}-{split}-differences", Table(title, columns, tuple(differences))
 
 
-def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     """What was aimed at, what was found, and whether it was met."""
-    methods = figures.truthfulqa("tqa/primer/seed0")
+    methods = figures.truthfulqa(f"tqa/{protocol}/seed0")
     if methods is None:
         return
     own = methods["test"]
@@ -172,7 +173,8 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         clear = [METRICS[m] for m, mean in means.items() if not mean.interval[0] <= 0 <= mean.interval[1]]
         met = f"not in {', '.join(missed)}" if missed else "yes"
         rows.append((name, *cells, met, ", ".join(clear) or "none"))
-    cost = figures.record("cost")
+    # One cost, whatever the prompts: it is shown once.
+    cost = figures.record("cost") if protocol == "primer" else None
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
     for label, row in measured.items():
         name, _ = key_of(parse_method(label).settings())
@@ -183,9 +185,10 @@ def targets_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
             limit = f"{name}: at most {MOST_COST} × base's time and memory"
             rows.append((limit, *cells, "", f"not in {', '.join(missed)}" if missed else "yes", ""))
-    figures.values["targets"] = {name: cells for name, *cells in rows}
-    title = "Targets: differences on the test questions, seed 0, [95 % interval]"
-    yield "targets", Table(title, ("target", *METRICS.values(), "met", "interval excludes 0"), tuple(rows))
+    figures.values[f"{protocol} targets"] = {name: cells for name, *cells in rows}
+    title = f"{PROTOCOLS[protocol]}, targets: differences on the test questions, seed 0, [95 % interval]"
+    columns = ("target", *METRICS.values(), "met", "interval excludes 0")
+    yield f"{protocol}-targets", Table(title, columns, tuple(rows))
 
 
 def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
@@ -357,14 +360,15 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
         yield "side-effects", Table(title, ("method", "sums", *columns), rows)
 
 
-def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """What one changed setting does to scores and to neutral text, on the questions not used for choosing."""
+def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """What one changed setting, or other data, do to scores and neutral text, on the test questions."""
     # Name, training run, scores, neutral text.
     runs = [("seed0", "train/seed0", "tqa/primer/seed0", "harm/seed0")]
     for path in sorted((figures.records / "ablations").glob("*/")):
         own = f"ablations/{path.name}"
         runs.append((path.name, f"{own}/train", f"{own}/tqa", f"{own}/harm"))
-    rows, stored = [], {}
+    rows_of: dict[str, list[tuple[str, ...]]] = {"ablations": [], "other-data": []}
+    stored: dict[str, dict[str, Any]] = {}
     for name, *of_run in runs:
         training, harm = figures.record(of_run[0]), figures.record(of_run[2])
         found = figures.truthfulqa(of_run[1])
@@ -380,23 +384,21 @@ def ablations_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             compared = stats.compare(list(METRICS), own, found["test"][BASE], seed=0)
             cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
             text = (number(of_text[key]["kl"], 3), number(100 * of_text[key]["top1_agreement"], 1))
-            rows.append((name, kept, gates, *key, *cells, *text))
+            table = "other-data" if name.startswith("trivia") else "ablations"
+            rows_of[table].append((name, kept, gates, *key, *cells, *text))
             stored.setdefault(name, {})[" / ".join(key)] = {
                 "against_base": compared,
                 "kl": of_text[key]["kl"],
             }
-    if len({row[0] for row in rows}) > 1:
-        figures.values["ablations"] = stored
-        columns = (
-            "run",
-            "T_fact %",
-            "gate on / off T_fact",
-            "method",
-            "sums",
-            *(f"Δ {h}" for h in METRICS.values()),
-        )
-        title = "One setting changed, differences to base, [95 % interval]; KL and same top 1 on neutral text"
-        yield "ablations", Table(title, (*columns, "KL", "same top 1"), tuple(rows))
+    changed = {"ablations": "One setting changed", "other-data": "Other training data"}
+    deltas = (f"Δ {head}" for head in METRICS.values())
+    columns = ("run", "T_fact %", "gate on / off T_fact", "method", "sums", *deltas, "KL", "same top 1")
+    for table, rows in rows_of.items():
+        # Seed 0's run alone is no ablation.
+        if {row[0] for row in rows} - {"seed0"}:
+            figures.values["ablations"] = stored
+            title = f"{changed[table]}, test questions: differences to base, [95 % interval]; neutral text"
+            yield table, Table(title, columns, tuple(rows))
 
 
 def write_plot(figures: Figures, path: Path) -> None:
@@ -432,14 +434,16 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md and results/runs")
     docs = parser.parse_args().docs
     figures = Figures(docs / "results" / "runs")
-    tables = [*targets_table(figures), *shares_table(figures)]
+    tables = []
     for protocol in PROTOCOLS:
-        tables += [*main_tables(figures, protocol), *seeds_table(figures, protocol)]
+        for make in (targets_table, main_tables, seeds_table):
+            tables += make(figures, protocol)
     tables += [
+        *shares_table(figures),
         *lengths_tables(figures),
         *placebo_table(figures),
         *side_effects(figures),
-        *ablations_table(figures),
+        *ablations_tables(figures),
     ]
     for name in write_page(docs / "results.md", tables):
         print(f"results.md has no place for the table {name}")

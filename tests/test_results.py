@@ -256,7 +256,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     (row,) = re.findall(r"\| IMAE expert \| log p \| – \| (\S+) .*", lengths)
     of_test = figures["primer test"]["methods"]["IMAE expert / log p"]["against_base"]
     assert row == f"{of_test['mc1']['value']:+.2f}"
-    (targets,) = re.findall(r"<!-- targets -->(.*?)<!-- /targets -->", page, re.DOTALL)
+    (targets,) = re.findall(r"<!-- primer-targets -->(.*?)<!-- /", page, re.DOTALL)
     missed = [m.upper() for m in ("mc1", "mc2", "mc3") if of_test[m]["value"] <= 0]
     met = f"not in {', '.join(missed)}" if missed else "yes"
     assert re.search(rf"\| expert above base \| {re.escape(row)} .*\| {met} \|", targets)
@@ -283,6 +283,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert re.search(rf"\| IMAE expert \|.*\| {ms:.1f} \(\d", effects)
     (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
     assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
+    (other_data,) = re.findall(r"<!-- other-data -->(.*?)<!-- /", page, re.DOTALL)
+    assert "| trivia | 50 | 0.50 / 0.25 | IMAE expert | log p |" in other_data and "trivia" not in ablations
     # The same model on the same questions: seed 0's run holds all of them, the other the test ones.
     of_runs = [
         re.search(rf"\| {name} \|.*?\| IMAE expert \| log p \|(.*)", ablations)[1]
