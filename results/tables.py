@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from the records in docs/results/runs: `python results/tables.py`.
+"""Writes the tables of docs/results.md and README.md from the records: `python results/tables.py`.
 
 `make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Its figures are in
 docs/results/figures.json in full.
@@ -23,7 +23,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 METRICS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3"}
 PROTOCOLS = {"primer": "tqa-v1/qa-primer", "chat": "tqa-v1/chat"}
 SPLITS = {"test": "the 80 % not used for choosing", "all": "all questions"}
-BASE, CONTROLS = ("base", "log p"), {"right": "LoRA, right answers", "instruction": "“Answer truthfully.”"}
+BASE = ("base", "log p")
+CONTROLS = {"right": "LoRA, right answers", "instruction": "“Answer truthfully.”"}
 MODES = {-1.0: "IMAE expert", 0.0: "base", 1.0: "IMAE anti-expert"}
 NAMES = {
     "in-model-contrast": "in-model contrast",
@@ -33,8 +34,10 @@ NAMES = {
     "sled": "SLED",
     "iti": "ITI",
 }
-# Gains of the paper's smallest model, and how much more than base a method may cost.
-PAPER_GAINS, MOST_COST = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}, 1.25
+# Of the paper's smallest model.
+PAPER_GAINS = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}
+# Times base.
+MOST_COST = 1.25
 # Methods that no training has a part in.
 UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
@@ -64,6 +67,11 @@ def key_of(settings: Mapping[str, Any]) -> Key:
 
 def placebo(key: Key) -> Key:
     return f"placebo: {key[0]}", key[1]
+
+
+def deltas(compared: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Cells of a paired comparison, from `stats.compare`."""
+    return tuple(with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
 
 
 class Figures:
@@ -127,8 +135,7 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
             stored[" / ".join(key)] = {"scores": means}
             if key != BASE:
                 compared = stats.compare(list(METRICS), own, base, seed=0)
-                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
-                differences.append((*key, *cells, p_value(compared["mc1"]["mcnemar"]["p"])))
+                differences.append((*key, *deltas(compared), p_value(compared["mc1"]["mcnemar"]["p"])))
                 stored[" / ".join(key)]["against_base"] = compared
         count = len(base["mc1"])
         figures.values[f"{protocol} {split}"] = {"n": count, "methods": stored}
@@ -172,7 +179,8 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
         cells = [with_interval(mean["value"], mean["interval"], sign=True) for mean in scaled]
         clear = [METRICS[m] for m, mean in means.items() if not mean.interval[0] <= 0 <= mean.interval[1]]
         met = f"not in {', '.join(missed)}" if missed else "yes"
-        rows.append((name, *cells, met, ", ".join(clear) or "none"))
+        # The paper's gains are another zero than the interval's.
+        rows.append((name, *cells, met, "" if "(paper)" in name else ", ".join(clear) or "none"))
     # One cost, whatever the prompts: it is shown once.
     cost = figures.record("cost") if protocol == "primer" else None
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
@@ -180,7 +188,7 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
         name, _ = key_of(parse_method(label).settings())
         if name in (expert[0], contrast[0]):
             sizes = {"time": "ms_per_token", "memory": "memory_bytes"}
-            ratios = {what: row[size] / measured["base"][size] for what, size in sizes.items()}
+            ratios = {what: round(row[size] / measured["base"][size], 2) for what, size in sizes.items()}
             missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
             cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
             limit = f"{name}: at most {MOST_COST} × base's time and memory"
@@ -203,7 +211,7 @@ def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             for sums in ("raw", "renormalized")
         ]
         cells = [
-            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 < left else "")
+            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 and left > 0 else "")
             for raw, left in zip(*gains, strict=True)
         ]
         rows.append((name, *cells))
@@ -222,7 +230,7 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
     for split, described in SPLITS.items():
         shared = [key for key in runs[names[0]][split] if all(key in run[split] for run in runs.values())]
         rows, stored = [], {}
-        for key in shared:
+        for key in [key for key in shared if key != BASE]:
             cells = []
             for metric in METRICS:
                 of_seeds = [100 * float(np.nanmean(run[split][key][metric])) for run in runs.values()]
@@ -235,8 +243,7 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         for key in [key for key in shared if key != BASE]:
             for name, run in runs.items():
                 compared = stats.compare(list(METRICS), run[split][key], run[split][BASE], seed=0)
-                cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
-                against_base.append((*key, name.removeprefix("seed"), *cells))
+                against_base.append((*key, name.removeprefix("seed"), *deltas(compared)))
                 compared_of.setdefault(" / ".join(key), {})[name] = compared
         figures.values[f"{protocol} {split} seeds, against base"] = compared_of
         title = (
@@ -254,10 +261,14 @@ def lengths_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
     An anti-expert that learned to write long answers, as HaluEval's hallucinated ones are, would help
     short answers alone.
     """
+    of_right = {run: right for _, run, right in PLACEBOS}
     for name, run in (("lengths", "tqa/primer/seed0"), ("lengths-trivia", "ablations/trivia/tqa")):
-        methods = figures.truthfulqa(run)
-        if methods is not None:
-            yield name, lengths_table(figures, name, methods["test"], figures.facts(run))
+        found, right = figures.truthfulqa(run), figures.truthfulqa(of_right[run])
+        if found is not None:
+            methods = dict(found["test"])
+            if right is not None:
+                methods |= {placebo(key): own for key, own in right["test"].items() if key != BASE}
+            yield name, lengths_table(figures, name, methods, figures.facts(run))
 
 
 def lengths_table(
@@ -300,14 +311,71 @@ def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         of_hallucinated, of_right = (methods["test"] for methods in found)
         for key in [key for key in of_right if key != BASE and key in of_hallucinated]:
             compared = stats.compare(list(METRICS), of_hallucinated[key], of_right[key], seed=0)
-            cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
-            rows.append((data, *key, *cells))
+            rows.append((data, *key, *deltas(compared)))
             stored.setdefault(data, {})[" / ".join(key)] = compared
     if rows:
         figures.values["placebo"] = stored
         columns = ("data", "method", "sums", *(f"Δ {head}" for head in METRICS.values()))
         title = "Trained on hallucinated − on right answers, test questions, [95 % interval]"
         yield "placebo", Table(title, columns, tuple(rows))
+
+
+def summary_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """Differences to base of the README, in short: beside each method its placebo."""
+    shown = (
+        (MODES[-1.0], "log p"),
+        ("IMAE, strength -2", "log p"),
+        ("in-model contrast, β 2", "renormalized"),
+        ("ICD, β 2", "renormalized"),
+        ("in-model contrast", "raw"),
+        ("ICD", "raw"),
+    )
+    rows = []
+    for data, *runs in PLACEBOS:
+        found = [(figures.truthfulqa(run) or {}).get("test", {}) for run in runs]
+        for key in [key for key in shown if key in found[0] and data.endswith("seed 0")]:
+            cells = [in_short(methods, key) if key in methods else "–" for methods in found]
+            rows.append((data.removesuffix(", seed 0"), *key, *cells))
+    if rows:
+        columns = ("trained on", "method", "sums", "hallucinated answers", "right answers: a placebo")
+        yield "summary", Table("Δ MC1 / MC2 / MC3", columns, tuple(rows))
+
+
+def in_short(methods: Mapping[Key, Any], key: Key) -> str:
+    """Differences to base of all metrics, bold where the interval excludes 0."""
+    cells = []
+    for compared in stats.compare(list(METRICS), methods[key], methods[BASE], seed=0).values():
+        low, high = compared["interval"]
+        cell = f"{compared['value']:+.1f}"
+        cells.append(cell if low <= 0 <= high else f"**{cell}**")
+    return " / ".join(cells)
+
+
+def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """Methods of one run against each other: the expert and its target, both contrasts."""
+    runs = {data: run for data, run, _ in PLACEBOS}
+    runs |= {f"{data}, placebo": right for data, _, right in PLACEBOS if data.startswith("trivia")}
+    runs["HaluEval, placebo"] = "tqa/primer/placebo"
+    contrast, target, icd = "in-model contrast", "in-model contrast, β 2", "ICD, β 2"
+    pairs = (
+        ((MODES[-1.0], "log p"), (target, "renormalized")),
+        ((target, "renormalized"), (icd, "renormalized")),
+        ((contrast, "renormalized"), ("ICD", "renormalized")),
+        ((contrast, "raw"), ("ICD", "raw")),
+    )
+    rows, stored = [], {}
+    for one, other in pairs:
+        of_pair = f"{' / '.join(one)} − {' / '.join(other)}"
+        for data, run in sorted(runs.items()):
+            own = (figures.truthfulqa(run) or {}).get("test", {})
+            if one in own and other in own:
+                compared = stats.compare(list(METRICS), own[one], own[other], seed=0)
+                rows.append((f"{one[0]} − {other[0]}", other[1], data, *deltas(compared)))
+                stored.setdefault(of_pair, {})[data] = compared
+    if rows:
+        figures.values["pairs"] = stored
+        columns = ("methods", "sums", "data", *(f"Δ {head}" for head in METRICS.values()))
+        yield "pairs", Table("Against each other, test questions, [95 % interval]", columns, tuple(rows))
 
 
 def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
@@ -368,7 +436,7 @@ def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
         own = f"ablations/{path.name}"
         runs.append((path.name, f"{own}/train", f"{own}/tqa", f"{own}/harm"))
     rows_of: dict[str, list[tuple[str, ...]]] = {"ablations": [], "other-data": []}
-    stored: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, Any]] = {table: {} for table in rows_of}
     for name, *of_run in runs:
         training, harm = figures.record(of_run[0]), figures.record(of_run[2])
         found = figures.truthfulqa(of_run[1])
@@ -382,21 +450,20 @@ def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
             if key == BASE or key not in of_text or key[0] in UNTRAINED:
                 continue
             compared = stats.compare(list(METRICS), own, found["test"][BASE], seed=0)
-            cells = (with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
             text = (number(of_text[key]["kl"], 3), number(100 * of_text[key]["top1_agreement"], 1))
             table = "other-data" if name.startswith("trivia") else "ablations"
-            rows_of[table].append((name, kept, gates, *key, *cells, *text))
-            stored.setdefault(name, {})[" / ".join(key)] = {
+            rows_of[table].append((name, kept, gates, *key, *deltas(compared), *text))
+            stored[table].setdefault(name, {})[" / ".join(key)] = {
                 "against_base": compared,
                 "kl": of_text[key]["kl"],
             }
     changed = {"ablations": "One setting changed", "other-data": "Other training data"}
-    deltas = (f"Δ {head}" for head in METRICS.values())
-    columns = ("run", "T_fact %", "gate on / off T_fact", "method", "sums", *deltas, "KL", "same top 1")
+    heads = (f"Δ {head}" for head in METRICS.values())
+    columns = ("run", "T_fact %", "gate on / off T_fact", "method", "sums", *heads, "KL", "same top 1")
     for table, rows in rows_of.items():
         # Seed 0's run alone is no ablation.
         if {row[0] for row in rows} - {"seed0"}:
-            figures.values["ablations"] = stored
+            figures.values[table] = stored[table]
             title = f"{changed[table]}, test questions: differences to base, [95 % interval]; neutral text"
             yield table, Table(title, columns, tuple(rows))
 
@@ -432,7 +499,9 @@ def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md and results/runs")
-    docs = parser.parse_args().docs
+    parser.add_argument("--readme", type=Path, default=DOCS.parent / "README.md", help="has a table, too")
+    args = parser.parse_args()
+    docs = args.docs
     figures = Figures(docs / "results" / "runs")
     tables = []
     for protocol in PROTOCOLS:
@@ -442,11 +511,14 @@ def main() -> None:
         *shares_table(figures),
         *lengths_tables(figures),
         *placebo_table(figures),
+        *pairs_table(figures),
         *side_effects(figures),
         *ablations_tables(figures),
     ]
-    for name in write_page(docs / "results.md", tables):
-        print(f"results.md has no place for the table {name}")
+    pages = {"results.md": (docs / "results.md", tables), "README.md": (args.readme, summary_table(figures))}
+    for page, (path, own) in pages.items():
+        for name in write_page(path, own):
+            print(f"{page} has no place for the table {name}")
     found = json.dumps(figures.values, indent=1, ensure_ascii=False)
     (docs / "results" / "figures.json").write_text(found + "\n", encoding="utf-8")
     write_plot(figures, docs / "results" / "differences.png")

@@ -163,11 +163,14 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return made
 
 
-def test_the_page_shows_what_is_recorded(tmp_path):
-    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+def test_pages_show_what_is_recorded(tmp_path):
+    pages = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+    for page in pages:
+        shutil.copy(page, tmp_path)
     shutil.copytree(ROOT / "docs" / "results" / "runs", tmp_path / "results" / "runs")
-    assert not run_script("tables", "--docs", tmp_path).stdout
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    assert not run_script("tables", "--docs", tmp_path, "--readme", tmp_path / "README.md").stdout
+    for page in pages:
+        assert (tmp_path / page.name).read_text() == page.read_text()
 
 
 def test_controls_swap_answers_and_keep_pairs_of_equal_length(tiny_imae, tmp_path):
@@ -230,9 +233,10 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     path.write_text(json.dumps(second))
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "results.md", docs)
+    shutil.copy(ROOT / "README.md", tmp_path)
     run_script("records", runs, docs / "results" / "runs")
-    said = run_script("tables", "--docs", docs).stdout
-    assert not said, "the page has a place for every table"
+    said = run_script("tables", "--docs", docs, "--readme", tmp_path / "README.md").stdout
+    assert not said, "the pages have a place for every table"
 
     results = json.loads((scored[1] / "results.json").read_text())
     page, figures = (
@@ -267,6 +271,8 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         rf"\| trivia, seed 0 \| in-model contrast \| raw \| \S+ \[.*?\] \| {re.escape(f'{minus:+.2f}')} \[",
         placebo,
     )
+    (summary,) = re.findall(r"<!-- summary -->(.*?)<!-- /", (tmp_path / "README.md").read_text(), re.DOTALL)
+    assert f"| HaluEval | IMAE expert | log p | {of_test['mc1']['value']:+.1f} / " in summary.replace("*", "")
     assert f"| placebo: IMAE expert | log p | {expert['mc1'] - base['mc1']:+.2f} [" in differences
     (effects,) = re.findall(r"<!-- side-effects -->(.*?)<!-- /", page, re.DOTALL)
     (shares,) = re.findall(r"<!-- shares -->(.*?)<!-- /shares -->", page, re.DOTALL)
