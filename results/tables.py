@@ -1,7 +1,7 @@
 """Writes the tables of docs/results.md and README.md from the records: `python results/tables.py`.
 
-`make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Its figures are in
-docs/results/figures.json in full.
+`make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. What the page's tables
+show is in docs/results/figures.json.
 """
 
 import argparse
@@ -79,11 +79,14 @@ class Figures:
 
     def __init__(self, records: Path):
         self.records, self.values = records, {}
+        self._read: dict[str, dict[str, Any] | None] = {}
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What `results/records.py` kept of a run, or None where it is not there yet."""
-        path = self.records / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if name not in self._read:
+            path = self.records / f"{name}.json"
+            self._read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return self._read[name]
 
     def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
         """Metrics of every method, question by question, of the splits that the run holds whole."""
@@ -188,7 +191,7 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
         name, _ = key_of(parse_method(label).settings())
         if name in (expert[0], contrast[0]):
             sizes = {"time": "ms_per_token", "memory": "memory_bytes"}
-            ratios = {what: round(row[size] / measured["base"][size], 2) for what, size in sizes.items()}
+            ratios = {what: row[size] / measured["base"][size] for what, size in sizes.items()}
             missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
             cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
             limit = f"{name}: at most {MOST_COST} × base's time and memory"
@@ -353,9 +356,11 @@ def in_short(methods: Mapping[Key, Any], key: Key) -> str:
 
 def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """Methods of one run against each other: the expert and its target, both contrasts."""
-    runs = {data: run for data, run, _ in PLACEBOS}
-    runs |= {f"{data}, placebo": right for data, _, right in PLACEBOS if data.startswith("trivia")}
-    runs["HaluEval, placebo"] = "tqa/primer/placebo"
+    # Several seeds may share a placebo, which has the first one's.
+    names: dict[str, str] = {}
+    for data, run, right in PLACEBOS:
+        names[run] = data
+        names.setdefault(right, f"{data}, placebo")
     contrast, target, icd = "in-model contrast", "in-model contrast, β 2", "ICD, β 2"
     pairs = (
         ((MODES[-1.0], "log p"), (target, "renormalized")),
@@ -366,7 +371,7 @@ def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     rows, stored = [], {}
     for one, other in pairs:
         of_pair = f"{' / '.join(one)} − {' / '.join(other)}"
-        for data, run in sorted(runs.items()):
+        for run, data in sorted(names.items(), key=lambda item: item[1]):
             own = (figures.truthfulqa(run) or {}).get("test", {})
             if one in own and other in own:
                 compared = stats.compare(list(METRICS), own[one], own[other], seed=0)
