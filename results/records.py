@@ -7,7 +7,6 @@ made on several machines come together.
 
 import argparse
 import json
-import math
 import re
 import shutil
 import statistics
@@ -124,14 +123,14 @@ def of_training(run: Path, root: Path) -> dict[str, Any]:
         config["data"]["path"] = place(config["data"]["path"], root)
     steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
     gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
-    # Without a token filter there is nothing off T_fact.
-    finite = {key: [value for value in own if math.isfinite(value)] for key, own in gates.items()}
+    # Without a token filter there is nothing off T_fact: its mean is written as 0, which no gate's mean is.
+    found = {key: [value for value in own if value > 0] for key, own in gates.items()}
     return {
         "config": config,
         "starts": [
             {k: start[k] for k in shown if k in start} for start in read_json(run / "environment.json")
         ],
-        "last_steps": {key: statistics.mean(own) if own else None for key, own in finite.items()},
+        "last_steps": {key: statistics.mean(own) if own else None for key, own in found.items()},
         "kept_share": read_json(run / TRAINED)["training"]["data"]["kept_share"],
     }
 

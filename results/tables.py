@@ -38,8 +38,11 @@ NAMES = {
 PAPER_GAINS = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}
 # Times base.
 MOST_COST = 1.25
-# Methods that no training has a part in.
-UNTRAINED = {"CD", "DoLa", "SLED", "ITI"}
+# Settings that a run's name in the table leaves out: where it lies, whose anti-expert LLM and log-ratios it
+# takes, what is measured meanwhile.
+NOT_ABLATED = {"out", "eval_every", "icd.enabled", "filter.anti_expert_llm", "filter.reuse"}
+TRAINING_COLUMNS = ("T_fact %", "gate on / off T_fact")
+TEXT_COLUMNS = ("KL(base ‖ method)", "same top 1")
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
 # Data, a run of hallucinated answers, and the same of right ones, of which HaluEval has seed 0 alone.
 PLACEBOS = (
@@ -80,6 +83,7 @@ class Figures:
     def __init__(self, records: Path):
         self.records, self.values = records, {}
         self._read: dict[str, dict[str, Any] | None] = {}
+        self._compared: dict[bytes, dict[str, Any]] = {}
 
     def record(self, name: str) -> dict[str, Any] | None:
         """What `results/records.py` kept of a run, or None where it is not there yet."""
@@ -104,6 +108,13 @@ class Figures:
         test = np.array(found["questions"]["test"], bool)
         values = {"test": {key: {m: x[test] for m, x in own.items()} for key, own in scores.items()}}
         return values if test.all() else {**values, "all": scores}
+
+    def compare(self, values: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """`stats.compare` of all metrics, once for all tables that show the same two methods."""
+        key = b"".join(own[m].tobytes() for own in (values, others) for m in METRICS)
+        if key not in self._compared:
+            self._compared[key] = stats.compare(list(METRICS), values, others, seed=0)
+        return self._compared[key]
 
     def facts(self, name: str) -> dict[str, np.ndarray]:
         """What is known of the test questions that such a run asked, in the order of its metrics."""
@@ -137,7 +148,7 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
             )
             stored[" / ".join(key)] = {"scores": means}
             if key != BASE:
-                compared = stats.compare(list(METRICS), own, base, seed=0)
+                compared = figures.compare(own, base)
                 differences.append((*key, *deltas(compared), p_value(compared["mc1"]["mcnemar"]["p"])))
                 stored[" / ".join(key)]["against_base"] = compared
         count = len(base["mc1"])
@@ -163,27 +174,26 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
     stronger = ("IMAE, strength -2", "log p")
     contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
     paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
-    # Name, a method, what it is compared with, and which mean difference of a metric will do.
+    # Name, a method, what it is compared with, and which difference of a metric will do.
     targets = (
-        ("expert above base", expert, BASE, lambda metric, mean: mean.value > 0),
-        (f"… by {paper} (paper)", expert, BASE, lambda metric, mean: mean.value >= PAPER_GAINS[metric] / 100),
-        ("strength -2 above base", stronger, BASE, lambda metric, mean: mean.value > 0),
-        ("anti-expert below base", anti, BASE, lambda metric, mean: mean.value < 0),
-        ("ICD above base", icd, BASE, lambda metric, mean: mean.value > 0),
-        ("in-model contrast at ICD's level", contrast, icd, lambda metric, mean: mean.value >= 0),
+        ("expert above base", expert, BASE, lambda metric, value: value > 0),
+        (f"… by {paper} (paper)", expert, BASE, lambda metric, value: value >= PAPER_GAINS[metric]),
+        ("strength -2 above base", stronger, BASE, lambda metric, value: value > 0),
+        ("anti-expert below base", anti, BASE, lambda metric, value: value < 0),
+        ("ICD above base", icd, BASE, lambda metric, value: value > 0),
+        ("in-model contrast at ICD's level", contrast, icd, lambda metric, value: value >= 0),
     )
     rows = []
     for name, key, other, will_do in targets:
         if key not in own or other not in own:
             continue
-        means = {m: stats.difference(own[key][m], own[other][m]) for m in METRICS}
-        missed = [METRICS[m] for m, mean in means.items() if not will_do(m, mean)]
-        scaled = [mean.scaled(100) for mean in means.values()]
-        cells = [with_interval(mean["value"], mean["interval"], sign=True) for mean in scaled]
-        clear = [METRICS[m] for m, mean in means.items() if not mean.interval[0] <= 0 <= mean.interval[1]]
+        compared = figures.compare(own[key], own[other])
+        missed = [METRICS[m] for m, c in compared.items() if not will_do(m, c["value"])]
+        clear = [METRICS[m] for m, c in compared.items() if excludes_0(c)]
         met = f"not in {', '.join(missed)}" if missed else "yes"
         # The paper's gains are another zero than the interval's.
-        rows.append((name, *cells, met, "" if "(paper)" in name else ", ".join(clear) or "none"))
+        of_zero = "" if "(paper)" in name else ", ".join(clear) or "none"
+        rows.append((name, *deltas(compared), met, of_zero))
     # One cost, whatever the prompts: it is shown once.
     cost = figures.record("cost") if protocol == "primer" else None
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
@@ -245,7 +255,7 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         against_base, compared_of = [], {}
         for key in [key for key in shared if key != BASE]:
             for name, run in runs.items():
-                compared = stats.compare(list(METRICS), run[split][key], run[split][BASE], seed=0)
+                compared = figures.compare(run[split][key], run[split][BASE])
                 against_base.append((*key, name.removeprefix("seed"), *deltas(compared)))
                 compared_of.setdefault(" / ".join(key), {})[name] = compared
         figures.values[f"{protocol} {split} seeds, against base"] = compared_of
@@ -313,7 +323,7 @@ def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             continue
         of_hallucinated, of_right = (methods["test"] for methods in found)
         for key in [key for key in of_right if key != BASE and key in of_hallucinated]:
-            compared = stats.compare(list(METRICS), of_hallucinated[key], of_right[key], seed=0)
+            compared = figures.compare(of_hallucinated[key], of_right[key])
             rows.append((data, *key, *deltas(compared)))
             stored.setdefault(data, {})[" / ".join(key)] = compared
     if rows:
@@ -337,20 +347,24 @@ def summary_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     for data, *runs in PLACEBOS:
         found = [(figures.truthfulqa(run) or {}).get("test", {}) for run in runs]
         for key in [key for key in shown if key in found[0] and data.endswith("seed 0")]:
-            cells = [in_short(methods, key) if key in methods else "–" for methods in found]
+            cells = [
+                in_short(figures.compare(methods[key], methods[BASE])) if key in methods else "–"
+                for methods in found
+            ]
             rows.append((data.removesuffix(", seed 0"), *key, *cells))
     if rows:
         columns = ("trained on", "method", "sums", "hallucinated answers", "right answers: a placebo")
         yield "summary", Table("Δ MC1 / MC2 / MC3", columns, tuple(rows))
 
 
-def in_short(methods: Mapping[Key, Any], key: Key) -> str:
-    """Differences to base of all metrics, bold where the interval excludes 0."""
-    cells = []
-    for compared in stats.compare(list(METRICS), methods[key], methods[BASE], seed=0).values():
-        low, high = compared["interval"]
-        cell = f"{compared['value']:+.1f}"
-        cells.append(cell if low <= 0 <= high else f"**{cell}**")
+def excludes_0(compared: Mapping[str, Any]) -> bool:
+    low, high = compared["interval"]
+    return not low <= 0 <= high
+
+
+def in_short(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """Differences of all metrics, bold where the interval excludes 0."""
+    cells = (f"**{c['value']:+.1f}**" if excludes_0(c) else f"{c['value']:+.1f}" for c in compared.values())
     return " / ".join(cells)
 
 
@@ -374,7 +388,7 @@ def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         for run, data in sorted(names.items(), key=lambda item: item[1]):
             own = (figures.truthfulqa(run) or {}).get("test", {})
             if one in own and other in own:
-                compared = stats.compare(list(METRICS), own[one], own[other], seed=0)
+                compared = figures.compare(own[one], own[other])
                 rows.append((f"{one[0]} − {other[0]}", other[1], data, *deltas(compared)))
                 stored.setdefault(of_pair, {})[data] = compared
     if rows:
@@ -433,44 +447,134 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
         yield "side-effects", Table(title, ("method", "sums", *columns), rows)
 
 
+def trained_run(
+    figures: Figures, train: str, tqa: str, harm: str
+) -> tuple[dict[str, Any], dict[Key, Any], dict[Key, Any]] | None:
+    """A training's record, its scores on the test questions, and what its methods do to neutral text."""
+    training, found, text = figures.record(train), figures.truthfulqa(tqa), figures.record(harm)
+    if training is None or found is None or text is None:
+        return None
+    of_text = {key_of(text["methods"][label]): row for label, row in text["scores"].items()}
+    return training, found["test"], of_text
+
+
+def ablated_runs(figures: Figures, *, other_data: bool) -> dict[str, Any]:
+    """`trained_run` of all that are there: either of other data, or of other settings."""
+    names = sorted(path.name for path in (figures.records / "ablations").glob("*/"))
+    found = {
+        name: trained_run(figures, *(f"ablations/{name}/{kind}" for kind in ("train", "tqa", "harm")))
+        for name in names
+        if name.startswith("trivia") == other_data
+    }
+    return {name: run for name, run in found.items() if run is not None}
+
+
+def training_cells(training: Mapping[str, Any]) -> tuple[str, str]:
+    """Share of T_fact, and mean gates on it and off it at the end."""
+    gates = (number(training["last_steps"][key], 2) for key in ("gate_on_fact", "gate_off_fact"))
+    return number(100 * training["kept_share"], 0), " / ".join(gates)
+
+
+def text_cells(row: Mapping[str, float]) -> tuple[str, str]:
+    return number(row["kl"], 3), number(100 * row["top1_agreement"], 1)
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
+
+
+def changed(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """Settings in which a run differs from the reference, as its command has them."""
+    others = flat(reference)
+    own = {k: v for k, v in flat(config).items() if k not in NOT_ABLATED and v != others.get(k)}
+    return ", ".join(f"{name}={value}" for name, value in own.items())
+
+
+def ablated_methods(beta: float) -> dict[Key, str]:
+    """What is shown of a run whose target has this beta, and its names in the table."""
+    target = key_of({"name": "in-model-contrast", "beta": beta, "renormalize": True})
+    return {
+        (MODES[-1.0], "log p"): "expert",
+        target: "its target",
+        ("IMAE, strength -0.5", "log p"): "strength -0.5",
+        ("IMAE, strength -2", "log p"): "strength -2",
+        (MODES[1.0], "log p"): "anti-expert",
+        ("in-model contrast", "raw"): "in-model contrast, raw",
+    }
+
+
 def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """What one changed setting, or other data, do to scores and neutral text, on the test questions."""
-    # Name, training run, scores, neutral text.
-    runs = [("seed0", "train/seed0", "tqa/primer/seed0", "harm/seed0")]
-    for path in sorted((figures.records / "ablations").glob("*/")):
-        own = f"ablations/{path.name}"
-        runs.append((path.name, f"{own}/train", f"{own}/tqa", f"{own}/harm"))
-    rows_of: dict[str, list[tuple[str, ...]]] = {"ablations": [], "other-data": []}
-    stored: dict[str, dict[str, Any]] = {table: {} for table in rows_of}
-    for name, *of_run in runs:
-        training, harm = figures.record(of_run[0]), figures.record(of_run[2])
-        found = figures.truthfulqa(of_run[1])
-        if found is None or harm is None or training is None:
-            continue
-        last = training["last_steps"]
-        of_text = {key_of(harm["methods"][label]): row for label, row in harm["scores"].items()}
-        kept = number(100 * training["kept_share"], 0)
-        gates = " / ".join(number(last[key], 2) for key in ("gate_on_fact", "gate_off_fact"))
-        for key, own in found["test"].items():
-            if key == BASE or key not in of_text or key[0] in UNTRAINED:
+    """What changed settings do: against base, against the run that has none changed, and expert to target."""
+    runs = ablated_runs(figures, other_data=False)
+    if "reference" not in runs:
+        return
+    reference, of_reference, _ = runs["reference"]
+    reported = trained_run(figures, "train/seed0", "tqa/primer/seed0", "harm/seed0")
+    if reported is not None:
+        runs["seed0"] = reported
+    labels = {name: changed(run[0]["config"], reference["config"]) or name for name, run in runs.items()}
+    order = sorted(runs, key=lambda name: (name != "reference", labels[name]))
+    against_base, against_reference, against_target = {}, {}, []
+    stored: dict[str, dict[str, Any]] = {
+        table: {} for table in ("ablations", "ablations-reference", "ablations-target")
+    }
+    for name in order:
+        (training, methods, of_text), label = runs[name], labels[name]
+        names = ablated_methods(training["config"]["loss"]["beta"])
+        expert, target = list(names)[:2]
+        if expert in methods and target in methods:
+            compared = figures.compare(methods[expert], methods[target])
+            against_target.append((label, *deltas(compared)))
+            stored["ablations-target"][name] = compared
+        for key, shown in names.items():
+            if key not in methods or key not in of_text:
                 continue
-            compared = stats.compare(list(METRICS), own, found["test"][BASE], seed=0)
-            text = (number(of_text[key]["kl"], 3), number(100 * of_text[key]["top1_agreement"], 1))
-            table = "other-data" if name.startswith("trivia") else "ablations"
-            rows_of[table].append((name, kept, gates, *key, *deltas(compared), *text))
-            stored[table].setdefault(name, {})[" / ".join(key)] = {
+            compared = figures.compare(methods[key], methods[BASE])
+            row = (label, *training_cells(training), shown, *deltas(compared), *text_cells(of_text[key]))
+            against_base.setdefault(shown, []).append(row)
+            stored["ablations"].setdefault(name, {})[shown] = {
                 "against_base": compared,
                 "kl": of_text[key]["kl"],
             }
-    changed = {"ablations": "One setting changed", "other-data": "Other training data"}
-    heads = (f"Δ {head}" for head in METRICS.values())
-    columns = ("run", "T_fact %", "gate on / off T_fact", "method", "sums", *heads, "KL", "same top 1")
-    for table, rows in rows_of.items():
-        # Seed 0's run alone is no ablation.
-        if {row[0] for row in rows} - {"seed0"}:
-            figures.values[table] = stored[table]
-            title = f"{changed[table]}, test questions: differences to base, [95 % interval]; neutral text"
-            yield table, Table(title, columns, tuple(rows))
+            if name != "reference" and key in of_reference:
+                compared = figures.compare(methods[key], of_reference[key])
+                against_reference.setdefault(shown, []).append((label, shown, *deltas(compared)))
+                stored["ablations-reference"].setdefault(name, {})[shown] = compared
+    figures.values |= stored
+    heads = tuple(f"Δ {head}" for head in METRICS.values())
+    rows = tuple(row for rows in against_base.values() for row in rows)
+    title = "Settings changed, test questions: differences to base, [95 % interval]; neutral text"
+    columns = ("changed", *TRAINING_COLUMNS, "method", *heads, *TEXT_COLUMNS)
+    yield "ablations", Table(title, columns, rows)
+    rows = tuple(row for rows in against_reference.values() for row in rows)
+    title = "Settings changed, test questions: differences to the reference's method, [95 % interval]"
+    yield "ablations-reference", Table(title, ("changed", "method", *heads), rows)
+    title = "Settings changed, test questions: the expert − its target, [95 % interval]"
+    yield "ablations-target", Table(title, ("changed", *heads), tuple(against_target))
+
+
+def other_data_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+    """What other training data do to scores and neutral text."""
+    rows, stored = [], {}
+    for name, (training, methods, of_text) in ablated_runs(figures, other_data=True).items():
+        for key, own in methods.items():
+            if key == BASE or key not in of_text:
+                continue
+            compared = figures.compare(own, methods[BASE])
+            rows.append((name, *training_cells(training), *key, *deltas(compared), *text_cells(of_text[key])))
+            stored.setdefault(name, {})[" / ".join(key)] = {
+                "against_base": compared,
+                "kl": of_text[key]["kl"],
+            }
+    if rows:
+        figures.values["other-data"] = stored
+        heads = (f"Δ {head}" for head in METRICS.values())
+        columns = ("run", *TRAINING_COLUMNS, "method", "sums", *heads, *TEXT_COLUMNS)
+        title = "Other training data, test questions: differences to base, [95 % interval]; neutral text"
+        yield "other-data", Table(title, columns, tuple(rows))
 
 
 def write_plot(figures: Figures, path: Path) -> None:
@@ -519,6 +623,7 @@ def main() -> None:
         *pairs_table(figures),
         *side_effects(figures),
         *ablations_tables(figures),
+        *other_data_table(figures),
     ]
     pages = {"results.md": (docs / "results.md", tables), "README.md": (args.readme, summary_table(figures))}
     for page, (path, own) in pages.items():

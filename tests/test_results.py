@@ -199,30 +199,41 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         shutil.copytree(scored[1], runs / "tqa" / "primer" / f"seed{seed}")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"t{i}" for i in range(3, 60)))
-    command = ["--model", str(tiny_imae.directory), "--methods", "base,expert", "--text", str(text)]
+    methods = "base,expert,in-model-contrast:renormalize=true"
+    command = ["--model", str(tiny_imae.directory), "--methods", methods, "--text", str(text)]
     assert harm([*command, "--out", str(runs / "harm" / "seed0")]) == 0
     command = ["--model", str(tiny_imae.directory), "--methods", "expert", "--batch-sizes", "1", "--quiet"]
     command += ["--prompt-tokens", "4", "--new-tokens", "4", "--repeats", "1"]
     assert cost([*command, "--out", str(runs / "cost")]) == 0
-    for name, kept in (("train/seed0", 0.25), ("ablations/beta1", 0.5), ("ablations/trivia", 0.5)):
+    trainings = (
+        ("train/seed0", 0.25, 2),
+        ("ablations/reference", 0.5, 2),
+        ("ablations/beta1", 0.5, 1),
+        ("ablations/nofilter", 1.0, 2),
+        ("ablations/trivia", 0.5, 2),
+    )
+    for name, kept, beta in trainings:
         training = runs / name
         (training / "imae").mkdir(parents=True)
         config = {"training": {"data": {"kept_share": kept}}}
         (training / "imae" / "imae_config.json").write_text(json.dumps(config))
-        (training / "config.yaml").write_text("seed: 0\ndata:\n  path: /own/halueval_qa.jsonl\n")
+        settings = f"out: {name}\nseed: 0\ndata:\n  path: /own/halueval_qa.jsonl\nloss:\n  beta: {beta}\n"
+        settings += f"filter:\n  gamma: {-1 if kept == 1 else 1}\n"
+        (training / "config.yaml").write_text(settings)
         (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
-        steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in (1.0, *[0.25] * 9, float("nan"))]
+        off = [0.0] * 11 if kept == 1 else [1.0, *[0.25] * 9, 0.0]
+        steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in off]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
     # These are scored on the test questions alone, as the plan has it.
     command = [*map(str, scored[0]), "--split", "test", "--quiet"]
     command[command.index("--out") + 1] = str(runs / "ablations" / "beta1" / "tqa")
     assert truthfulqa(command) == 0
-    for name in ("trivia", "trivia-right"):
+    for name in ("reference", "nofilter", "trivia", "trivia-right"):
         shutil.copytree(runs / "ablations" / "beta1" / "tqa", runs / "ablations" / name / "tqa")
     shutil.copytree(scored[1], runs / "tqa" / "primer" / "placebo")
-    for place in ("ablations/beta1", "ablations/trivia"):
-        shutil.copytree(runs / "harm" / "seed0", runs / place / "harm")
+    for place in ("reference", "beta1", "nofilter", "trivia"):
+        shutil.copytree(runs / "harm" / "seed0", runs / "ablations" / place / "harm")
     shutil.copytree(runs / "harm" / "seed0", runs / "harm" / "placebo")
     # As if the placebo's raw sums were what the other's renormalized ones are.
     path = runs / "ablations" / "trivia-right" / "tqa" / "results.json"
@@ -230,6 +241,12 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     raw, renormalized = (right["methods"][f"in-model-contrast{x}"] for x in ("", ":renormalize=true"))
     raw["settings"], renormalized["settings"] = renormalized["settings"], raw["settings"]
     path.write_text(json.dumps(right))
+    # As if the reference's expert were its anti-expert.
+    path = runs / "ablations" / "reference" / "tqa" / "results.json"
+    reference = json.loads(path.read_text())
+    modes = [reference["methods"][name] for name in ("expert", "anti-expert")]
+    modes[0]["settings"], modes[1]["settings"] = modes[1]["settings"], modes[0]["settings"]
+    path.write_text(json.dumps(reference))
     # As if its contrast were ICD's with a model of its own.
     shutil.copytree(scored[1], runs / "tqa" / "primer" / "second-model")
     path = runs / "tqa" / "primer" / "second-model" / "results.json"
@@ -293,15 +310,28 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     ]
     assert re.search(rf"\| IMAE expert \|.*\| {ms:.1f} \(\d", effects)
     (ablations,) = re.findall(r"<!-- ablations -->(.*?)<!-- /", page, re.DOTALL)
-    assert "| beta1 | 50 | 0.50 / 0.25 | IMAE expert | log p |" in ablations
+    # Its target is renormalized in-model contrast with the beta that the run was trained with.
+    assert re.findall(r"\| (.*?) \| 50 \| 0.50 / 0.25 \| its target \|", ablations) == ["loss.beta=1"]
     (other_data,) = re.findall(r"<!-- other-data -->(.*?)<!-- /", page, re.DOTALL)
     assert "| trivia | 50 | 0.50 / 0.25 | IMAE expert | log p |" in other_data and "trivia" not in ablations
-    # The same model on the same questions: seed 0's run holds all of them, the other the test ones.
     of_runs = [
-        re.search(rf"\| {name} \|.*?\| IMAE expert \| log p \|(.*)", ablations)[1]
-        for name in ("seed0", "beta1")
+        re.search(rf"\| {name} \|.*?\| expert \|(.*)", ablations)[1].split(" | ")
+        for name in ("reference", "loss.beta=1")
     ]
-    assert of_runs[0] == of_runs[1]
+    # Neutral text is of the same model, and scores are not.
+    assert of_runs[0][-2:] == of_runs[1][-2:] and of_runs[0][1:-2] != of_runs[1][1:-2]
+    (of_reference,) = re.findall(r"<!-- ablations-reference -->(.*?)<!-- /", page, re.DOTALL)
+    of_split = figures["ablations"]["beta1"]["expert"]["against_base"]["mc2"]["value"]
+    anti_expert = figures["ablations"]["reference"]["expert"]["against_base"]["mc2"]["value"]
+    minus = re.escape(f"{of_split - anti_expert:+.2f}")
+    assert re.search(rf"\| loss.beta=1 \| expert \| \S+ \[.*?\] \| {minus} \[", of_reference)
+    # Nothing is off T_fact without a token filter.
+    assert "| filter.gamma=-1 | 100 | 0.50 / – | expert |" in ablations
+    (of_target,) = re.findall(r"<!-- ablations-target -->(.*?)<!-- /", page, re.DOTALL)
+    target = figures["ablations"]["beta1"]["its target"]["against_base"]["mc2"]["value"]
+    minus = re.escape(f"{of_split - target:+.2f}")
+    assert re.search(rf"\| loss.beta=1 \| \S+ \[.*?\] \| {minus} \[", of_target)
+    assert "| reference |" not in of_target
     assert (docs / "results" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (docs / "results" / "training.png").read_bytes() == b"curves"
     assert figures["primer test"]["n"] + 1 == figures["primer all"]["n"] == 6
