@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,8 @@ SPLITS = {"test": "the 80 % not used for choosing", "all": "all questions"}
 BASE = ("base", "log p")
 CONTROLS = {"right": "LoRA, right answers", "instruction": "“Answer truthfully.”"}
 MODES = {-1.0: "IMAE expert", 0.0: "base", 1.0: "IMAE anti-expert"}
+EXPERT, ANTI_EXPERT = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
+STRONGER = ("IMAE, strength -2", "log p")
 NAMES = {
     "in-model-contrast": "in-model contrast",
     "icd": "ICD",
@@ -41,6 +43,7 @@ MOST_COST = 1.25
 # Settings that a run's name in the table leaves out: where it lies, whose anti-expert LLM and log-ratios it
 # takes, what is measured meanwhile.
 NOT_ABLATED = {"out", "eval_every", "icd.enabled", "filter.anti_expert_llm", "filter.reuse"}
+DELTA_COLUMNS = tuple(f"Δ {head}" for head in METRICS.values())
 TRAINING_COLUMNS = ("T_fact %", "gate on / off T_fact")
 TEXT_COLUMNS = ("KL(base ‖ method)", "same top 1")
 LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
@@ -159,7 +162,7 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
             f"{protocol}-{split}",
             Table(f"{above}, seed 0, [95 % interval]", ("method", "sums", *heads), tuple(scores)),
         )
-        columns = ("method", "sums", *(f"Δ {head}" for head in heads), "McNemar p (MC1)")
+        columns = ("method", "sums", *DELTA_COLUMNS, "McNemar p (MC1)")
         title = f"{above}: paired differences to base, [95 % interval]"
         yield f"{protocol}-{split}-differences", Table(title, columns, tuple(differences))
 
@@ -170,16 +173,14 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
     if methods is None:
         return
     own = methods["test"]
-    expert, anti = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
-    stronger = ("IMAE, strength -2", "log p")
     contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
     paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
     # Name, a method, what it is compared with, and which difference of a metric will do.
     targets = (
-        ("expert above base", expert, BASE, lambda metric, value: value > 0),
-        (f"… by {paper} (paper)", expert, BASE, lambda metric, value: value >= PAPER_GAINS[metric]),
-        ("strength -2 above base", stronger, BASE, lambda metric, value: value > 0),
-        ("anti-expert below base", anti, BASE, lambda metric, value: value < 0),
+        ("expert above base", EXPERT, BASE, lambda metric, value: value > 0),
+        (f"… by {paper} (paper)", EXPERT, BASE, lambda metric, value: value >= PAPER_GAINS[metric]),
+        ("strength -2 above base", STRONGER, BASE, lambda metric, value: value > 0),
+        ("anti-expert below base", ANTI_EXPERT, BASE, lambda metric, value: value < 0),
         ("ICD above base", icd, BASE, lambda metric, value: value > 0),
         ("in-model contrast at ICD's level", contrast, icd, lambda metric, value: value >= 0),
     )
@@ -199,7 +200,7 @@ def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]
     measured = cost["batch_sizes"]["1"] if cost is not None else {}
     for label, row in measured.items():
         name, _ = key_of(parse_method(label).settings())
-        if name in (expert[0], contrast[0]):
+        if name in (EXPERT[0], contrast[0]):
             sizes = {"time": "ms_per_token", "memory": "memory_bytes"}
             ratios = {what: row[size] / measured["base"][size] for what, size in sizes.items()}
             missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
@@ -264,7 +265,7 @@ def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         )
         yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
         title = f"{PROTOCOLS[protocol]}, {described}: paired differences to base, [95 % interval]"
-        columns = ("method", "sums", "training seed", *(f"Δ {head}" for head in METRICS.values()))
+        columns = ("method", "sums", "training seed", *DELTA_COLUMNS)
         yield f"{protocol}-{split}-seeds-differences", Table(title, columns, tuple(against_base))
 
 
@@ -328,7 +329,7 @@ def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
             stored.setdefault(data, {})[" / ".join(key)] = compared
     if rows:
         figures.values["placebo"] = stored
-        columns = ("data", "method", "sums", *(f"Δ {head}" for head in METRICS.values()))
+        columns = ("data", "method", "sums", *DELTA_COLUMNS)
         title = "Trained on hallucinated − on right answers, test questions, [95 % interval]"
         yield "placebo", Table(title, columns, tuple(rows))
 
@@ -336,8 +337,8 @@ def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
 def summary_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """Differences to base of the README, in short: beside each method its placebo."""
     shown = (
-        (MODES[-1.0], "log p"),
-        ("IMAE, strength -2", "log p"),
+        EXPERT,
+        STRONGER,
         ("in-model contrast, β 2", "renormalized"),
         ("ICD, β 2", "renormalized"),
         ("in-model contrast", "raw"),
@@ -377,7 +378,7 @@ def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
         names.setdefault(right, f"{data}, placebo")
     contrast, target, icd = "in-model contrast", "in-model contrast, β 2", "ICD, β 2"
     pairs = (
-        ((MODES[-1.0], "log p"), (target, "renormalized")),
+        (EXPERT, (target, "renormalized")),
         ((target, "renormalized"), (icd, "renormalized")),
         ((contrast, "renormalized"), ("ICD", "renormalized")),
         ((contrast, "raw"), ("ICD", "raw")),
@@ -393,7 +394,7 @@ def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
                 stored.setdefault(of_pair, {})[data] = compared
     if rows:
         figures.values["pairs"] = stored
-        columns = ("methods", "sums", "data", *(f"Δ {head}" for head in METRICS.values()))
+        columns = ("methods", "sums", "data", *DELTA_COLUMNS)
         yield "pairs", Table("Against each other, test questions, [95 % interval]", columns, tuple(rows))
 
 
@@ -447,19 +448,35 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
         yield "side-effects", Table(title, ("method", "sums", *columns), rows)
 
 
-def trained_run(
-    figures: Figures, train: str, tqa: str, harm: str
-) -> tuple[dict[str, Any], dict[Key, Any], dict[Key, Any]] | None:
+class TrainedRun(NamedTuple):
     """A training's record, its scores on the test questions, and what its methods do to neutral text."""
+
+    training: dict[str, Any]
+    methods: dict[Key, dict[str, np.ndarray]]
+    of_text: dict[Key, dict[str, float]]
+
+    def training_cells(self) -> tuple[str, str]:
+        """Share of T_fact, and mean gates on it and off it at the end."""
+        gates = (number(self.training["last_steps"][f"gate_{part}_fact"], 2) for part in ("on", "off"))
+        return number(100 * self.training["kept_share"], 0), " / ".join(gates)
+
+    def effects(self, figures: Figures, key: Key) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Cells and figures of a method: differences to base, and neutral text."""
+        compared, text = figures.compare(self.methods[key], self.methods[BASE]), self.of_text[key]
+        cells = (*deltas(compared), number(text["kl"], 3), number(100 * text["top1_agreement"], 1))
+        return cells, {"against_base": compared, "kl": text["kl"]}
+
+
+def trained_run(figures: Figures, train: str, tqa: str, harm: str) -> TrainedRun | None:
     training, found, text = figures.record(train), figures.truthfulqa(tqa), figures.record(harm)
     if training is None or found is None or text is None:
         return None
     of_text = {key_of(text["methods"][label]): row for label, row in text["scores"].items()}
-    return training, found["test"], of_text
+    return TrainedRun(training, found["test"], of_text)
 
 
-def ablated_runs(figures: Figures, *, other_data: bool) -> dict[str, Any]:
-    """`trained_run` of all that are there: either of other data, or of other settings."""
+def ablated_runs(figures: Figures, *, other_data: bool) -> dict[str, TrainedRun]:
+    """All that are there: either of other data, or of other settings."""
     names = sorted(path.name for path in (figures.records / "ablations").glob("*/"))
     found = {
         name: trained_run(figures, *(f"ablations/{name}/{kind}" for kind in ("train", "tqa", "harm")))
@@ -467,16 +484,6 @@ def ablated_runs(figures: Figures, *, other_data: bool) -> dict[str, Any]:
         if name.startswith("trivia") == other_data
     }
     return {name: run for name, run in found.items() if run is not None}
-
-
-def training_cells(training: Mapping[str, Any]) -> tuple[str, str]:
-    """Share of T_fact, and mean gates on it and off it at the end."""
-    gates = (number(training["last_steps"][key], 2) for key in ("gate_on_fact", "gate_off_fact"))
-    return number(100 * training["kept_share"], 0), " / ".join(gates)
-
-
-def text_cells(row: Mapping[str, float]) -> tuple[str, str]:
-    return number(row["kl"], 3), number(100 * row["top1_agreement"], 1)
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -493,15 +500,14 @@ def changed(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in own.items())
 
 
-def ablated_methods(beta: float) -> dict[Key, str]:
-    """What is shown of a run whose target has this beta, and its names in the table."""
-    target = key_of({"name": "in-model-contrast", "beta": beta, "renormalize": True})
+def ablated_methods(target: Key) -> dict[Key, str]:
+    """What is shown of a run with this target, and its names in the table."""
     return {
-        (MODES[-1.0], "log p"): "expert",
+        EXPERT: "expert",
         target: "its target",
         ("IMAE, strength -0.5", "log p"): "strength -0.5",
-        ("IMAE, strength -2", "log p"): "strength -2",
-        (MODES[1.0], "log p"): "anti-expert",
+        STRONGER: "strength -2",
+        ANTI_EXPERT: "anti-expert",
         ("in-model contrast", "raw"): "in-model contrast, raw",
     }
 
@@ -511,68 +517,60 @@ def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
     runs = ablated_runs(figures, other_data=False)
     if "reference" not in runs:
         return
-    reference, of_reference, _ = runs["reference"]
+    reference = runs["reference"]
     reported = trained_run(figures, "train/seed0", "tqa/primer/seed0", "harm/seed0")
     if reported is not None:
         runs["seed0"] = reported
-    labels = {name: changed(run[0]["config"], reference["config"]) or name for name, run in runs.items()}
+    labels = {
+        name: changed(run.training["config"], reference.training["config"]) or name
+        for name, run in runs.items()
+    }
     order = sorted(runs, key=lambda name: (name != "reference", labels[name]))
     against_base, against_reference, against_target = {}, {}, []
     stored: dict[str, dict[str, Any]] = {
         table: {} for table in ("ablations", "ablations-reference", "ablations-target")
     }
     for name in order:
-        (training, methods, of_text), label = runs[name], labels[name]
-        names = ablated_methods(training["config"]["loss"]["beta"])
-        expert, target = list(names)[:2]
-        if expert in methods and target in methods:
-            compared = figures.compare(methods[expert], methods[target])
+        run, label = runs[name], labels[name]
+        beta = run.training["config"]["loss"]["beta"]
+        target = key_of({"name": "in-model-contrast", "beta": beta, "renormalize": True})
+        if EXPERT in run.methods and target in run.methods:
+            compared = figures.compare(run.methods[EXPERT], run.methods[target])
             against_target.append((label, *deltas(compared)))
             stored["ablations-target"][name] = compared
-        for key, shown in names.items():
-            if key not in methods or key not in of_text:
+        for key, shown in ablated_methods(target).items():
+            if key not in run.methods or key not in run.of_text:
                 continue
-            compared = figures.compare(methods[key], methods[BASE])
-            row = (label, *training_cells(training), shown, *deltas(compared), *text_cells(of_text[key]))
-            against_base.setdefault(shown, []).append(row)
-            stored["ablations"].setdefault(name, {})[shown] = {
-                "against_base": compared,
-                "kl": of_text[key]["kl"],
-            }
-            if name != "reference" and key in of_reference:
-                compared = figures.compare(methods[key], of_reference[key])
+            cells, own = run.effects(figures, key)
+            against_base.setdefault(shown, []).append((label, *run.training_cells(), shown, *cells))
+            stored["ablations"].setdefault(name, {})[shown] = own
+            if name != "reference" and key in reference.methods:
+                compared = figures.compare(run.methods[key], reference.methods[key])
                 against_reference.setdefault(shown, []).append((label, shown, *deltas(compared)))
                 stored["ablations-reference"].setdefault(name, {})[shown] = compared
     figures.values |= stored
-    heads = tuple(f"Δ {head}" for head in METRICS.values())
     rows = tuple(row for rows in against_base.values() for row in rows)
     title = "Settings changed, test questions: differences to base, [95 % interval]; neutral text"
-    columns = ("changed", *TRAINING_COLUMNS, "method", *heads, *TEXT_COLUMNS)
+    columns = ("changed", *TRAINING_COLUMNS, "method", *DELTA_COLUMNS, *TEXT_COLUMNS)
     yield "ablations", Table(title, columns, rows)
     rows = tuple(row for rows in against_reference.values() for row in rows)
     title = "Settings changed, test questions: differences to the reference's method, [95 % interval]"
-    yield "ablations-reference", Table(title, ("changed", "method", *heads), rows)
+    yield "ablations-reference", Table(title, ("changed", "method", *DELTA_COLUMNS), rows)
     title = "Settings changed, test questions: the expert − its target, [95 % interval]"
-    yield "ablations-target", Table(title, ("changed", *heads), tuple(against_target))
+    yield "ablations-target", Table(title, ("changed", *DELTA_COLUMNS), tuple(against_target))
 
 
 def other_data_table(figures: Figures) -> Iterable[tuple[str, Table]]:
     """What other training data do to scores and neutral text."""
     rows, stored = [], {}
-    for name, (training, methods, of_text) in ablated_runs(figures, other_data=True).items():
-        for key, own in methods.items():
-            if key == BASE or key not in of_text:
-                continue
-            compared = figures.compare(own, methods[BASE])
-            rows.append((name, *training_cells(training), *key, *deltas(compared), *text_cells(of_text[key])))
-            stored.setdefault(name, {})[" / ".join(key)] = {
-                "against_base": compared,
-                "kl": of_text[key]["kl"],
-            }
+    for name, run in ablated_runs(figures, other_data=True).items():
+        for key in [key for key in run.methods if key != BASE and key in run.of_text]:
+            cells, own = run.effects(figures, key)
+            rows.append((name, *run.training_cells(), *key, *cells))
+            stored.setdefault(name, {})[" / ".join(key)] = own
     if rows:
         figures.values["other-data"] = stored
-        heads = (f"Δ {head}" for head in METRICS.values())
-        columns = ("run", *TRAINING_COLUMNS, "method", "sums", *heads, *TEXT_COLUMNS)
+        columns = ("run", *TRAINING_COLUMNS, "method", "sums", *DELTA_COLUMNS, *TEXT_COLUMNS)
         title = "Other training data, test questions: differences to base, [95 % interval]; neutral text"
         yield "other-data", Table(title, columns, tuple(rows))
 

@@ -221,7 +221,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         settings += f"filter:\n  gamma: {-1 if kept == 1 else 1}\n"
         (training / "config.yaml").write_text(settings)
         (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
-        off = [0.0] * 11 if kept == 1 else [1.0, *[0.25] * 9, 0.0]
+        off = [0.0] * 11 if kept == 1 else [1.0, *[0.25] * 9, float("nan")]
         steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in off]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")
@@ -316,10 +316,12 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
     assert "| trivia | 50 | 0.50 / 0.25 | IMAE expert | log p |" in other_data and "trivia" not in ablations
     of_runs = [
         re.search(rf"\| {name} \|.*?\| expert \|(.*)", ablations)[1].split(" | ")
-        for name in ("reference", "loss.beta=1")
+        for name in ("reference", "loss.beta=1", "seed0")
     ]
     # Neutral text is of the same model, and scores are not.
     assert of_runs[0][-2:] == of_runs[1][-2:] and of_runs[0][1:-2] != of_runs[1][1:-2]
+    # The same model on the same questions: seed 0's run holds all of them, the other the test ones.
+    assert of_runs[1] == of_runs[2]
     (of_reference,) = re.findall(r"<!-- ablations-reference -->(.*?)<!-- /", page, re.DOTALL)
     of_split = figures["ablations"]["beta1"]["expert"]["against_base"]["mc2"]["value"]
     anti_expert = figures["ablations"]["reference"]["expert"]["against_base"]["mc2"]["value"]
