@@ -156,11 +156,19 @@ def end_together() -> Iterator[None]:
                 f"{first_line(error)}: if another process has gone, see its output; start all of them again "
                 "with --resume"
             )
-        print(f"error: {name}: {message}", file=sys.stderr)
-        _say_goodbye()
         sys.stdout.flush()
-        sys.stderr.flush()
+        _end_stderr_with(f"error: {name}: {message}\n")
+        _say_goodbye()
         os._exit(code)
+
+
+def _end_stderr_with(line: str) -> None:
+    """Writes the line as this process's last: threads of JAX would still log that a peer has gone."""
+    with contextlib.suppress(OSError):  # A reader that has gone must not keep this process from ending.
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(stderr, line.encode())
 
 
 _child: subprocess.Popen | None = None

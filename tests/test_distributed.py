@@ -25,11 +25,15 @@ ICD = [
 TIMEOUT = 300
 
 
-def start(count: int, settings: list[str]) -> list[subprocess.Popen]:
-    """The processes of a run, which share `DEVICES` virtual devices."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def start(count: int, settings: list[str]) -> list[subprocess.Popen]:
+    """The processes of a run, which share `DEVICES` virtual devices."""
+    address = free_address()
     devices = f"--xla_force_host_platform_device_count={DEVICES // count}"
     # Every process compiles: what it compiles to is not what these tests are about.
     environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0"}
@@ -126,6 +130,39 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
     for code, _, error in finish(processes):
         assert code == 128 + signal.SIGTERM, error
         assert "saved in" in error
+
+
+FAILS_WHILE_THREADS_LOG = """
+import os, sys, threading
+from imae_jax import distributed
+
+def log():
+    while True:
+        os.write(2, b"E0000 the peer has gone:\\n:UNKNOWN: connection reset\\n")
+        logged.set()
+
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+logged = threading.Event()
+threading.Thread(target=log, daemon=True).start()
+logged.wait()
+with distributed.end_together():
+    raise RuntimeError("a collective failed")
+"""
+
+
+def test_the_error_is_the_last_line_whatever_else_is_logged():
+    """Threads of JAX log on when a peer has gone, and abort the process when process 0 has."""
+    command = [sys.executable, "-c", FAILS_WHILE_THREADS_LOG, free_address()]
+    processes = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for i, (code, _, error) in enumerate(finish(processes)):
+        assert code != 0
+        assert "E0000 the peer has gone" in error
+        last = error.splitlines()[-1]
+        assert last.startswith(f"error: process {i} of 2")
+        assert "with --resume" in last
 
 
 def test_addresses_go_together(settings):
