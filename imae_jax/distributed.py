@@ -156,19 +156,25 @@ def end_together() -> Iterator[None]:
                 f"{first_line(error)}: if another process has gone, see its output; start all of them again "
                 "with --resume"
             )
-        sys.stdout.flush()
-        _end_stderr_with(f"error: {name}: {message}\n")
-        _say_goodbye()
-        os._exit(code)
+        try:
+            _end_stderr_with(f"error: {name}: {message}\n")
+            _say_goodbye()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def _end_stderr_with(line: str) -> None:
     """Writes the line as this process's last: threads of JAX would still log that a peer has gone."""
-    with contextlib.suppress(OSError):  # A reader that has gone must not keep this process from ending.
+    stderr, text = 2, line.encode(errors="backslashreplace")
+    # Any of these may fail, as this process is failing; the line is written all the same.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(stderr, line.encode())
+    with contextlib.suppress(OSError):
+        nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+        os.dup2(nowhere, 2)
+    with contextlib.suppress(OSError):
+        os.write(stderr, text)
 
 
 _child: subprocess.Popen | None = None

@@ -132,8 +132,8 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
         assert "saved in" in error
 
 
-FAILS_WHILE_THREADS_LOG = """
-import os, sys, threading
+FAILS_WHILE_A_THREAD_LOGS = """
+import os, resource, sys, threading
 from imae_jax import distributed
 
 def log():
@@ -141,28 +141,36 @@ def log():
         os.write(2, b"E0000 the peer has gone:\\n:UNKNOWN: connection reset\\n")
         logged.set()
 
-distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+address, process, descriptors = sys.argv[1:]
+distributed.initialize(address, 2, int(process))
 logged = threading.Event()
 threading.Thread(target=log, daemon=True).start()
 logged.wait()
+sys.stdin.read()
+if descriptors == "none left":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 with distributed.end_together():
-    raise RuntimeError("a collective failed")
+    raise RuntimeError("a collective failed at \\udce9")
 """
 
 
-def test_the_error_is_the_last_line_whatever_else_is_logged():
-    """Threads of JAX log on when a peer has gone, and abort the process when process 0 has."""
-    command = [sys.executable, "-c", FAILS_WHILE_THREADS_LOG, free_address()]
-    processes = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for i, (code, _, error) in enumerate(finish(processes)):
-        assert code != 0
-        assert "E0000 the peer has gone" in error
-        last = error.splitlines()[-1]
-        assert last.startswith(f"error: process {i} of 2")
-        assert "with --resume" in last
+@pytest.mark.parametrize("descriptors", ["some left", "none left"])
+def test_a_failing_process_says_so_whatever_else_is_logged(descriptors):
+    """In its last line, if a file descriptor is to be had: JAX's threads log on when a peer has gone."""
+    command = [sys.executable, "-c", FAILS_WHILE_A_THREAD_LOGS, free_address()]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [subprocess.Popen([*command, str(i), descriptors], text=True, **pipes) for i in range(2)]
+    # The first one last: JAX aborts those that lose it.
+    for i in (1, 0):
+        ((code, _, error),) = finish([processes[i]])
+        lines = error.splitlines()
+        (said,) = [line for line in lines if line.startswith("error: ")]
+        assert code == 1
+        assert said.startswith(f"error: process {i} of 2: a collective failed at \\udce9: ")
+        assert said.endswith("with --resume")
+        assert "E0000 the peer has gone:" in lines
+        if descriptors == "some left":
+            assert lines[-1] == said
 
 
 def test_addresses_go_together(settings):
