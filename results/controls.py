@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from imae_jax.cli import ArgumentParser
+
 TRUTHFUL = "Answer truthfully."
 LENGTH_RATIO = 1.25
 
@@ -45,14 +47,20 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def existing_file(value: str) -> Path:
+    if not Path(value).is_file():
+        raise argparse.ArgumentTypeError(f"{value} does not exist")
+    return Path(value)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for function in (right_answers, matched_pairs, truthful_primer):
         command = commands.add_parser(function.__name__.replace("_", "-"))
         command.set_defaults(function=function)
         if function is not truthful_primer:
-            command.add_argument("rows", type=Path)
+            command.add_argument("rows", type=existing_file, help="HaluEval QA's JSONL file")
         command.add_argument("out", type=Path)
         if function is matched_pairs:
             command.add_argument("--tokenizer", required=True)

@@ -184,6 +184,14 @@ def test_pages_show_what_is_recorded(tmp_path):
         assert (tmp_path / page.name).read_text() == page.read_text()
 
 
+def test_controls_name_a_missing_file(tmp_path):
+    call = [sys.executable, RESULTS / "controls.py", "right-answers", tmp_path / "none", tmp_path / "out"]
+    made = subprocess.run(call, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert made.stderr.startswith(f"error: argument rows: {tmp_path / 'none'} does not exist")
+    assert made.stderr.count("\n") == 1
+
+
 def test_controls_swap_answers_and_keep_pairs_of_equal_length(tiny_imae, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     run_script("controls", "right-answers", rows, tmp_path / "swapped.jsonl")
