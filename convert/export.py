@@ -288,5 +288,5 @@ def push(directory: Path, repository: str, *, dry_run: bool = False) -> list[str
         except Exception as error:  # The hub client's errors share no base class across versions.
             raise UserError(
                 f"{repository} cannot be pushed ({first_line(error)}); {directory} is kept"
-            ) from None
+            ) from error
     return [f"{path.relative_to(directory)} ({path.stat().st_size} bytes)" for path in files]

@@ -70,11 +70,11 @@ class GGUFSource:
                 name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")
             }
             self._architecture = self._get("general.architecture")
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist") from error
         except _DAMAGE as error:
             reason = first_line(error)
-            raise UserError(f"{path} is damaged or not a GGUF file ({reason}): download it again") from None
+            raise UserError(f"{path} is damaged or not a GGUF file ({reason}): download it again") from error
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is of architecture {self._architecture!r}: only "
@@ -86,7 +86,7 @@ class GGUFSource:
             raise
         except _DAMAGE as error:
             reason = first_line(error)
-            raise UserError(f"{path} holds metadata of a wrong kind ({reason}): download it again") from None
+            raise UserError(f"{path} holds metadata of a wrong kind ({reason}): download it again") from error
         names = {
             row.gguf.format(layer=layer): row.hf_name(layer)
             for row, layer in expand(base_rows(self.config), self.config.num_layers)
@@ -107,7 +107,7 @@ class GGUFSource:
             raise UserError(
                 f"{name} in {self.location} is stored as {tensor.tensor_type.name}, which the gguf "
                 f"package cannot dequantize ({error}): use a file of another quantization"
-            ) from None
+            ) from error
         array = array.reshape(self.shapes[name])
         if self._architecture == "llama" and ".self_attn." in name:
             if ".q_proj." in name:
@@ -193,7 +193,7 @@ class GGUFSource:
             reason = first_line(error)
             raise UserError(
                 f"the tokenizer in {self.location} is damaged ({reason}): pass --tokenizer DIRECTORY"
-            ) from None
+            ) from error
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         tokens = self._get("tokenizer.ggml.tokens")

@@ -112,13 +112,13 @@ class SafetensorsSource:
         self._handle, self._opened = None, file
         try:
             self._handle = safe_open(path, framework="numpy")
-        except FileNotFoundError:
-            raise UserError(f"shard {path} is missing: download the checkpoint again") from None
+        except FileNotFoundError as error:
+            raise UserError(f"shard {path} is missing: download the checkpoint again") from error
         except (SafetensorError, OSError, ValueError) as error:
             reason = first_line(error)
             raise UserError(
                 f"{path} is damaged or not a safetensors file ({reason}): download it again"
-            ) from None
+            ) from error
 
 
 class WeightsSource:
@@ -206,10 +206,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `UserError` that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from None
+        raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

@@ -76,7 +76,7 @@ def write_directions(path: Path, directions: Directions) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+            raise UserError(f"{path} cannot be written: {first_line(error)}") from error
         raise
 
 
@@ -89,7 +89,7 @@ def read_directions(path: Path, config: LlamaConfig) -> Directions:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"directions {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"directions {path} cannot be read: {first_line(error)}") from error
     heads = (config.num_layers, config.num_heads)
     shapes = {"directions": (*heads, config.head_dim), "sigma": heads, "rank": heads, "accuracy": heads}
     for name, shape in shapes.items():

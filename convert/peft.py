@@ -85,7 +85,7 @@ def read_adapter(
     try:
         check_tensors(rows, config, source, None)
     except UserError as error:
-        raise UserError(f"{path} is an adapter of another base, give its own: {error}") from None
+        raise UserError(f"{path} is an adapter of another base, give its own: {error}") from error
     module = fill(
         nnx.eval_shape(lambda: _declare(config, lora, stacked)),
         {row.path.removeprefix("lora."): (row, source) for row in rows},

@@ -106,7 +106,7 @@ class OpenedModel:
             reason = first_line(error)
             raise UserError(
                 f"the tokenizer in {location} cannot be loaded ({reason}): pass --tokenizer DIRECTORY"
-            ) from None
+            ) from error
 
     def generation_config(self) -> dict[str, Any]:
         """The contents of the model's `generation_config.json`, empty where there is none."""
@@ -217,7 +217,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     except UserError as error:
         raise UserError(
             f"the base of {directory} is not found ({error}); pass --base if it has moved"
-        ) from None
+        ) from error
     if opened.unit_source is not None:
         raise UserError(f"the base of {directory} is {location}, which has units of its own")
     if opened.base.fingerprint != recorded.fingerprint:
@@ -427,7 +427,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # The hub client's errors share no base class across versions.
         reason = first_line(error)
-        raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from None
+        raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from error
 
 
 def _download_config(name: str, revision: str | None) -> dict[str, Any]:
@@ -437,7 +437,7 @@ def _download_config(name: str, revision: str | None) -> dict[str, Any]:
         path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:
         reason = first_line(error)
-        raise UserError(f"{name} is no local path, and the hub has no config of it: {reason}") from None
+        raise UserError(f"{name} is no local path, and the hub has no config of it: {reason}") from error
     return read_json(Path(path))
 
 

@@ -51,8 +51,8 @@ def check_installed() -> None:
     for module, package in (("sacrebleu", "sacrebleu"), ("rouge_score", "rouge-score")):
         try:
             importlib.import_module(module)
-        except ImportError:
-            raise UserError(f"{package} is not installed: pip install 'imae_jax[answers]'") from None
+        except ImportError as error:
+            raise UserError(f"{package} is not installed: pip install 'imae_jax[answers]'") from error
 
 
 def likeness(answer: str, true: Sequence[str], false: Sequence[str]) -> dict[str, float]:

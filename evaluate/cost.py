@@ -328,11 +328,11 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
             raise UserError(
                 "a process ended without a result, for lack of memory perhaps: try a smaller model, dtype "
                 "or batch"
-            ) from None
+            ) from error
 
 
 def cost_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -420,8 +420,8 @@ def parse_batch_sizes(text: str) -> list[int]:
     """`1,8` as numbers."""
     try:
         sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"batch sizes {text!r}: give numbers with commas between them, such as 1,8") from None
+    except ValueError as error:
+        raise UserError(f"batch sizes {text!r}: give numbers like 1,8") from error
     if len(set(sizes)) < len(sizes):
         raise UserError(f"batch sizes {text!r}: each counts once")
     return sizes

@@ -252,7 +252,7 @@ def read_texts(path: Path) -> list[tuple[str, str, str | None]]:
         # Line ends as they are: they are tokens, too.
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"text {path} cannot be read: {first_line(error)}") from error
     if not text.strip():
         raise UserError(f"text {path} is empty: give one of at least 2 tokens")
     if path.suffix != ".jsonl":
@@ -265,7 +265,7 @@ def _prompt_and_answer(line: str, place: str) -> tuple[str, str | None]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
+        raise UserError(f"{place} is not JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError(f'{place} is no JSON object with a text "prompt"')
     prompt, answer = values["prompt"], values.get("answer")
@@ -273,8 +273,8 @@ def _prompt_and_answer(line: str, place: str) -> tuple[str, str | None]:
         raise UserError(f"{place}: prompt or answer is empty or no text")
     try:
         (prompt + (answer or "")).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{place} holds half a character (a lone surrogate): mend the line") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} holds half a character (a lone surrogate): mend the line") from error
     return prompt, answer
 
 
@@ -306,7 +306,7 @@ def encode_texts(
                 lm.tokenizer, *([text] for text in framed), add_special_tokens=adds_special_tokens(format)
             )
         except UserError as error:
-            raise UserError(f"{title}: {error}") from None
+            raise UserError(f"{title}: {error}") from error
         excerpts.append(Excerpt(title, item.tokens, item.start))
     return excerpts
 
@@ -505,7 +505,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             raise UserError(f"{path} is not a page of this command: choose another --html")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: its directory is read-only")
 

@@ -153,8 +153,8 @@ def fold_files(directory: Path, questions: Sequence[str]) -> dict[Path, list[int
     """
     try:
         folds = json.loads((directory / FOLDS_FILE).read_text(encoding="utf-8"))["questions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{directory} holds no readable {FOLDS_FILE}: run imae_jax.evaluate.iti") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory} holds no readable {FOLDS_FILE}: run imae_jax.evaluate.iti") from error
     files: dict[Path, list[int]] = {}
     for place, question in enumerate(questions):
         if question not in folds:

@@ -293,7 +293,7 @@ class IMAEJaxLM(TemplateLM):
             )
             top_k, top_p = int(settings.pop("top_k", None) or 0), float(settings.pop("top_p", None) or 1.0)
         except (TypeError, ValueError) as error:
-            raise UserError(f"generation settings {kwargs}: {first_line(error)}") from None
+            raise UserError(f"generation settings {kwargs}: {first_line(error)}") from error
         stop = handle_stop_sequences(settings.pop("until"), self.tokenizer.decode([self.eot_token_id]))
         max_new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample")
         if settings.pop("num_beams", 1) != 1 or settings:
@@ -356,7 +356,7 @@ def _find_huggingface_evaluate() -> None:
         version("lm_eval")
         directory = Path(distribution("evaluate").locate_file("")).resolve()
     except PackageNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'imae_jax[lm-eval]'") from None
+        raise UserError(f"{error.name} is not installed: pip install 'imae_jax[lm-eval]'") from error
     found = sys.modules.get("evaluate")
     if found is not None and directory in Path(found.__file__).resolve().parents:
         return

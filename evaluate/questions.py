@@ -123,7 +123,7 @@ def read_questions(path: str | Path, form: str = "answers") -> list[Question]:
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
     except csv.Error as error:
-        raise UserError(f"{path} is not valid CSV: {error}") from None
+        raise UserError(f"{path} is not valid CSV: {error}") from error
     if missing == [BEST_INCORRECT]:
         raise UserError(f"{path} has no column {BEST_INCORRECT!r}: give {NEWER_CSV}")
     if missing:
@@ -131,7 +131,7 @@ def read_questions(path: str | Path, form: str = "answers") -> list[Question]:
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from None
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
     questions = []
     for index, row in enumerate(rows):
         cells = {name: (row.get(name) or "").strip() for name in (*columns, "Category")}
@@ -178,7 +178,7 @@ def _from_json(path: Path, form: str) -> list[Question]:
         lines = text.split("\n") if path.suffix == ".jsonl" else None
         rows = json.loads(text) if lines is None else [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} holds no questions: give a list of objects, or one object a line")
     return [_from_targets(i, f"{path} row {i}", row, form) for i, row in enumerate(rows)]
@@ -240,7 +240,7 @@ def _from_hub(form: str) -> list[Question]:
     except Exception as error:  # The hub client's errors share no base class.
         raise UserError(
             f"TruthfulQA cannot be fetched from the hub ({first_line(error)}): pass --data FILE"
-        ) from None
+        ) from error
     if form == "targets":
         return [_from_targets(i, f"{HUB_ID} row {i}", row, form) for i, row in enumerate(rows)]
     return [

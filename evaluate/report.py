@@ -246,7 +246,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     lines = []
     for place, line in enumerate(text.splitlines(keepends=True), 1):
         try:
@@ -256,7 +256,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if not line.endswith("\n"):
                 break
-            raise UserError(f"{path} line {place} is damaged: {first_line(error)}") from None
+            raise UserError(f"{path} line {place} is damaged: {first_line(error)}") from error
         lines.append(entry)
     return lines
 
@@ -286,7 +286,7 @@ def read_training(number: int, path: Path) -> Training:
     try:
         config = yaml.safe_load(config_file.read_text("utf-8")) if config_file.is_file() else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{config_file} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{config_file} cannot be read: {first_line(error)}") from error
     environment = _read_json(environment_file) if environment_file.is_file() else []
     recorded = path / "imae" / IMAE_CONFIG
     data = _read_json(recorded).get("training", {}).get("data", {}) if recorded.is_file() else {}
@@ -297,7 +297,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {first_line(error)}") from None
+        raise UserError(f"{path} is not readable JSON: {first_line(error)}") from error
 
 
 def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
@@ -386,7 +386,7 @@ def _damaged(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} holds files of another form than expected ({type(error).__name__}: "
             f"{first_line(error)}): make the run again"
-        ) from None
+        ) from error
 
 
 def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:

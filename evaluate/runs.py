@@ -107,7 +107,7 @@ def parse_methods(text: str) -> dict[str, "Method"]:
         try:
             entries = yaml.safe_load(read_text(text, "methods file"))
         except yaml.YAMLError as error:
-            raise UserError(f"methods file {text} is not valid YAML: {error}") from None
+            raise UserError(f"methods file {text} is not valid YAML: {error}") from error
         are_settings = isinstance(entries, list) and all(
             isinstance(entry, dict) and "name" in entry for entry in entries
         )
@@ -347,7 +347,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.out / RUN_FILE} cannot be read ({first_line(error)}): start anew"
-            ) from None
+            ) from error
         for name, old, new in differences(before, settings):
             raise UserError(
                 f"{self.out} was scored with another {name} ({old}, now {new}): restore it, or choose "
@@ -365,10 +365,10 @@ class Run:
                 entry = json.loads(line)
                 key = entry["method"], entry["index"]
                 is_new = key not in self.lines
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path} line {place} is damaged: remove it, and it is scored again"
-                ) from None
+                ) from error
             if is_new:
                 self.lines[key] = entry
                 kept.append(line + "\n")
@@ -493,7 +493,7 @@ class Run:
 
                 yield append
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def of(self, label: str, index: Sequence[int]) -> list[dict[str, Any]]:
         """A method's lines, in the order of the items."""
@@ -537,7 +537,7 @@ def write_outputs(out: Path, tables: Sequence[Table], plots: Mapping[str, Any]) 
             try:
                 figure.savefig(out / f"{name}.{suffix}", dpi=150)
             except OSError as error:
-                raise UserError(f"{out / name}.{suffix} cannot be written: {error.strerror}") from None
+                raise UserError(f"{out / name}.{suffix} cannot be written: {error.strerror}") from error
 
 
 def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -576,12 +576,12 @@ def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     file = path / RESULTS_FILE
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+    except OSError as error:
         unfinished = (path / RUN_FILE).is_file()
         state = "its run is unfinished: go on with --resume" if unfinished else "give that of a finished run"
-        raise UserError(f"{path} holds no {RESULTS_FILE}: {state}") from None
+        raise UserError(f"{path} holds no {RESULTS_FILE}: {state}") from error
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     keys = ("benchmark", "protocol", "model", "dtype", "versions", "methods")
     missing = [key for key in keys if key not in results] if isinstance(results, dict) else keys
     if missing or not results["methods"]:
@@ -597,7 +597,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = (path / SCORES_FILE).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / SCORES_FILE} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{path / SCORES_FILE} cannot be read: {first_line(error)}") from error
 
 
 def called(program: str, arguments: Sequence[str] | None) -> str:

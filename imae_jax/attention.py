@@ -69,7 +69,7 @@ def _cudnn(q, k, v):
         reason = first_line(error).rstrip(".")
         raise UserError(
             f"attention=flash does not run on this GPU with this model ({reason}): set attention=plain"
-        ) from None
+        ) from error
 
 
 def _splash(q, k, v, interpret):

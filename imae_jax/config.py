@@ -195,7 +195,7 @@ class LlamaConfig:
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"the model's config holds a value of a wrong type: {error}") from None
+            raise UserError(f"the model's config holds a value of a wrong type: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The model's part of a HuggingFace `config.json`, readable by transformers 4.5x and 5."""

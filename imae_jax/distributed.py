@@ -61,7 +61,7 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run cannot join: {first_line(error)}") from None
+        raise UserError(f"the processes of this run cannot join: {first_line(error)}") from error
     if jax.process_count() > 1:
         _leave_last_words()
 

@@ -33,7 +33,7 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
         # mkdtemp makes private directories; results are as readable as the user's other files.
         temporary.chmod(0o777 & ~_umask())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         if path.exists():
@@ -79,9 +79,9 @@ def read_text(path: str | os.PathLike, name: str, *, encoding: str = "utf-8") ->
     except OSError as error:
         raise UserError(
             f"{name} {path} cannot be read ({error.strerror or error}): give a text file"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from None
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from error
 
 
 def _replace(path: Path, temporary: Path) -> None:
@@ -109,7 +109,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
         raise
 
 

@@ -147,7 +147,7 @@ def _continue_file(
         # A byte-order mark is no part of the first line.
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from error
     settings = {"model": model, "method": method.settings(), **options}
     settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
     done = _done(out, settings)
@@ -181,7 +181,7 @@ def _continue_file(
             with out.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from None
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
     print(f"{out} holds {len(prompts)} lines, {len(done)} of them from before", file=sys.stderr)
     if bad:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
@@ -191,8 +191,8 @@ def _continue_file(
 def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any], context: int) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError('no JSON object with "prompt"') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError('no JSON object with "prompt"') from error
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("prompt is empty or no text")
     (tokens,) = lm.encode_prompts([prompt], options["format"])
@@ -209,16 +209,16 @@ def _done(out: Path, settings: dict[str, Any]) -> dict[int, str]:
     try:
         lines = out.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be read: {error.strerror}") from None
+        raise UserError(f"{out} cannot be read: {error.strerror}") from error
     done, kept = {}, []
     for line in lines:
         try:
             entry = json.loads(line)
             number, prompt, used = entry["line"], entry["prompt"], entry["settings"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
             if line.startswith(b'{"line"') and not line.endswith(b"\n"):
                 break  # A killed process left it.
-            raise UserError(f"{out} was not written by this command: choose another --out") from None
+            raise UserError(f"{out} was not written by this command: choose another --out") from error
         if used != settings:
             raise UserError(f"{out} was written with other settings: choose another --out")
         done[number] = prompt

@@ -112,7 +112,7 @@ class LanguageModel:
                     self._loaded[resource] = self.load_resource(self, resource)
                 except UserError as error:
                     name = f"{method.name}: {resource.setting}={resource.reference}"
-                    raise UserError(f"{name}: {error}") from None
+                    raise UserError(f"{name}: {error}") from error
             loaded = self._loaded[resource]
             if loaded.second is not None:
                 second = loaded.second
@@ -362,5 +362,5 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
     for i, text in enumerate(texts):
         try:
             text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{name} {i} holds half of a character (a lone surrogate)") from None
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} {i} holds half of a character (a lone surrogate)") from error

@@ -54,14 +54,14 @@ class Checkpoints:
         try:
             self._checkpointer.save_async(steps_done, _as_dict(state), custom_metadata=metadata)
         except Exception as error:
-            raise self._not_written(error) from None
+            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Until what `save` began is on the disk."""
         try:
             self._checkpointer.wait()
         except Exception as error:  # Orbax' and TensorStore's errors share no base class.
-            raise self._not_written(error) from None
+            raise self._not_written(error) from error
 
     def load(self, steps_done: int, shape: TrainState, shardings: TrainState) -> TrainState:
         """Reads a checkpoint straight into its shards.
@@ -86,7 +86,7 @@ class Checkpoints:
             metadata = self._checkpointer.metadata(steps_done).custom_metadata
             identity, checksums = metadata["identity"], metadata["checksums"]
         except Exception as error:
-            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from None
+            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from error
         for name, expected in self._identity.items():
             if identity.get(name) != expected:
                 raise UserError(
@@ -96,7 +96,7 @@ class Checkpoints:
         try:
             state = TrainState(**self._checkpointer.load(steps_done, _as_dict(abstract)))
         except Exception as error:
-            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from None
+            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from error
         if _checksums(state) != checksums:
             raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
         return state
@@ -147,7 +147,7 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
         with context:
             trainable = ocp.load(path, {"trainable": shape})["trainable"]
     except Exception as error:  # Orbax' and TensorStore's errors share no base class.
-        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): give another step") from None
+        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): give another step") from error
     found = [int(x) for x in jax.device_get(_checksum(trainable))]
     # Those of the optimizer's state follow.
     if found != checksums[: len(found)]:

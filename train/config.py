@@ -299,9 +299,9 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
-        raise UserError(f"config{f' key {key}' if key else ''}: {reason}") from None
+        raise UserError(f"config{f' key {key}' if key else ''}: {reason}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file or 'an override'} is not valid YAML: {first_line(error)}") from None
+        raise UserError(f"{file or 'an override'} is not valid YAML: {first_line(error)}") from error
 
 
 def _find(file: str) -> Path:

@@ -102,7 +102,7 @@ def read_jsonl(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from None
+        raise UserError(f"data file {path} cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -110,7 +110,7 @@ def read_jsonl(path: Path) -> list[Row]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
         rows.append(_row(values, f"{path} line {number}"))
     if not rows:
         raise UserError(f"data file {path} holds no rows")
@@ -137,7 +137,7 @@ def _halueval_from_hub() -> list[Row]:
     except Exception as error:  # The hub client's errors share no base class.
         raise UserError(
             f"HaluEval QA cannot be fetched from the hub ({first_line(error)}): pass data.path=FILE.jsonl"
-        ) from None
+        ) from error
     return [
         _row(
             {

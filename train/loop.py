@@ -541,7 +541,7 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             raise UserError(
                 f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
-            ) from None
+            ) from error
         now = config.to_dict()
         # A setting that a later version added was at its default.
         before = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), before))
@@ -594,7 +594,7 @@ def _create_output(out: Path) -> None:
         _remove_run(out)
         out.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from None
+        raise UserError(f"out={out} cannot be written: {error.strerror}") from error
 
 
 def _check_context(tokenized: data.TokenizedData, llama: LlamaConfig) -> None:

@@ -75,7 +75,7 @@ def _base(
     try:
         opened = open_model(name, revision=None if moved or other else config.revision)
     except UserError as error:
-        raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from None
+        raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from error
     if opened.base.fingerprint != identity.get("base"):
         raise UserError(f"the run's base has other weights than {name}: restore it, or pass --base")
     return dataclasses.replace(opened.base, dtype=str(identity["base dtype"])), opened.config

@@ -94,7 +94,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"logs cannot be written to {self._out}: {error.strerror or error}") from None
+            raise UserError(f"logs cannot be written to {self._out}: {error.strerror or error}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -120,13 +120,13 @@ def _cut(path: Path, steps_done: int) -> list[dict[str, Any]]:
 def _init_wandb(arguments: dict[str, Any]) -> Any:
     try:
         import wandb
-    except ImportError:
+    except ImportError as error:
         raise UserError(
             "wandb is set but the package wandb is not installed: pip install 'imae-jax[wandb]', or leave "
             "the setting out"
-        ) from None
+        ) from error
     try:
         # A run that is resumed goes on under its id.
         return wandb.init(**arguments, resume="allow")
     except wandb.Error as error:
-        raise UserError(f"wandb={arguments['project']} does not work: {first_line(error)}") from None
+        raise UserError(f"wandb={arguments['project']} does not work: {first_line(error)}") from error

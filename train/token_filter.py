@@ -142,7 +142,7 @@ def stored_examples(cache: Path, gamma: float) -> list[Example]:
     try:
         rows = datasets.load_from_disk(str(paths[0]))
     except Exception as error:  # Arrow's errors share no base class.
-        raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from error
     return [
         Example(
             row["row"],

@@ -54,7 +54,7 @@ def _numbers(method: str, candidates: str | Sequence[int]) -> Sequence[int]:
         if dots:
             return range(int(first), int(last) + 1)
         return [int(layer) for layer in candidates.split("+")]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"{method}: candidates={candidates!r}: use {', '.join(NAMED)}, a..b, or numbers such as 0+2+4"
-        ) from None
+        ) from error
