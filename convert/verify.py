@@ -160,7 +160,6 @@ def _logits_here(
     # The host's memory is what was found to suffice, and only a CPU has float64 in any case.
     with (
         jax.default_device(_host_device()),
-        jax.default_matmul_precision("highest"),
         jax.enable_x64(compute_dtype == "float64"),
     ):
         weights = opened.load(dtype=dtype, stacked=True).weights()

@@ -8,6 +8,7 @@ command.
 Source: Li et al., arXiv 2306.03341, section 3 and their code's defaults.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 from imae_jax.language_model import LanguageModel
+from imae_jax.layers import precision
 from imae_jax.llama import Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
 
@@ -83,16 +85,17 @@ def fit_probes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = jnp.concatenate([x, jnp.ones((P, n, 1))], axis=-1)
     penalty = jnp.ones(H + 1).at[H].set(0.0)
     target = y.astype(jnp.float32)
+    multiply = functools.partial(jnp.einsum, precision=precision(x.dtype))
 
     def objective(w):
-        logits = jnp.einsum("pnh,ph->pn", x, w)
+        logits = multiply("pnh,ph->pn", x, w)
         losses = jnp.sum(jax.nn.softplus(logits) - target * logits, axis=-1)
         return 0.5 * jnp.sum(penalty * w * w, axis=-1) + INVERSE_PENALTY * losses
 
     def step(_, w):
-        p = jax.nn.sigmoid(jnp.einsum("pnh,ph->pn", x, w))
-        gradient = INVERSE_PENALTY * jnp.einsum("pnh,pn->ph", x, p - target) + penalty * w
-        curvature = INVERSE_PENALTY * jnp.einsum("pnh,pn,pni->phi", x, p * (1 - p), x)
+        p = jax.nn.sigmoid(multiply("pnh,ph->pn", x, w))
+        gradient = INVERSE_PENALTY * multiply("pnh,pn->ph", x, p - target) + penalty * w
+        curvature = INVERSE_PENALTY * multiply("pnh,pn,pni->phi", x, p * (1 - p), x)
         hessian = curvature + jnp.diag(penalty) + 1e-6 * jnp.eye(H + 1)
         direction = jnp.linalg.solve(hessian, gradient[..., None])[..., 0]
         # Far from the optimum a whole step can overshoot: the longest of these that helps is taken.

@@ -3,11 +3,10 @@
 The kernels are those of cuDNN and of JAX (the algorithm: Dao et al., arXiv 2205.14135).
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from imae_jax import layers
 from imae_jax.errors import UserError, first_line
 from imae_jax.sharding import on_shards
 
@@ -23,13 +22,13 @@ def flash_attention(
     seeing padding. What comes out at padding is finite and means nothing.
 
     GPUs run cuDNN's kernel and TPUs JAX's splash attention, each device on its own rows and heads under
-    the ambient mesh. Other devices run XLA's plain attention, which does build the scores.
+    the ambient mesh. Other devices run plain attention, which does build the scores.
 
     Args:
-        q: [B, T, N, H]; bfloat16 or float16 on GPUs, bfloat16 or float32 on TPUs.
+        q: [B, T, N, H]; bfloat16 or float16 on GPUs, bfloat16 on TPUs.
         k, v: [B, K, T, H] in the dtype of `q`, where K divides N.
         platform: `gpu`, `tpu` or another; the default is JAX's default backend.
-        interpret: runs the TPU's kernel as plain operations on any device.
+        interpret: runs the TPU's kernel as plain operations on any device, in any dtype.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
@@ -45,16 +44,16 @@ def flash_attention(
     def attention(q, k, v):
         if platform == "tpu":
             return _splash(q, k, v, interpret)
-        return _cudnn(q, k, v) if platform == "gpu" else _dot_product(q, k, v, "xla")
+        return _cudnn(q, k, v) if platform == "gpu" else _plain(q, k, v)
 
     # "length" is not among the names: each device needs all tokens of its rows, whatever that rule says.
     of_queries, of_keys = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
     return on_shards(attention, (of_queries, of_keys, of_keys), of_queries)(q, k, v)
 
 
-def _dot_product(q, k, v, implementation):
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+def _plain(q, k, v):
+    T = q.shape[1]
+    return layers.attention(q, k, v, jnp.tri(T, dtype=bool)[None])
 
 
 def _cudnn(q, k, v):
@@ -63,8 +62,9 @@ def _cudnn(q, k, v):
             f"attention=flash on a GPU takes bfloat16 or float16, not {q.dtype}: set dtype=bfloat16 or "
             "attention=plain"
         )
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     try:
-        return _dot_product(q, k, v, "cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     except (NotImplementedError, RuntimeError) as error:
         reason = first_line(error).rstrip(".")
         raise UserError(
@@ -77,10 +77,10 @@ def _splash(q, k, v, interpret):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     (T, N, H), dtype = q.shape[1:], q.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32):
+    # Its products take no precision, and would multiply float32 in fewer bits there.
+    if dtype != jnp.bfloat16 and not interpret:
         raise UserError(
-            f"attention=flash on a TPU takes bfloat16 or float32, not {dtype}: set dtype=bfloat16 or "
-            "attention=plain"
+            f"attention=flash on a TPU takes bfloat16, not {dtype}: set dtype=bfloat16 or attention=plain"
         )
     tiles = -(-T // TPU_LANES)
     block = TPU_LANES * max(n for n in (1, 2, 3, 4) if tiles % n == 0)
@@ -93,41 +93,15 @@ def _splash(q, k, v, interpret):
         block_kv_dq=block,
     )
 
-    def causal_attention(q, k, v):
-        # Made in here, since the kernel holds arrays: a gradient must not close over traced ones.
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([splash.CausalMask((tiles * TPU_LANES,) * 2)] * N),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        return jax.vmap(kernel)(q, k, v)
-
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((tiles * TPU_LANES,) * 2)] * N),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     padding = (0, tiles * TPU_LANES - T)
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), padding, (0, 0))) for x in (jnp.swapaxes(q, 1, 2), k, v))
     q = (q * H**-0.5).astype(dtype)
-    # TPUs multiply bfloat16 exactly, and a kernel that asks for more does not compile ("Bad lhs type").
-    precision = "highest" if dtype == jnp.float32 else "default"
-    out = _at_precision(causal_attention, precision)(q, k, v)
+    out = jax.vmap(kernel)(q, k, v)
     return jnp.swapaxes(out[:, :, :T], 1, 2)
-
-
-def _at_precision(function: Callable[..., jax.Array], precision: str) -> Callable[..., jax.Array]:
-    """`function` at a precision of its matmuls, and its gradient too, which is traced after it returned."""
-
-    @jax.custom_vjp
-    def run(*args):
-        with jax.default_matmul_precision(precision):
-            return function(*args)
-
-    def forward(*args):
-        with jax.default_matmul_precision(precision):
-            return jax.vjp(function, *args)
-
-    def backward(vjp, cotangent):
-        with jax.default_matmul_precision(precision):
-            return vjp(cotangent)
-
-    run.defvjp(forward, backward)
-    return run

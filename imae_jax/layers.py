@@ -43,6 +43,16 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """How many bits a product of this dtype is multiplied in: all of float32's.
+
+    By default GPUs and TPUs multiply float32 in fewer, and scores would depend on the device. Halves are
+    multiplied exactly anyway.
+    """
+    halves = jnp.dtype(dtype).itemsize < 4
+    return jax.lax.Precision.DEFAULT if halves else jax.lax.Precision.HIGHEST
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`scale · x / rms(x)` over the last axis; statistics in float32 or wider. x [..., D], scale [D]."""
     wide = x.astype(at_least_float32(x.dtype))
@@ -111,13 +121,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, attend: jax.Array) -> ja
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     wide = at_least_float32(q.dtype)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=wide)
+    multiply = functools.partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=wide)
+    scores = multiply("BKQH,BKSH->BKQS", q, k)
     scores = scores.reshape(B, K, G, T, S) * H**-0.5
     scores = jnp.where(attend[:, None, None], scores, jnp.finfo(wide).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.reshape(B, K, G * T, S).astype(v.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=wide)
+    out = multiply("BKQS,BKSH->BKQH", weights, v)
     out = (out.reshape(B, K, G, T, H) / total).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -144,7 +155,9 @@ def matmul(
     batch, outputs = x.shape[: x.ndim - num_inputs], weight.shape[num_inputs:]
     x = x.reshape(*batch, -1)
     weight = weight.reshape(x.shape[-1], -1)
-    multiply = functools.partial(jnp.matmul, preferred_element_type=preferred_element_type)
+    multiply = functools.partial(
+        jnp.matmul, precision=precision(x.dtype), preferred_element_type=preferred_element_type
+    )
 
     def one_by_one(x, weight):
         rows = x.reshape(-1, x.shape[-1])

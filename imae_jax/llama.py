@@ -18,7 +18,7 @@ from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import apply_rope, at_least_float32, matmul, rms_norm, rope_tables, swiglu
+from imae_jax.layers import apply_rope, at_least_float32, matmul, precision, rms_norm, rope_tables, swiglu
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
 from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
@@ -360,8 +360,14 @@ def project(weights: Weights, hidden_states: jax.Array) -> jax.Array:
             matrix, subscripts = weights.base["unembed"], "...D,DV->...V"
         else:
             matrix, subscripts = weights.base["embed"], "...D,VD->...V"
-        wide = at_least_float32(hidden_states.dtype)
-        return jnp.einsum(subscripts, hidden_states, matrix, preferred_element_type=wide)
+        dtype = hidden_states.dtype
+        return jnp.einsum(
+            subscripts,
+            hidden_states,
+            matrix,
+            precision=precision(dtype),
+            preferred_element_type=at_least_float32(dtype),
+        )
 
 
 def per_row(value: float | jax.Array, batch_size: int) -> jax.Array:

@@ -23,8 +23,6 @@ def set_up() -> None:
         directory = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(directory / "imae_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    # By default GPUs and TPUs multiply float32 in fewer bits, and scores would depend on the device.
-    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def versions() -> dict[str, str]:

@@ -43,8 +43,6 @@ from imae_jax.errors import UserError
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Llama, Weights, forward, project
 
-jax.config.update("jax_default_matmul_precision", "highest")
-
 SMOLLM2 = "smollm2-135m-instruct"
 
 # Sizes differ from each other, so that a swapped axis cannot pass; head_dim is not D / N.

@@ -100,17 +100,6 @@ def test_bfloat16_stays_bfloat16(kernel):
         assert_close(x, reference, tolerance=4 * 2.0**-8)
 
 
-def test_the_tpu_kernel_asks_for_precision_in_float32_alone():
-    """The tests' own setting is `highest`, with which a kernel on bfloat16 does not compile."""
-    for dtype, highest in ((jnp.float32, True), (jnp.bfloat16, False)):
-        program = jax.make_jaxpr(functools.partial(output_and_gradients, KERNELS["tpu"]))(
-            *draw(1, 16, 2, 1, dtype=dtype)
-        )
-        dots = re.findall(r"precision=(\S+)", str(program))
-        assert len(dots) > 6
-        assert all(("HIGHEST" in dot) == highest for dot in dots)
-
-
 # The decoder
 
 
@@ -292,8 +281,9 @@ def test_flash_takes_neither_cache_nor_mask(argument):
 def test_what_the_kernels_do_not_take_is_refused(cudnn, monkeypatch):
     with user_error("attention=flash", "float16", "dtype=bfloat16", "attention=plain"):
         lowered_gradient(monkeypatch, "tpu", dtype=jnp.float16)
-    with user_error("attention=flash", "float32", "dtype=bfloat16", "attention=plain"):
-        lowered_gradient(monkeypatch, "gpu", dtype=jnp.float32)
+    for platform in ("gpu", "tpu"):
+        with user_error("attention=flash", "float32", "dtype=bfloat16", "attention=plain"):
+            lowered_gradient(monkeypatch, platform, dtype=jnp.float32)
     with user_error("attention=flash", "multiple of 8", "12", "attention=plain"):
         lowered_gradient(monkeypatch, "gpu", head_dim=12)
 
