@@ -74,12 +74,17 @@ def measure(
     batch = scoring.ROWS_PER_BATCH.get(jax.default_backend(), 1)
     for models, joint, places in share_streams(list(prepared.values())):
         both = Joint((base, *joint.methods))
-        for rows in _batches(parts, batch):
+        for number, rows in enumerate(_batches(parts, batch)):
             tokens, mask, scored = (np.zeros((batch, length), kind) for kind in (np.int32, bool, bool))
             for row, part in enumerate(rows):
                 tokens[row, : len(part.tokens)], mask[row, : len(part.tokens)] = part.tokens, True
                 scored[row, part.start - 1 : len(part.tokens) - 1] = True
             values = np.asarray(_statistics(models, tokens, mask, method=both), np.float64)
+            bad = (np.isnan(values).any(axis=(0, 1)) & scored).any(axis=1)
+            if bad.any():
+                row = int(bad.argmax())
+                where = f"{joint.name}, window {number * batch + row} of the text"
+                raise streams.not_finite_error(models, both, rows[row].tokens, where)
             for column, place in enumerate(places):
                 found[labels[place]].append(values[column][:, scored])
     return {label: np.concatenate(each, axis=1) for label, each in found.items()}
@@ -107,9 +112,11 @@ def _statistics(models, tokens, mask, *, method):
 
     def of_chunk(chunk):
         hidden, targets = chunk
-        scores = method.scores(streams.logits_of(models, method, hidden))
+        logits = streams.logits_of(models, method, hidden)
+        scores = method.scores(logits)
         base = jax.nn.log_softmax(scores[0])
-        return jnp.stack([_compare(base, own, targets) for own in scores[1:]])
+        compared = jnp.stack([_compare(base, own, targets) for own in scores[1:]])
+        return jnp.where(streams.finite(logits), compared, jnp.nan)
 
     chunks = (jax.tree.map(in_chunks, hidden), following.reshape(-1, size))
     values = jax.lax.map(of_chunk, chunks)  # [chunks, M, 4, size]

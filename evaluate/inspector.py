@@ -23,6 +23,7 @@ from imae_jax import runtime
 from imae_jax.anti_expert import MODES
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.config import LlamaConfig
+from imae_jax.decode.streams import not_finite_error
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.language_model import LanguageModel
@@ -177,6 +178,12 @@ def inspect(
         for row, part in enumerate(batch):
             target, first = found[part.excerpt], slice(part.first, part.end)
             predicting = slice(part.first - part.start - 1, part.length - 1)
+            bad = np.isnan(log_probs[:, row, predicting]).any(axis=1)
+            if bad.any():
+                mode = MODE_NAMES[int(bad.argmax())]
+                models, method = lm.prepare(mode, generating=False)
+                text = excerpts[part.excerpt].tokens[part.start : part.end]
+                raise not_finite_error(models, method, text, f"{mode}, {excerpts[part.excerpt].title}")
             target.gates[:, :, first] = gates[:, row, :, predicting]
             target.log_probs[:, first] = log_probs[:, row, predicting]
             target.top_tokens[:, first] = top_tokens[:, row, predicting]
@@ -228,7 +235,8 @@ def _run_modes(
         logits = project(weights, hidden)
         total = jax.nn.logsumexp(logits)
         top, top_tokens = jax.lax.top_k(logits, min(TOP, config.vocab_size))
-        return logits[target] - total, top_tokens, top - total
+        log_prob = jnp.where(jnp.isfinite(logits).all(), logits[target] - total, jnp.nan)
+        return log_prob, top_tokens, top - total
 
     # Nothing of size M · B · T · V is ever built.
     targets = jnp.tile(jnp.roll(tokens, -1, axis=1), (M, 1))

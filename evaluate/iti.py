@@ -23,6 +23,7 @@ from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.iti import Directions, write_directions
+from imae_jax.decode.streams import not_finite_error
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 from imae_jax.language_model import LanguageModel
@@ -55,6 +56,10 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = la
             tokens[place, : len(rows[i])] = rows[i]
             last[place] = len(rows[i]) - 1
         found[chosen] = _last_heads(weights, tokens, last, config=config)[: len(chosen)]
+        bad = next((i for i in chosen if not np.isfinite(found[i]).all()), None)
+        if bad is not None:
+            models, method = lm.prepare("base", generating=False)
+            raise not_finite_error(models, method, rows[bad], f"heads of {texts[bad]!r}")
     return found
 
 

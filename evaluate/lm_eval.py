@@ -248,6 +248,7 @@ class IMAEJaxLM(TemplateLM):
             [[items[place] for place in group] for group in places],
             method,
             rows_per_batch=self.batch_size,
+            where=lambda i, j: f"request {places[i][j]}",
         )
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:

@@ -410,7 +410,13 @@ class Run:
                     for place in part.places
                     if any((label, index[place]) not in self.lines for label in part.labels)
                 ]
-                scored = score(part.models, lm.config, [groups[p] for p in missing], part.method)
+                scored = score(
+                    part.models,
+                    lm.config,
+                    [groups[p] for p in missing],
+                    part.method,
+                    where=lambda i, j, missing=missing: f"question {index[missing[i]]}, answer {j}",
+                )
                 bar = tqdm(
                     scored,
                     total=len(part.places),

@@ -291,7 +291,8 @@ class LanguageModel:
             format: as in `generate`.
 
         Raises:
-            UserError: an answer without tokens, or a method that the model cannot run.
+            UserError: an answer without tokens, a method that the model cannot run, or logits that are not
+                finite.
         """
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompt", [prompt])
@@ -307,7 +308,7 @@ class LanguageModel:
             add_special_tokens=adds_special_tokens(format),
         )
         models, method = self.prepare(method, generating=False)
-        ((_, scores),) = score(models, self.config, [group], method)
+        ((_, scores),) = score(models, self.config, [group], method, where=lambda _, j: f"answer {j}")
         return [float(np.sum(s, dtype=np.float64)) for s in scores]
 
     def perplexity(
@@ -341,7 +342,7 @@ class LanguageModel:
             raise UserError(f"window {window} exceeds the model's context of {context}")
         groups = [windows(ids, window) for ids in self.tokenizer(list(texts))["input_ids"]]
         means = [0.0] * len(groups)
-        for i, scores in score(models, self.config, groups, method):
+        for i, scores in score(models, self.config, groups, method, where=lambda i, _: f"text {i}"):
             means[i] = np.concatenate(scores).mean(dtype=np.float64)
         return np.exp(-np.asarray(means)).tolist()
 

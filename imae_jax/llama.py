@@ -301,7 +301,7 @@ def forward(
 
         with jax.named_scope("attention"):
             h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
-            heads, kv = _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start)
+            heads, kv = _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start, attention_mask)
             if head_shift is not None:
                 heads = heads + (shift[..., None, None] * head_shift).astype(heads.dtype)
             h = linear(heads, "wo")
@@ -392,7 +392,7 @@ def _scan_layers(block, x, stacks, taps, remat):
     return jax.lax.scan(body, x, stacks)
 
 
-def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start):
+def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start, real):
     """Every head's output [B, T, N, H], and the layer's keys and values."""
     q = linear(h, "wq")
     k = linear(h, "wk")
@@ -401,6 +401,8 @@ def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start):
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     q = constrain(q, "batch", "length", "act_heads", None)
+    # An overflow at padding would pass through a weight of 0.
+    v = jnp.where(real[..., None, None], v, 0)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if kv is not None:
         (keys, k), (values, v) = append(kv[0], k, start), append(kv[1], v, start)

@@ -195,6 +195,11 @@ def _log_ratios(
             values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
             for i, row in zip(order[number * batch_size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
+                if not np.isfinite(ratios[i]).all():
+                    raise UserError(
+                        f"token filter: log-probabilities of example {i} are not finite with dtype "
+                        f"{base.base.dtype}: set dtype=float32 or bfloat16"
+                    )
     return ratios
 
 

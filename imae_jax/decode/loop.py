@@ -20,6 +20,8 @@ from imae_jax.llama import Llama, Weights
 PROMPT_BUCKET = 32
 """Prompts are padded to multiples of this, so that few lengths are compiled."""
 
+NEVER = np.iinfo(np.int32).max
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DecodeState:
         key: of the whole generation.
         step: int32 [], number of tokens drawn.
         seen: bool [B, V], tokens of prompt and new text, where the sampler needs them; else None.
+        not_finite: int32 [B], the first step whose logits or scores were not finite, else `NEVER`.
     """
 
     caches: streams.Caches
@@ -41,6 +44,7 @@ class DecodeState:
     key: jax.Array
     step: jax.Array
     seen: jax.Array | None
+    not_finite: jax.Array
 
 
 def generate(
@@ -77,8 +81,8 @@ def generate(
         The new token ids of every prompt.
 
     Raises:
-        UserError: an empty prompt, a prompt over the context length, or a method that the model cannot
-            run.
+        UserError: an empty prompt, a prompt over the context length, a method that the model cannot
+            run, or logits or scores that are not finite.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in stream_tokens(
@@ -136,9 +140,16 @@ def stream_tokens(
     )
     open_rows = np.ones(len(prompts), bool)
     eos_set, left = set(eos_token_ids), max_new_tokens
+    drawn_before: list[np.ndarray] = []
 
-    def cut(drawn: np.ndarray) -> list[list[int]]:
+    def cut(drawn: np.ndarray, not_finite: np.ndarray) -> list[list[int]]:
         nonlocal left
+        drawn_before.append(drawn)
+        for i in np.flatnonzero(open_rows & (not_finite < max_new_tokens)):
+            step, new = int(not_finite[i]), np.concatenate(drawn_before, axis=1)[i]
+            at = "prefill" if step == 0 else f"new token {step}"
+            text = [*prompts[i], *new[:step].tolist()]
+            raise streams.not_finite_error(models, method, text, f"{method.name}, prompt {i}, {at}")
         drawn, left = drawn[:, :left], left - drawn.shape[1]
         new = []
         for i, row in enumerate(drawn.tolist()):
@@ -147,12 +158,12 @@ def stream_tokens(
             open_rows[i] &= end is None
         return new
 
-    yield cut(np.asarray(state.token)[:, None])
+    yield cut(np.asarray(state.token)[:, None], np.asarray(state.not_finite))
     for _ in range(num_chunks):
         if not open_rows.any():
             return
         state, drawn = _decode_chunk(models, state, eos, method=method, sampler=sampler, length=chunk_size)
-        yield cut(np.asarray(drawn).T)
+        yield cut(np.asarray(drawn).T, np.asarray(state.not_finite))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
@@ -164,19 +175,23 @@ def _prefill(models, tokens, mask, eos, key, *, method, sampler, capacity):
     hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
     # [..., B, T, D] to [..., B, D].
     hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
-    scores = _scores(models, method, hidden)
+    scores, finite = _scores(models, method, hidden)
     seen = None
     if sampler.needs_seen:
         seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens].max(mask)
     token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
     seen = _with_token(seen, token)
-    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen)
+    not_finite = jnp.where(finite, NEVER, 0).astype(jnp.int32)
+    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen, not_finite)
 
 
 def _scores(models, method, hidden):
+    """What tokens are drawn from, float32 [B, V], and whether it is sound, bool [B]."""
     logits = streams.logits_of(models, method, hidden)
     with jax.named_scope(method.name):
-        return method.scores(logits)
+        scores = method.unnormalized_scores(logits)
+    # Tokens that a method rules out have -inf.
+    return scores, streams.finite(logits) & ~jnp.isnan(scores).any(axis=-1)
 
 
 def _with_token(seen, token):
@@ -191,12 +206,14 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
             models, method, state.token[:, None], attention_mask=every, answer=every, caches=state.caches
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
-        scores = _scores(models, method, hidden)
+        scores, finite = _scores(models, method, hidden)
         token = sampler.sample(scores, jax.random.fold_in(state.key, state.step), state.seen)
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
         seen = _with_token(state.seen, token)
-        return DecodeState(caches, token, done, state.key, state.step + 1, seen), token
+        not_finite = jnp.where(finite | state.done, NEVER, state.step)
+        not_finite = jnp.minimum(state.not_finite, not_finite)
+        return DecodeState(caches, token, done, state.key, state.step + 1, seen, not_finite), token
 
     return jax.lax.scan(step, state, length=length)
 

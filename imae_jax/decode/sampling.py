@@ -27,8 +27,9 @@ class Sampler:
         top_k: keep the k best tokens; 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches p; 1 keeps all.
         repetition_penalty: divides positive and multiplies negative scores of tokens that the prompt or the
-            new text holds already (CTRL, Keskar et al., arXiv 1909.05858); 1 is off. It acts on the method's
-            scores, which are log-probabilities or contrasts of them, not on raw logits.
+            new text holds already (CTRL, Keskar et al., arXiv 1909.05858); 1 is off. It comes first and acts
+            on `Method.unnormalized_scores`: the model's logits for its modes and ITI, as in transformers,
+            the evolved logits for SLED, the difference of log-probabilities for contrasts.
     """
 
     temperature: float = 0.0
@@ -63,11 +64,19 @@ class Sampler:
         Returns:
             int32 [B].
         """
+        scores = self.processed(scores, seen)
+        if self.temperature == 0:
+            return argmax(scores)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
+        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+    def processed(self, scores: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        """The scores [B, V] that `sample` draws from, -inf at tokens that are cut; in transformers' order."""
         if self.needs_seen:
             penalty = self.repetition_penalty
             scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.temperature == 0:
-            return argmax(scores)
+            return scores
         scores = scores / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             kth = jax.lax.top_k(scores, self.top_k)[0][:, -1:]
@@ -78,5 +87,4 @@ class Sampler:
             before = jnp.cumsum(probs, axis=-1) - probs
             last = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
             scores = jnp.where(scores < last, -jnp.inf, scores)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
-        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+        return scores

@@ -9,7 +9,7 @@ benchmark.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ PREFIX_BUCKET = 64
 ROWS_PER_BATCH = {"cpu": 1, "gpu": 16, "tpu": 16}
 GROUPS_PER_WINDOW = 32
 POSITIONS_PER_PROJECTION = 128
+
+Where = Callable[[int, int], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ def score(
     *,
     row_length: int = ROW_LENGTH,
     rows_per_batch: int | None = None,
+    where: Where = "group {}, continuation {}".format,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Scores every continuation's tokens: `s_t(x_t)` of docs/methods.md, teacher-forced.
 
@@ -130,15 +133,17 @@ def score(
         row_length: tokens per row; a group's tree that is longer is cut, a longer continuation gets a
             row of its own.
         rows_per_batch: rows computed at once; default by platform.
+        where: what continuation j of group i is called in errors.
 
     Yields:
         `(i, scores)` for every group, in no particular order: one float32 array per continuation with
         the score of every token from its `start` on.
 
     Raises:
-        UserError: a sequence over the context length, or a method that the model cannot run.
+        UserError: a sequence over the context length, a method that the model cannot run, or logits or
+            scores that are not finite.
     """
-    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=False):
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, where, greedy=False):
         yield i, [scores for (scores,) in scored]
 
 
@@ -150,14 +155,15 @@ def score_greedy(
     *,
     row_length: int = ROW_LENGTH,
     rows_per_batch: int | None = None,
+    where: Where = "group {}, continuation {}".format,
 ) -> Iterator[tuple[int, list[np.ndarray], list[np.ndarray]]]:
     """As `score`, but also yields which tokens are the method's arg-max: one bool array per continuation."""
-    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, greedy=True):
+    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, where, greedy=True):
         yield i, [scores for scores, _ in scored], [greedy for _, greedy in scored]
 
 
 def _score(
-    model, config, groups, method, row_length, rows_per_batch, *, greedy: bool
+    model, config, groups, method, row_length, rows_per_batch, where, *, greedy: bool
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, ...]]]]:
     models = Models.of(model, config)
     method = method.resolve(config, generating=False)
@@ -194,6 +200,7 @@ def _score(
             for group, index, nodes in tree.members:
                 first = groups[group][index].start - len(prefix)
                 results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
+        _check_finite(models, method, groups, results, where)
         yield from results.items()
 
 
@@ -211,6 +218,22 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
                 f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
                 "shorten the prompt or the answer"
             )
+
+
+def _check_finite(models, method, groups, results, where: Where) -> None:
+    """Raises a `UserError` that names a continuation with a score that is NaN."""
+    bad = [
+        (i, j) for i, each in results.items() for j, (scores, *_) in enumerate(each) if np.isnan(scores).any()
+    ]
+    if not bad:
+        return
+    # An overflow passes to what lies in the same row through weights of 0: the one to name overflows alone.
+    texts = {place: groups[place[0]][place[1]].tokens[:-1] for place in bad}
+    overflows = (
+        place for place in bad if streams.first_layer_not_finite(models, method, texts[place]) is not None
+    )
+    named = next(overflows, bad[0])
+    raise streams.not_finite_error(models, method, texts[named], f"{method.name}, {where(*named)}")
 
 
 class _TokenTree:
@@ -400,8 +423,8 @@ def _score_nodes(
     greedy,
 ):
     """Scores [B, T], of a `Joint` [B, T, M], of the scored nodes' tokens from the hidden states of their
-    parents; with `greedy` also whether the token is the arg-max there, bool [B, T]. See `_Row.arrays` and
-    `_projection_chunks`."""
+    parents, NaN where logits are not finite; with `greedy` also whether the token is the arg-max there,
+    bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
     B, T = tokens.shape
     last_position = models.max_positions - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
@@ -410,7 +433,8 @@ def _score_nodes(
         models,
         method,
         tokens,
-        attention_mask=jnp.ones((B, T), bool),
+        # Padding has no ancestors, not even itself.
+        attention_mask=jnp.diagonal(ancestors, axis1=1, axis2=2),
         answer=answer,
         # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
         positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + depths, last_position),
@@ -426,7 +450,9 @@ def _score_nodes(
         of_parents = jax.tree.map(lambda x: x[..., positions[chunk], :], hidden)
         logits = streams.logits_of(models, method, of_parents)
         chosen = tokens[jnp.minimum(at, B * T - 1)]
-        new = [method.token_scores(logits, parent_places[chunk], chosen)]
+        scores = method.token_scores(logits, parent_places[chunk], chosen)
+        finite = streams.finite(logits)[parent_places[chunk]]
+        new = [jnp.where(finite.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)]
         if greedy:
             new.append(argmax(method.scores(logits))[parent_places[chunk]] == chosen)
         return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))

@@ -13,6 +13,10 @@ from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Taps, Weights, final_norm, forward, project
 
+LENGTH_BUCKET = 64
+
+_forward = jax.jit(forward, static_argnames=("config", "taps"))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +173,55 @@ def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) ->
             logits[i] = StreamLogits(projected[start], exits)
             start = end
     return tuple(logits)
+
+
+def finite(logits: Sequence[StreamLogits]) -> jax.Array:
+    """Whether the final logits of all streams are, bool [...]: an overflow of float16 would become text."""
+    return jnp.stack([jnp.isfinite(x.final).all(axis=-1) for x in logits]).all(axis=0)
+
+
+def not_finite_error(models: Models, method: Method, tokens: Sequence[int], where: str) -> UserError:
+    """The error for logits or scores that are NaN or infinite.
+
+    Args:
+        models, method: as in `run`.
+        tokens: after which they are; one more pass over them finds the layer where it begins.
+        where: what was computed.
+    """
+    layer = first_layer_not_finite(models, method, tokens)
+    begins = "" if layer is None else f", from layer {layer} on" if layer else ", from the embeddings on"
+    dtype = models.weights[0].dtype
+    if dtype == jnp.float16:
+        cure = "float16 holds numbers up to 65504 only: load the model with --dtype float32 (or bfloat16)"
+    else:
+        cure = "check the checkpoint and the method's settings, or load the model with --dtype float32"
+    return UserError(f"{where}: logits or scores are not finite in {dtype.name}{begins}; {cure}")
+
+
+def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]) -> int | None:
+    """The first layer of any stream after which a text's residual stream is not finite, or None.
+
+    0 is the embedding's output.
+    """
+    length, found = len(tokens), []
+    rows = jnp.pad(jnp.asarray([tokens], jnp.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
+    mask = jnp.arange(rows.shape[1])[None] < length
+    for stream in method.streams:
+        config = models.configs[stream.model]
+        hidden_layers = _forward(
+            models.weights[stream.model],
+            config,
+            rows,
+            attention_mask=mask,
+            strength=stream.strength or None,
+            gate_threshold=stream.gate_threshold or None,
+            adapter=stream.adapter or None,
+            shift=jnp.full(rows.shape, stream.shift) if stream.shift else None,
+            taps=Taps(hidden_layers=tuple(range(config.num_layers + 1))),
+        ).hidden_layers
+        bad = (layer for layer, x in enumerate(hidden_layers) if not jnp.isfinite(x[:, :length]).all())
+        found.append(next(bad, None))
+    return min((layer for layer in found if layer is not None), default=None)
 
 
 def projections(method: Method) -> int:

@@ -44,6 +44,9 @@ class Strength(Method):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
 
+    def unnormalized_scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        return logits[0].final
+
     def token_scores(
         self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:

@@ -49,3 +49,6 @@ class ITI(Method):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
+
+    def unnormalized_scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        return logits[0].final

@@ -89,6 +89,14 @@ class Method(abc.ABC):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         """Next-token scores, float32 [..., V], of a method that is resolved, from every stream's logits."""
 
+    def unnormalized_scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        """What a next token is drawn from, float32 [..., V]: `scores` plus any number that all tokens share.
+
+        Raw logits where `scores` are their log-softmax: a repetition penalty acts on these, as in
+        transformers, and its result depends on that number.
+        """
+        return self.scores(logits)
+
     def token_scores(
         self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:

@@ -83,6 +83,10 @@ class SLED(Method):
         return dataclasses.replace(self, candidates=candidates, steps=steps, lower_bound=lower_bound)
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        z = self.unnormalized_scores(logits)
+        return jax.nn.log_softmax(z) if self.renormalize else z
+
+    def unnormalized_scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         last, early = logits[0].final, logits[0].exits
         _, chosen = jax.lax.top_k(last, self.scale)
         m = jnp.square(jnp.maximum(_cosines(jax.nn.softmax(early), early - last, chosen), 0.0))
@@ -94,8 +98,7 @@ class SLED(Method):
         for j in range(steps):
             z = z - self.rate * (1 - j / steps) * (jax.nn.softmax(z) - dense)
         kept = jnp.take_along_axis(z, chosen, axis=-1)
-        z = jnp.put_along_axis(jnp.full_like(last, self.lower_bound), chosen, kept, axis=-1, inplace=False)
-        return jax.nn.log_softmax(z) if self.renormalize else z
+        return jnp.put_along_axis(jnp.full_like(last, self.lower_bound), chosen, kept, axis=-1, inplace=False)
 
 
 def _cosines(q: jax.Array, d: jax.Array, chosen: jax.Array) -> jax.Array:
