@@ -205,7 +205,7 @@ def _weight_files(directory: Path) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `UserError` that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:

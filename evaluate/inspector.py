@@ -258,7 +258,7 @@ def read_texts(path: Path) -> list[tuple[str, str, str | None]]:
     """
     try:
         # Line ends as they are: they are tokens, too.
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text {path} cannot be read: {first_line(error)}") from error
     if not text.strip():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import read_text
+from imae_jax.files import read_rows, read_text
 
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 BEST_INCORRECT = "Best Incorrect Answer"
@@ -117,7 +117,7 @@ def read_questions(path: str | Path, form: str = "answers") -> list[Question]:
     Raises:
         UserError: names the missing column, or the row that has no question or answers.
     """
-    text = _read(path)
+    text = read_text(path, "data file")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = ("Question", "Best Answer", BEST_INCORRECT) if form == "binary" else COLUMNS
     try:
@@ -173,15 +173,10 @@ def _closed(answers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _from_json(path: Path, form: str) -> list[Question]:
-    text = _read(path)
-    try:
-        lines = text.split("\n") if path.suffix == ".jsonl" else None
-        rows = json.loads(text) if lines is None else [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
+    rows = read_rows(path, "data file")
+    if not rows:
         raise UserError(f"{path} holds no questions: give a list of objects, or one object a line")
-    return [_from_targets(i, f"{path} row {i}", row, form) for i, row in enumerate(rows)]
+    return [_from_targets(i, place, row, form) for i, (place, row) in enumerate(rows)]
 
 
 def _from_targets(index: int, place: str, row: Any, form: str) -> Question:
@@ -255,10 +250,6 @@ def _from_hub(form: str) -> list[Question]:
         )
         for i, row in enumerate(rows)
     ]
-
-
-def _read(path: str | Path) -> str:
-    return read_text(path, "data file", encoding="utf-8-sig")
 
 
 def select(texts: Sequence[str], split: str, *, seed: int = 0, dev_share: float = 0.2) -> list[int]:

@@ -1,6 +1,8 @@
 """In-model anti-expert (IMAE) and factuality decoding of Llama-family LLMs in JAX."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # The rooms `convert`, `train` and `evaluate` are installed inside this package; in a checkout that
 # is not installed they lie beside it.
@@ -8,4 +10,33 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "convert").is_dir():
     __path__.append(str(_checkout))
 
+if TYPE_CHECKING:
+    from imae_jax.convert import load_model
+    from imae_jax.decode import Method, Sampler, parse_method
+    from imae_jax.errors import UserError
+    from imae_jax.language_model import LanguageModel
+
 __version__ = "0.1.0"
+
+__all__ = ["LanguageModel", "Method", "Sampler", "UserError", "__version__", "load_model", "parse_method"]
+
+# Imported on first use: JAX's settings can still be made after `import imae_jax`.
+_SOURCES = {
+    "LanguageModel": "imae_jax.language_model",
+    "Method": "imae_jax.decode",
+    "Sampler": "imae_jax.decode",
+    "UserError": "imae_jax.errors",
+    "load_model": "imae_jax.convert",
+    "parse_method": "imae_jax.decode",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_SOURCES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

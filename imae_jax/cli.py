@@ -8,13 +8,31 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from imae_jax.errors import Stopped, Terminated, UserError
 
+MODULES = "python -m imae_jax"
+
+
+def program() -> str:
+    """How the user has called the command of all commands: `imae`, or `python -m imae_jax`."""
+    return "imae" if Path(sys.argv[0]).stem == "imae" else MODULES
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are one line (exit code 2)."""
+    """An `argparse.ArgumentParser` whose errors are one line (exit code 2).
+
+    Args:
+        prog: `python -m imae_jax.…`; under `imae` it reads as the user has typed it.
+    """
+
+    def __init__(self, *, prog: str, **options: Any):
+        path = Path(sys.argv[0])
+        if path.stem == "imae" or path.parts[-2:] == ("imae_jax", "__main__.py"):
+            prog = prog.replace(f"{MODULES}.", f"{program()} ").replace(".", " ")
+        super().__init__(prog=prog, **options)
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")

@@ -1,11 +1,13 @@
-"""Writing results so that nothing half-written stays behind."""
+"""Reading what users give, and writing results so that nothing half-written stays behind."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from imae_jax.errors import UserError
 
@@ -63,25 +65,49 @@ def check_new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool
         raise UserError(f"{path} cannot be written in {parent}: choose another output")
 
 
-def read_text(path: str | os.PathLike, name: str, *, encoding: str = "utf-8") -> str:
-    """The contents of a text file.
+def read_text(path: str | os.PathLike, name: str) -> str:
+    """The contents of a UTF-8 text file, without a byte-order mark.
 
     Args:
         path: of the file.
         name: what it is, for the error.
-        encoding: utf-8, or utf-8-sig where a byte order mark is to be dropped.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding=encoding)
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{name} {path} cannot be read ({error.strerror or error}): give a text file"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from error
+
+
+def read_rows(path: str | os.PathLike, name: str) -> list[tuple[str, Any]]:
+    """The values of a JSONL file, or of a JSON list, each with its place for errors.
+
+    Args:
+        path, name: as in `read_text`.
+
+    Raises:
+        UserError: it cannot be read, or names what is not JSON.
+    """
+    text = read_text(path, name)
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path} row {i}", value) for i, value in enumerate(json.loads(text))]
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        place = f"{path} line {number}"
+        try:
+            rows += [(place, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"{place} is not JSON: {error}") from error
+    return rows
 
 
 def _replace(path: Path, temporary: Path) -> None:

@@ -20,8 +20,8 @@ from imae_jax.cli import (
     command,
     model_arguments,
 )
-from imae_jax.errors import UserError, first_line
-from imae_jax.files import write_text
+from imae_jax.errors import UserError
+from imae_jax.files import read_text, write_text
 from imae_jax.prompts import resolve_format
 
 if TYPE_CHECKING:
@@ -143,11 +143,7 @@ def _continue_file(
     """
     from tqdm import tqdm
 
-    try:
-        # A byte-order mark is no part of the first line.
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read: {first_line(error)}") from error
+    lines = read_text(source, "file of prompts").split("\n")
     settings = {"model": model, "method": method.settings(), **options}
     settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
     done = _done(out, settings)

@@ -11,6 +11,7 @@ import numpy as np
 
 from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
+from imae_jax.files import read_rows
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train.config import DataConfig, TrainConfig
 
@@ -98,20 +99,8 @@ def load_rows(config: DataConfig) -> list[Row]:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Reads a JSONL file with HaluEval QA's fields."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
-        rows.append(_row(values, f"{path} line {number}"))
+    """Reads a JSONL file, or a JSON list, with HaluEval QA's fields."""
+    rows = [_row(values, place) for place, values in read_rows(path, "data file")]
     if not rows:
         raise UserError(f"data file {path} holds no rows")
     return rows

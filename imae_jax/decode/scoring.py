@@ -433,8 +433,8 @@ def _score_nodes(
         models,
         method,
         tokens,
-        # Padding has no ancestors, not even itself.
-        attention_mask=jnp.diagonal(ancestors, axis1=1, axis2=2),
+        # What nothing follows, padding too, is attended to by nobody else: its overflow must not show.
+        attention_mask=jnp.sum(ancestors, axis=1) > 1,
         answer=answer,
         # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
         positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + depths, last_position),
