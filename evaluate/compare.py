@@ -1,5 +1,6 @@
 """`python -m imae_jax.evaluate.compare RUN_A RUN_B`: two runs on the items that both have."""
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from .runs import (
 from .summaries import differences_table, sums_of, values_of
 from .tables import Table, show
 from .truthfulqa import HEADS as TRUTHFULQA_HEADS
+
+logger = logging.getLogger(__name__)
 
 # What must be equal for items to mean the same.
 MUST_AGREE = ("protocol", "data.sha256", "length.ratio", "generation.max_new_tokens")
@@ -183,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--seed {args.seed}: give at least 0")
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
     if comparison["benchmark"] == "halueval" and "matched" not in comparison["parts"]:
-        print("warning: no pair's answers are of matched length in both runs", file=sys.stderr)
+        logger.warning("no pair's answers are of matched length in both runs")
     comparison |= {"command": called(parser.prog, argv), **environment()}
     tables = comparison_tables(comparison)
     if args.out is not None:

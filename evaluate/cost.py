@@ -487,7 +487,6 @@ def add_cost_arguments(parser: ArgumentParser, *, batch_sizes: str) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of every row")
     parser.add_argument("--new-tokens", type=int, default=64, help="of every row")
     parser.add_argument("--repeats", type=int, default=5, help="runs; figures are medians")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def workloads_of(args: Any) -> list[Workload]:

@@ -7,6 +7,7 @@ all pairs and on those whose answers have about the same length, beside what len
 Source: Li et al., "HaluEval", EMNLP 2023 (arXiv 2305.11747); its qa_data.json has the pairs.
 """
 
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ from .summaries import (
     summarize,
 )
 from .tables import Table, show
+
+logger = logging.getLogger(__name__)
 
 BENCHMARK, PROTOCOL = "halueval", "halueval-qa-v1"
 HEADS = {"raw": "right preferred", "per_token": "per token"}
@@ -277,11 +280,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     tables = tables_of(results)
     run.finish(results, tables, plots_of(results), index)
-    warnings = note_undefined(parts["all"])
+    for note in note_undefined(parts["all"]):
+        logger.warning(note)
     if not length["matched"]["n"]:
-        warnings.append(f"warning: no pair's answers are within a factor of {args.length_ratio:g} in length")
-    for warning in warnings:
-        print(warning, file=sys.stderr)
+        logger.warning("no pair's answers are within a factor of %g in length", args.length_ratio)
     show(tables)
 
 

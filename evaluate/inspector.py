@@ -562,7 +562,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "context)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if args.rows is not None and args.data is None:
         raise UserError("--rows goes with --data RUN")

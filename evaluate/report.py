@@ -461,8 +461,7 @@ def _scores(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> tuple[An
 
 
 def _warnings(run: Evaluation, methods: Mapping[str, Any]) -> list[Note]:
-    found = (warning.removeprefix("warning: ") for warning in note_undefined(methods))
-    return [Note(f"Run {run.number}: {warning}.", warning=True) for warning in found]
+    return [Note(f"Run {run.number}: {note}.", warning=True) for note in note_undefined(methods)]
 
 
 def _paper_scores(paper: Mapping[str, Any]) -> Section:

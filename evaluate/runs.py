@@ -61,7 +61,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in OUT")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:

@@ -149,13 +149,13 @@ def against_baseline(methods: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note_undefined(methods: Mapping[str, Any]) -> list[str]:
-    """A warning for every method with scores that are not finite."""
-    warnings = []
+    """A sentence for every method with scores that are not finite."""
+    notes = []
     for label, row in methods.items():
         if row["n_undefined"]:
             rows = ", ".join([*map(str, row["undefined"][:8]), *["…"] * (row["n_undefined"] > 8)])
-            warnings.append(
-                f"warning: {label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score "
+            notes.append(
+                f"{label}: {row['n_undefined']} of {row['n'] + row['n_undefined']} have a score "
                 f"that is not finite (rows {rows}); means leave them out"
             )
-    return warnings
+    return notes

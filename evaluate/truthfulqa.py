@@ -7,6 +7,7 @@ in the code of DoLa (Chuang et al., arXiv 2309.03883); the binary choice of the 
 
 import argparse
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ from .summaries import (
     summarize,
 )
 from .tables import Table, figure, show
+
+logger = logging.getLogger(__name__)
 
 BENCHMARK = "truthfulqa"
 HEADS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3", "binary": "binary"}
@@ -227,8 +230,7 @@ def read_inputs(args: argparse.Namespace, protocol: Protocol) -> Inputs:
     """
     data = load_data(args.data, protocol.form)
     primer = load_primer(args.primer, demo=args.data == "demo", instruction=protocol.instruction)
-    for warning in _checked(data, protocol, primer, any_data=args.any_data):
-        print(warning, file=sys.stderr)
+    _check(data, protocol, primer, any_data=args.any_data)
     texts = [question.text for question in data.questions]
     places = select(texts, args.split, seed=args.split_seed, dev_share=args.dev_share)[: args.limit]
     if not places:
@@ -242,21 +244,19 @@ def read_inputs(args: argparse.Namespace, protocol: Protocol) -> Inputs:
     return Inputs(protocol, data, primer, tuple(data.questions[place] for place in places), settings)
 
 
-def _checked(data: Data, protocol: Protocol, primer: Primer, *, any_data: bool) -> list[str]:
-    """Warnings about data and primer that are not the protocol's.
+def _check(data: Data, protocol: Protocol, primer: Primer, *, any_data: bool) -> None:
+    """Warns of data and primer that are not the protocol's.
 
     Raises:
         UserError: the data are not, and `any_data` is off.
     """
-    warnings = []
     objection = protocol.objection(data)
     if objection is not None:
         if not any_data:
             raise UserError(f"{objection}: pass --any-data to go on, and the results say so")
-        warnings.append(f"warning: {objection}; the results say so")
+        logger.warning("%s; the results say so", objection)
     if primer.name == "custom":
-        warnings.append(f"warning: the primer is not the one that {protocol.name} pins; the results say so")
-    return warnings
+        logger.warning("the primer is not the one that %s pins; the results say so", protocol.name)
 
 
 @command
@@ -337,8 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     tables = results_tables(results)
     run.finish(results, tables, results_plots(results), index)
-    for warning in note_undefined(results["methods"]):
-        print(warning, file=sys.stderr)
+    for note in note_undefined(results["methods"]):
+        logger.warning(note)
     show(tables)
 
 

@@ -1,19 +1,45 @@
-"""What the commands share: how errors are reported, and arguments that name a model or its sampling."""
+"""What the commands share: messages, reports of errors, arguments that name a model or its sampling.
+
+The library logs to loggers named after its modules and configures none; a command shows them on stderr.
+"""
 
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax.errors import Stopped, Terminated, UserError
+from imae_jax.errors import Stopped, Terminated, UserError, first_line
 
 MODULES = "python -m imae_jax"
+DEBUG_VARIABLE = "IMAE_JAX_DEBUG"
+# A module that `python -m` runs is called __main__; in a checkout that may be evaluate.truthfulqa.
+OUR_LOGGERS = ("imae_jax", "evaluate", "__main__")
+FAULT = "this is a fault of imae_jax, not of yours: please report it with the lines above"
+
+
+def _message_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    group = parser.add_argument_group("messages")
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="details, and what other libraries have to say"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="only warnings and errors: no notes, no progress bars"
+    )
+    group.add_argument(
+        "--debug",
+        action="store_true",
+        help=f"show the exceptions that led to an error (as the environment variable {DEBUG_VARIABLE}=1)",
+    )
+    return parser
 
 
 def program() -> str:
@@ -22,7 +48,9 @@ def program() -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are one line (exit code 2).
+    """An `argparse.ArgumentParser` for a `command`: with --verbose, --quiet and --debug.
+
+    Its errors are `UserError`s.
 
     Args:
         prog: `python -m imae_jax.…`; under `imae` it reads as the user has typed it.
@@ -32,39 +60,114 @@ class ArgumentParser(argparse.ArgumentParser):
         path = Path(sys.argv[0])
         if path.stem == "imae" or path.parts[-2:] == ("imae_jax", "__main__.py"):
             prog = prog.replace(f"{MODULES}.", f"{program()} ").replace(".", " ")
-        super().__init__(prog=prog, **options)
+        super().__init__(prog=prog, parents=[_message_options()], **options)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        raise UserError(f"{message} (see {self.prog} --help)") from sys.exception()
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Wraps a command's `main(argv)`: a user error is one line and exit code 2, a signal 128 + its number."""
+    """Wraps a command's `main(argv)`: shows log messages, reports what ends it, and returns the exit code."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
-        try:
-            with _sigterm_unwinds():
-                main(argv)
-        except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            return 2
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            return 128 + stopped.signal
-        except Terminated:
-            print("terminated", file=sys.stderr)
-            return 128 + signal.SIGTERM
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        except BrokenPipeError:
-            # The reader of a pipe has gone (`… | head`): not an error of ours.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+        with _messages(argv):
+            try:
+                with _sigterm_unwinds():
+                    main(argv)
+            except BrokenPipeError:
+                # The reader of a pipe has gone (`… | head`): not an error of ours.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141
+            except (Exception, KeyboardInterrupt) as error:
+                return report(error)
         return 0
 
     return wrapped
+
+
+def report(error: BaseException, process: str = "") -> int:
+    """Says on stderr what ended a command.
+
+    Args:
+        error: the exception.
+        process: which of several processes it ended, as the beginning of a message; empty where there is one.
+
+    Returns:
+        The exit code: 2 for what the user can mend, which is one line (with --debug, below the exceptions
+        that led to it); 128 + its number for a signal; 1 for a fault of this package, below its traceback.
+    """
+    if isinstance(error, Stopped):
+        message, code = str(error), 128 + error.signal
+    elif isinstance(error, Terminated):
+        message, code = "terminated", 128 + signal.SIGTERM
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", 128 + signal.SIGINT
+    elif isinstance(error, UserError):
+        message, code = f"error: {process}{error}", 2
+    elif _is_out_of_memory(error):
+        message, code = f"error: {process}out of memory ({first_line(error)}): take less at a time", 2
+    elif process:
+        message = f"error: {process}{FAULT}, unless another process ended first: see its output"
+        message, code = f"{message}, and start all of them again with --resume", 1
+    else:
+        message, code = f"error: {FAULT}", 1
+    if code == 1 or (code == 2 and os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")):
+        traceback.print_exception(error)
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    from jax.errors import JaxRuntimeError
+
+    on_device = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return on_device or isinstance(error, MemoryError)
+
+
+class _Handler(logging.Handler):
+    """Writes one line for a message to stderr, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        library = "" if record.name.split(".")[0] in OUR_LOGGERS else f"{record.name}: "
+        line = " ".join(f"{level}{library}{record.getMessage()}".split())
+        return (
+            line if not record.exc_info else f"{line}\n{logging.Formatter().formatException(record.exc_info)}"
+        )
+
+
+@contextlib.contextmanager
+def _messages(argv: Sequence[str] | None) -> Iterator[None]:
+    """Shows log messages as the command line wants it, even if something else in it is wrong."""
+    try:
+        options, _ = _message_options().parse_known_args(argv)
+    except argparse.ArgumentError:  # The command's own parser reports it.
+        options = argparse.Namespace(verbose=False, quiet=False, debug=False)
+    level = logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
+    levels = {"": logging.INFO if options.verbose else logging.WARNING, **dict.fromkeys(OUR_LOGGERS, level)}
+    before = {name: logging.getLogger(name).level for name in levels}
+    handler, debug = _Handler(), os.environ.get(DEBUG_VARIABLE)
+    try:
+        logging.getLogger().addHandler(handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if options.debug:
+            os.environ[DEBUG_VARIABLE] = "1"
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        if options.debug:
+            os.environ.pop(DEBUG_VARIABLE)
+            if debug is not None:
+                os.environ[DEBUG_VARIABLE] = debug
 
 
 @contextlib.contextmanager

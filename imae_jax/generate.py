@@ -6,6 +6,7 @@ This command and those of the other rooms are the only modules that see both the
 
 import dataclasses
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from imae_jax.prompts import resolve_format
 if TYPE_CHECKING:
     from imae_jax.decode import Method
     from imae_jax.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
 
 # Of the columns of --compare; what differs from the first column's text is bold.
 COLORS = ("white", "green", "cyan", "magenta", "yellow")
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif not args.stream:
         for prompt, text in zip(args.prompt, columns[0], strict=True):
             print(prompt + text if args.format == "raw" else text.strip())
-    print(", ".join(notes) + ", compilation included", file=sys.stderr)
+    logger.info("%s, compilation included", ", ".join(notes))
 
 
 def _continue_file(
@@ -178,7 +181,7 @@ def _continue_file(
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    print(f"{out} holds {len(prompts)} lines, {len(done)} of them from before", file=sys.stderr)
+    logger.info("%s holds %d lines, %d of them from before", out, len(prompts), len(done))
     if bad:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
         raise UserError(f"{len(bad)} lines of {source} were left out: {shown}")

@@ -1,10 +1,13 @@
 """Writes inputs of the runs of docs/results.md, which `make results` asks for."""
 
 import argparse
+import inspect
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from imae_jax.cli import ArgumentParser
+from imae_jax.cli import ArgumentParser, command
 
 TRUTHFUL = "Answer truthfully."
 LENGTH_RATIO = 1.25
@@ -53,20 +56,21 @@ def existing_file(value: str) -> Path:
     return Path(value)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     for function in (right_answers, matched_pairs, truthful_primer):
-        command = commands.add_parser(function.__name__.replace("_", "-"))
-        command.set_defaults(function=function)
+        subparser = commands.add_parser(function.__name__.replace("_", "-"))
+        subparser.set_defaults(function=function)
         if function is not truthful_primer:
-            command.add_argument("rows", type=existing_file, help="HaluEval QA's JSONL file")
-        command.add_argument("out", type=Path)
+            subparser.add_argument("rows", type=existing_file, help="HaluEval QA's JSONL file")
+        subparser.add_argument("out", type=Path)
         if function is matched_pairs:
-            command.add_argument("--tokenizer", required=True)
-    arguments = vars(parser.parse_args())
-    arguments.pop("function")(**arguments)
+            subparser.add_argument("--tokenizer", required=True)
+    args = parser.parse_args(argv)
+    args.function(**{name: getattr(args, name) for name in inspect.signature(args.function).parameters})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,12 +299,13 @@ def with_changes(command: Sequence[Any], **changes) -> list[Any]:
     return command
 
 
-def error_line(capfd, status: int) -> str:
-    """The one error of a command that the user got wrong; warnings may come before it."""
-    assert status == 2
+def error_of(capfd, command: Callable[..., int], *arguments: Any) -> str:
+    """The one line with which a command refuses its arguments; warnings may come before it."""
+    capfd.readouterr()
+    assert command([*map(str, arguments)]) == 2
     *warnings, error = capfd.readouterr().err.splitlines()
     assert error.startswith("error: ")
-    assert all(line.startswith("warning: ") for line in warnings)
+    assert all(line.startswith("warning: ") for line in warnings), warnings
     return error
 
 

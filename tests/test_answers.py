@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, error_line, with_changes, word_tokenizer, write_questions
+from conftest import TINY, error_of, with_changes, word_tokenizer, write_questions
 
 from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.decode import Sampler
@@ -159,11 +159,6 @@ def with_out(command, out, **changes):
     return with_changes(command, out=out, **changes)
 
 
-def refused(capfd, *arguments) -> str:
-    capfd.readouterr()
-    return error_line(capfd, run(*arguments))
-
-
 @pytest.fixture(scope="module")
 def answered(tiny_imae, tmp_path_factory):
     """A finished run, sampled, of two batches: its arguments and its directory, not to be changed."""
@@ -249,9 +244,9 @@ def test_a_run_goes_on_with_the_same_settings_alone(answered, tmp_path, capfd):
     command, finished = answered
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    assert "pass --overwrite" in refused(capfd, *with_out(command, out))
+    assert "pass --overwrite" in error_of(capfd, main, *with_out(command, out))
     (out / "results.json").unlink()
-    assert "unfinished run: pass --resume" in refused(capfd, *with_out(command, out))
+    assert "unfinished run: pass --resume" in error_of(capfd, main, *with_out(command, out))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for part, arguments in {
         "another generation.sampler.temperature (0.8, now 0.0)": with_out(command, out, temperature=0),
@@ -260,7 +255,7 @@ def test_a_run_goes_on_with_the_same_settings_alone(answered, tmp_path, capfd):
         "another generation.seed (0, now 7)": [*with_out(command, out), "--sampling-seed", 7],
         "another methods.base": with_out(command, out, methods="expert"),
     }.items():
-        assert part in refused(capfd, *arguments, "--resume"), part
+        assert part in error_of(capfd, main, *arguments, "--resume"), part
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -280,9 +275,9 @@ def test_what_cannot_be_answered_is_refused(answered, tmp_path, capfd, monkeypat
         ),
         "--baseline dola is not among --methods": [*command, "--baseline", "dola"],
     }.items():
-        assert part in refused(capfd, *arguments), part
+        assert part in error_of(capfd, main, *arguments), part
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    assert "rouge-score is not installed: pip install 'imae_jax[answers]'" in refused(capfd, *command)
+    assert "rouge-score is not installed: pip install 'imae_jax[answers]'" in error_of(capfd, main, *command)
     assert not (tmp_path / "new").exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMOLLM2, hf_logits, log_softmax, random_tokens, run_python
+from conftest import SMOLLM2, error_of, hf_logits, log_softmax, random_tokens, run_python
 
 from imae_jax import decode
 from imae_jax.convert.__main__ import main as convert
@@ -29,18 +29,6 @@ def tiny_dir(tiny):
 def output_of(capfd, command, *arguments) -> str:
     assert command([*map(str, arguments)]) == 0
     return capfd.readouterr().out
-
-
-def error_of(capfd, command, *arguments) -> str:
-    try:
-        code = command([*map(str, arguments)])
-    except SystemExit as error:  # argparse's own errors
-        code = error.code
-    assert code == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def test_generate_continues_like_transformers(tiny_dir, tiny, capfd):
@@ -311,10 +299,7 @@ def test_an_output_is_gone_on_with_for_the_same_model_and_prompts_alone(
     ],
 )
 def test_contradictions_are_named(checkpoint, capfd, arguments, message):
-    assert generate(["--model", str(checkpoint.directory), *arguments]) == 2
-    error = capfd.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_of(capfd, generate, "--model", checkpoint.directory, *arguments)
 
 
 def test_streamed_text_is_the_generated_text(smollm2):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SMOLLM2, TINY, import_torch, user_error, with_random_units
+from conftest import SMOLLM2, TINY, error_of, import_torch, user_error, with_random_units
 from test_docs import blocks
 
 from imae_jax.config import AntiExpertConfig
@@ -144,10 +144,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_before_a_model_is_loaded(case, tmp_path, capfd):
     more, message = BAD[case]
-    assert main(["--model", "no-such-model", "--out", str(tmp_path / "out"), *more]) == 2
-    error = capfd.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_of(capfd, main, "--model", "no-such-model", "--out", tmp_path / "out", *more)
     assert not any(tmp_path.iterdir())
 
 
@@ -167,10 +164,7 @@ def test_existing_results_stay(tiny, tmp_path, capfd):
 def test_an_error_of_a_measurement_is_the_commands(tmp_path, capfd):
     """Also one that comes as late as in the process that measures."""
     command = ["--model", tmp_path / "nowhere", "--out", tmp_path / "out", "--profile", tmp_path / "t"]
-    assert main([*map(str, command), "--quiet"]) == 2
-    error = capfd.readouterr().err
-    assert "nowhere' does not exist" in error
-    assert error.count("\n") == 1
+    assert "nowhere' does not exist" in error_of(capfd, main, *command, "--quiet")
     assert not any(tmp_path.iterdir())
 
 

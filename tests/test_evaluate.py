@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMOLLM2, hf_logits, log_softmax, user_error
+from conftest import SMOLLM2, error_of, hf_logits, log_softmax, user_error
 
 from imae_jax.decode import parse_method
 from imae_jax.evaluate import protocols
@@ -380,14 +380,6 @@ def test_chat_protocol_scores_the_answer_after_the_template(smollm2, hf_smollm2,
         assert got == pytest.approx(expected, rel=1e-4)
 
 
-def run_main(capfd, *arguments) -> str:
-    assert main([*map(str, arguments), "--quiet"]) == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 def test_bad_input_ends_in_one_line(tmp_path, capfd):
     out = tmp_path / "out"
     rows = tmp_path / "rows.csv"
@@ -402,23 +394,23 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     base = ["--model", SMOLLM2, "--out", out, "--any-data"]
     demo_primer = ["--primer", protocols.DATA_DIRECTORY / "demo_primer.txt"]
     write(**{"Incorrect Answers": None})
-    assert "no column Incorrect Answers" in run_main(capfd, *base, "--data", rows, *demo_primer)
+    assert "no column Incorrect Answers" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
     write(**{"Incorrect Answers": " ; "})
-    assert "row 0 lacks" in run_main(capfd, *base, "--data", rows, *demo_primer)
+    assert "row 0 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
     write(Question="")
-    assert "row 0 lacks" in run_main(capfd, *base, "--data", rows, *demo_primer)
-    assert "nowhere.csv" in run_main(capfd, *base, "--data", "nowhere.csv", *demo_primer)
-    assert "nowhere.txt" in run_main(capfd, *base, "--primer", "nowhere.txt")
-    assert "protocol 'tqa-v9'" in run_main(capfd, *base, "--protocol", "tqa-v9")
-    assert "--limit 0" in run_main(capfd, *base, "--limit", "0")
-    assert "--dev-share 1.0" in run_main(capfd, *base, "--dev-share", "1")
-    assert "--baseline icd" in run_main(capfd, *base, "--baseline", "icd")
+    assert "row 0 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
+    assert "nowhere.csv" in error_of(capfd, main, *base, "--data", "nowhere.csv", *demo_primer)
+    assert "nowhere.txt" in error_of(capfd, main, *base, "--primer", "nowhere.txt")
+    assert "protocol 'tqa-v9'" in error_of(capfd, main, *base, "--protocol", "tqa-v9")
+    assert "--limit 0" in error_of(capfd, main, *base, "--limit", "0")
+    assert "--dev-share 1.0" in error_of(capfd, main, *base, "--dev-share", "1")
+    assert "--baseline icd" in error_of(capfd, main, *base, "--baseline", "icd")
     write()
-    error = run_main(capfd, *base[:-1], "--data", rows, *demo_primer)
+    error = error_of(capfd, main, *base[:-1], "--data", rows, *demo_primer)
     assert "tqa-v1/qa-primer is of 817" in error
     assert "--any-data" in error
-    assert "needs a model with anti-expert units" in run_main(capfd, *base, "--methods", "expert")
-    assert "'nowhere' does not exist" in run_main(capfd, "--model", "nowhere", "--out", out)
+    assert "needs a model with anti-expert units" in error_of(capfd, main, *base, "--methods", "expert")
+    assert "'nowhere' does not exist" in error_of(capfd, main, "--model", "nowhere", "--out", out)
     assert list(tmp_path.iterdir()) == [rows], "nothing may be left behind"
 
 

@@ -24,6 +24,7 @@ from conftest import (
     TINY,
     UNIT_SIZE,
     assert_bitwise,
+    error_of,
     hf_logits,
     import_torch,
     log_softmax,
@@ -35,7 +36,7 @@ from conftest import (
     write_rows,
 )
 from safetensors.numpy import load_file, save_file
-from test_cli import error_of, output_of
+from test_cli import output_of
 from test_convert import tensors_of
 from test_docs import ROOT, blocks
 from transformers import PreTrainedTokenizerFast

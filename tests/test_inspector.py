@@ -15,6 +15,7 @@ from conftest import (
     EVEN_SIZES,
     TINY,
     UNIT_SIZE,
+    error_of,
     jit_forward,
     log_softmax,
     logits,
@@ -312,14 +313,14 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
         f"row {trained}, trained on",
     ]
     before = path.read_bytes()
-    assert f"{run} has no row 12, 99" in error_of(capfd, *command, "--rows", "3,12,99")
+    assert f"{run} has no row 12, 99" in error_of(capfd, main, *command, "--rows", "3,12,99")
     unfiltered = tmp_path / "run"
     shutil.copytree(run / "imae", unfiltered / "imae")
-    assert "holds 0 sets of log-ratios" in error_of(capfd, *command, "--data", unfiltered)
+    assert "holds 0 sets of log-ratios" in error_of(capfd, main, *command, "--data", unfiltered)
     config = json.loads((unfiltered / "imae" / "imae_config.json").read_text())
     config["base"]["fingerprint"] = "other"
     (unfiltered / "imae" / "imae_config.json").write_text(json.dumps(config))
-    assert "was trained on another base" in error_of(capfd, *command, "--data", unfiltered)
+    assert "was trained on another base" in error_of(capfd, main, *command, "--data", unfiltered)
     assert path.read_bytes() == before
 
 
@@ -344,19 +345,6 @@ def test_commands_of_the_document_run(run, tmp_path, monkeypatch):
         assert Path(arguments[arguments.index("--html") + 1]).stat().st_size > 0
 
 
-def error_of(capfd, *arguments) -> str:
-    capfd.readouterr()
-    try:
-        code = main([*map(str, arguments)])
-    except SystemExit as error:  # argparse's own errors
-        code = error.code
-    assert code == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 BAD_FILES = {
     "missing.txt": (None, "missing.txt cannot be read"),
     "empty.txt": (b" \n", "empty.txt is empty"),
@@ -378,7 +366,7 @@ def test_bad_texts(models, tmp_path, capfd, name):
     if content is not None:
         source.write_bytes(content)
     out = tmp_path / "page.html"
-    assert message in error_of(capfd, "--model", models / "imae", "--text", source, "--html", out, "--quiet")
+    assert message in error_of(capfd, main, "--model", models / "imae", "--text", source, "--html", out)
     assert not out.exists()
 
 
@@ -388,20 +376,20 @@ def test_bad_arguments(models, tmp_path, capfd):
     of_model = ["--model", models / "imae", "--html", out, "--quiet"]
     text = ["--text", source]
     plain = ["--model", models / "base", *text, "--html", out]
-    assert "base has no anti-expert units: give an IMAE directory" in error_of(capfd, *plain)
-    assert "--text --data is required" in error_of(capfd, *of_model)
-    assert "not allowed with" in error_of(capfd, *of_model, *text, "--data", tmp_path)
-    assert "--rows goes with --data" in error_of(capfd, *of_model, *text, "--rows", "1")
-    assert "--rows 1,x: give" in error_of(capfd, *of_model, "--data", tmp_path, "--rows", "1,x")
-    assert "--rows 1,1: give" in error_of(capfd, *of_model, "--data", tmp_path, "--rows", "1,1")
-    assert "--format goes with" in error_of(capfd, *of_model, *text, "--format", "plain")
-    assert f"--window 65: give 2 to {CONTEXT}" in error_of(capfd, *of_model, *text, "--window", "65")
-    assert f"{tmp_path} holds no imae" in error_of(capfd, *of_model, "--data", tmp_path)
-    assert "is a directory" in error_of(capfd, *of_model, *text, "--html", tmp_path)
+    assert "base has no anti-expert units: give an IMAE directory" in error_of(capfd, main, *plain)
+    assert "--text --data is required" in error_of(capfd, main, *of_model)
+    assert "not allowed with" in error_of(capfd, main, *of_model, *text, "--data", tmp_path)
+    assert "--rows goes with --data" in error_of(capfd, main, *of_model, *text, "--rows", "1")
+    assert "--rows 1,x: give" in error_of(capfd, main, *of_model, "--data", tmp_path, "--rows", "1,x")
+    assert "--rows 1,1: give" in error_of(capfd, main, *of_model, "--data", tmp_path, "--rows", "1,1")
+    assert "--format goes with" in error_of(capfd, main, *of_model, *text, "--format", "plain")
+    assert f"--window 65: give 2 to {CONTEXT}" in error_of(capfd, main, *of_model, *text, "--window", "65")
+    assert f"{tmp_path} holds no imae" in error_of(capfd, main, *of_model, "--data", tmp_path)
+    assert "is a directory" in error_of(capfd, main, *of_model, *text, "--html", tmp_path)
     assert not out.exists()
     out.write_text("mine")
-    assert "exists already" in error_of(capfd, *of_model, *text)
-    assert "is not a page of this command" in error_of(capfd, *of_model, *text, "--overwrite")
+    assert "exists already" in error_of(capfd, main, *of_model, *text)
+    assert "is not a page of this command" in error_of(capfd, main, *of_model, *text, "--overwrite")
     assert out.read_text() == "mine"
     with user_error("no-such.txt"):
         inspector.read_texts(tmp_path / "no-such.txt")

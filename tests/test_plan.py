@@ -6,7 +6,7 @@ import json
 
 import jax
 import pytest
-from conftest import TINY, run_python, user_error
+from conftest import TINY, error_of, run_python, user_error
 from flax import nnx
 from test_losses import examples
 
@@ -243,12 +243,7 @@ def test_command_says_what_does_not_fit(only_config, on_these_devices, capsys):
 )
 def test_command_refuses_in_one_line(only_config, on_these_devices, capsys, arguments, message):
     arguments = [argument.format(tiny=only_config()) for argument in arguments]
-    assert main(["--config", "llama2_7b_chat", *arguments]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("error: ")
-    assert len(output.err.splitlines()) == 1
-    assert message in output.err
+    assert message in error_of(capsys, main, "--config", "llama2_7b_chat", *arguments)
 
 
 def test_command_takes_the_number_of_devices(tmp_path):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import error_of, write_rows
 
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
@@ -292,21 +292,15 @@ def test_unfinished_training_says_so(tmp_path):
     assert "The units have not been trained." in text
 
 
-def fails(capfd, *arguments) -> str:
-    assert main([*map(str, arguments)]) == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     run, bad, out = runs["truthfulqa"], tmp_path / "bad", tmp_path / "out"
     bad.mkdir()
-    assert "holds none of results.json, comparison.json, lm_eval.json" in fails(capfd, bad, "--out", out)
-    assert "does not exist" in fails(capfd, tmp_path / "nowhere", "--out", out)
+    assert "holds none of results.json, comparison.json, lm_eval.json" in error_of(
+        capfd, main, bad, "--out", out
+    )
+    assert "does not exist" in error_of(capfd, main, tmp_path / "nowhere", "--out", out)
     (bad / "run.json").write_text("{}")
-    assert "unfinished: go on with --resume" in fails(capfd, run, bad, "--out", out)
+    assert "unfinished: go on with --resume" in error_of(capfd, main, run, bad, "--out", out)
     for content, part in {
         "{": "not readable JSON",
         "[]": "lacks benchmark",
@@ -316,40 +310,40 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
         '{"batch_sizes": {"1": {}}}': "of another form",
     }.items():
         (bad / "results.json").write_text(content)
-        error = fails(capfd, run, bad, "--out", out)
+        error = error_of(capfd, main, run, bad, "--out", out)
         assert part in error
         assert str(bad) in error
     (bad / "results.json").unlink()
     (bad / "run.json").unlink()
     for name in ("comparison.json", "lm_eval.json"):
         (bad / name).write_text("{}")
-        assert "of another form" in fails(capfd, run, bad, "--out", out)
+        assert "of another form" in error_of(capfd, main, run, bad, "--out", out)
         (bad / name).unlink()
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for again in (run, copy):
-        assert f"is the same run as {run}" in fails(capfd, run, again, "--out", out)
+        assert f"is the same run as {run}" in error_of(capfd, main, run, again, "--out", out)
     assert {path.name for path in tmp_path.iterdir()} == {"bad", "copy"}, "nothing may be left behind"
 
     training = write_training(tmp_path / "training")
     file = training / "metrics.jsonl"
     file.write_text(file.read_text().replace('"step": 2', '"step"'))
-    assert "metrics.jsonl line 2 is damaged" in fails(capfd, training, "--out", out)
+    assert "metrics.jsonl line 2 is damaged" in error_of(capfd, main, training, "--out", out)
     (training / "environment.json").write_text("{")
     file.write_text("")
-    assert "environment.json is not readable" in fails(capfd, training, "--out", out)
+    assert "environment.json is not readable" in error_of(capfd, main, training, "--out", out)
     shutil.rmtree(training / "icd")
-    assert "has not trained yet" in fails(capfd, training, "--out", out)
+    assert "has not trained yet" in error_of(capfd, main, training, "--out", out)
 
 
 def test_only_reports_are_overwritten(runs, tmp_path, capfd):
     out = tmp_path / "out"
     report(out, runs["harm"])
-    assert "exists already" in fails(capfd, runs["truthfulqa"], "--out", out)
+    assert "exists already" in error_of(capfd, main, runs["truthfulqa"], "--out", out)
     assert main([str(runs["truthfulqa"]), "--out", str(out), "--overwrite"]) == 0
     assert "TruthfulQA" in (out / "report.md").read_text()
     before = sorted(path.name for path in runs["harm"].iterdir())
-    error = fails(capfd, runs["truthfulqa"], "--out", runs["harm"], "--overwrite")
+    error = error_of(capfd, main, runs["truthfulqa"], "--out", runs["harm"], "--overwrite")
     assert "holds no report.md" in error
     assert sorted(path.name for path in runs["harm"].iterdir()) == before
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import error_line, user_error, with_changes, write_questions
+from conftest import error_of, user_error, with_changes, write_questions
 
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
@@ -26,11 +26,6 @@ def run(*arguments) -> int:
 
 def with_out(command, out, **changes):
     return with_changes(command, out=out, **changes)
-
-
-def refused(capfd, *arguments) -> str:
-    capfd.readouterr()
-    return error_line(capfd, run(*arguments))
 
 
 @pytest.fixture
@@ -66,8 +61,8 @@ def test_a_killed_run_goes_on(scored, killed):
 def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_path, capfd):
     command, out = killed
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "unfinished run: pass --resume" in refused(capfd, *command)
-    assert "exclude each other" in refused(capfd, *command, "--resume", "--overwrite")
+    assert "unfinished run: pass --resume" in error_of(capfd, main, *command)
+    assert "exclude each other" in error_of(capfd, main, *command, "--resume", "--overwrite")
     changed = {
         "another methods.base": with_out(command, out, methods="expert"),
         "another split.name": [*command, "--split", "dev"],
@@ -85,12 +80,12 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_pa
     )
     changed["another methods.in-model-contrast.beta (1.0, now 2.0)"] = with_out(command, out, methods=methods)
     for part, arguments in changed.items():
-        assert part in refused(capfd, *arguments, "--resume"), part
+        assert part in error_of(capfd, main, *arguments, "--resume"), part
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "scores.jsonl").write_text("nonsense\n")
-    assert "scores.jsonl line 1 is damaged" in refused(capfd, *command, "--resume")
+    assert "scores.jsonl line 1 is damaged" in error_of(capfd, main, *command, "--resume")
     (out / "scores.jsonl").write_text('{"method": [], "index": 0}\n')
-    assert "scores.jsonl line 1 is damaged" in refused(capfd, *command, "--resume")
+    assert "scores.jsonl line 1 is damaged" in error_of(capfd, main, *command, "--resume")
     with user_error("unfinished", "--resume"):
         read_run(out)
 
@@ -113,8 +108,8 @@ def test_only_runs_are_replaced(scored, killed, tmp_path, capfd):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
-    assert "is not a result of this command" in refused(capfd, *with_out(command, mine), "--overwrite")
-    assert "no run to resume" in refused(capfd, *with_out(command, mine), "--resume")
+    assert "is not a result of this command" in error_of(capfd, main, *with_out(command, mine), "--overwrite")
+    assert "no run to resume" in error_of(capfd, main, *with_out(command, mine), "--resume")
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
     assert run(*with_out(command, out, methods="base"), "--overwrite") == 0
     assert read_run(out)["methods"]["base"]["mc2"] == pytest.approx(
@@ -128,13 +123,13 @@ def test_a_run_that_cannot_be_scored_leaves_nothing(scored, killed, tmp_path, ca
     long = tmp_path / "long.txt"
     long.write_text("Q: t3\nA: " + "t5 " * 600)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "over the model's context of 512" in refused(
-        capfd, *with_out(command, out, primer=long), "--overwrite"
+    assert "over the model's context of 512" in error_of(
+        capfd, main, *with_out(command, out, primer=long), "--overwrite"
     )
     too_high = with_out(command, out, methods="dola-static:layer=9")
-    assert "layer 9 is no early one" in refused(capfd, *too_high, "--overwrite")
+    assert "layer 9 is no early one" in error_of(capfd, main, *too_high, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    refused(capfd, *with_out(command, tmp_path / "new", primer=long))
+    error_of(capfd, main, *with_out(command, tmp_path / "new", primer=long))
     assert not (tmp_path / "new").exists()
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EVEN_SIZES, assert_bitwise, losses_of, user_error, write_rows
+from conftest import EVEN_SIZES, assert_bitwise, error_of, losses_of, user_error, write_rows
 from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig
@@ -377,11 +377,7 @@ BAD_SETTINGS = {
 
 @pytest.mark.parametrize("setting", BAD_SETTINGS)
 def test_bad_settings_end_in_one_line(settings, tmp_path, capfd, setting):
-    assert main([*settings, setting, "--quiet"]) == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert BAD_SETTINGS[setting] in error
+    assert BAD_SETTINGS[setting] in error_of(capfd, main, *settings, setting)
     assert not (tmp_path / "run").exists()
 
 

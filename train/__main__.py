@@ -36,7 +36,6 @@ def train_command(argv: Sequence[str]) -> None:
         help="separate LLM trained on hallucinations, for the token filter (same as "
         "filter.anti_expert_llm=MODEL)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no reports")
     many = parser.add_argument_group("many processes")
     many.add_argument(
         "--distributed",

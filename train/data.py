@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import read_rows
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train.config import DataConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
 HALUEVAL_HUB_ID = "pminervini/HaluEval"
@@ -240,22 +243,24 @@ def _held_out(questions: Sequence[str], config: DataConfig) -> set[int]:
     return chosen
 
 
-def describe(statistics: dict[str, Any]) -> list[str]:
-    """Lines for the terminal."""
+def log_statistics(statistics: dict[str, Any]) -> None:
+    """Logs what rows there are, and warns where the length of answers tells right from hallucinated."""
     skipped = ", ".join(f"{n} skipped ({why})" for why, n in statistics["skipped"].items() if n)
-    lines = [
-        f"data: {statistics['rows']} rows, {len(statistics['held_out_rows'])} held out"
-        + (f", {skipped}" if skipped else ""),
-        f"answers: right {statistics['mean_tokens_right_answer']:.1f} tokens, hallucinated "
-        f"{statistics['mean_tokens_hallucinated_answer']:.1f}; length alone tells them apart with AUC "
-        f"{statistics['length_auc']:.2f}",
-    ]
+    held_out = len(statistics["held_out_rows"])
+    logger.info(
+        "data: %d rows, %d held out%s", statistics["rows"], held_out, f", {skipped}" if skipped else ""
+    )
+    logger.info(
+        "answers: right %.1f tokens, hallucinated %.1f; length alone tells them apart with AUC %.2f",
+        statistics["mean_tokens_right_answer"],
+        statistics["mean_tokens_hallucinated_answer"],
+        statistics["length_auc"],
+    )
     if statistics["length_auc"] > TELLING_AUC:
-        lines.append(
-            "warning: an anti-expert can learn to write long answers instead of wrong ones: see "
-            "data.length_ratio and loss.mean"
+        logger.warning(
+            "an anti-expert can learn to write long answers instead of wrong ones: see data.length_ratio and "
+            "loss.mean"
         )
-    return lines
 
 
 def _auc(first: np.ndarray, second: np.ndarray) -> float:

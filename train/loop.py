@@ -47,7 +47,7 @@ from imae_jax.train.step import (
     place_batch,
     state_shardings,
 )
-from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, show_filtered
+from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, log_statistics, show_filtered
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
@@ -82,7 +82,7 @@ def train(
         resume: go on from the newest checkpoint in `config.out`.
         from_step: go on from this checkpoint instead; later ones are removed.
         overwrite: begin anew in a directory that holds a run.
-        quiet: no progress bar and no reports.
+        quiet: no progress bars and no samples of T_fact.
 
     Returns:
         The IMAE directory, or the adapter's.
@@ -114,8 +114,8 @@ def train(
     check_divisible(model.config, objective.anti_expert, mesh.shape)
     tokenized = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(tokenized, model.config)
-    if not quiet:
-        print("\n".join(data.describe(tokenized.statistics)), file=sys.stderr)
+    if is_main():
+        data.log_statistics(tokenized.statistics)
     barrier("output checked")
     if is_main():
         if not resume:
@@ -158,7 +158,7 @@ class Run:
         data: tokenized, with every answer token in T_fact.
         resume: go on from checkpoints.
         from_step: go on from this checkpoint instead of the newest.
-        quiet: no progress bars and no reports.
+        quiet: no progress bars and no samples of T_fact.
         stop: the number of the signal that asks the run to stop, or 0. All processes must call it.
     """
 
@@ -239,8 +239,10 @@ def _train_units(run: Run, objective: ImaeObjective, anti_expert_llm: str | None
         reuse=None if config.filter.reuse is None else Path(config.filter.reuse),
         progress=run.progress,
     )
-    if anti_expert_llm is not None and not run.quiet:
-        show_filtered(examples, run.model.tokenizer, kept)
+    if anti_expert_llm is not None and is_main():
+        log_statistics(kept)
+        if not run.quiet:
+            show_filtered(examples, run.model.tokenizer)
     for i, example in zip(taken, examples, strict=False):
         train[i] = example
     tokenized = dataclasses.replace(run.data, train=train, held_out=examples[len(taken) :])

@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from imae_jax.sharding import sharding
 from imae_jax.train.data import Example, in_batches, make_batch
 from imae_jax.train.objectives import at_facts
 from imae_jax.train.step import place_batch
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 20
 FEW, MANY = 0.02, 0.80
@@ -240,25 +242,28 @@ def check_same_vocabulary(
             )
 
 
-def show_filtered(examples: Sequence[Example], tokenizer: Any, statistics: dict[str, Any]) -> None:
-    """Prints the share of tokens kept and some answers with those tokens highlighted."""
+def log_statistics(statistics: dict[str, Any]) -> None:
+    """Logs the share of tokens kept, and warns of an unlikely one."""
+    share = statistics["kept_share"]
+    by_length = ", ".join(f"{k}: {v:.0%}" for k, v in statistics["kept_share_by_length"].items())
+    logger.info("T_fact: %.1f%% of answer tokens kept (%s)", 100 * share, by_length)
+    if not FEW <= share <= MANY:
+        logger.warning(
+            "T_fact keeps %.1f%% of answer tokens: check filter.gamma and the anti-expert LLM", 100 * share
+        )
+
+
+def show_filtered(examples: Sequence[Example], tokenizer: Any) -> None:
+    """Prints some answers with the tokens of T_fact highlighted."""
     from rich.console import Console
     from rich.text import Text
 
-    share = statistics["kept_share"]
     console = Console(stderr=True)
-    by_length = ", ".join(f"{k}: {v:.0%}" for k, v in statistics["kept_share_by_length"].items())
-    console.print(f"T_fact: {share:.1%} of answer tokens kept ({by_length})", highlight=False)
     for example in examples[:SAMPLES_SHOWN]:
         line = Text("  ")
         for token, fact in zip(example.tokens[example.start :], example.fact, strict=True):
             line.append(tokenizer.decode([token]).replace("\n", "⏎"), style="bold reverse" if fact else "")
         console.print(line)
-    if not FEW <= share <= MANY:
-        print(
-            f"warning: T_fact keeps {share:.1%} of answer tokens: check filter.gamma and the anti-expert LLM",
-            file=sys.stderr,
-        )
 
 
 def _key(examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str) -> str:
