@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import error_line, tiny_llama, user_error, write_questions
+from conftest import error_of, tiny_llama, user_error, write_questions
 from safetensors.numpy import load_file, save_file
 
 from imae_jax import decode
@@ -164,13 +164,12 @@ def test_the_second_model_of_a_method_is_looked_at(lm):
 
 def test_commands_end_with_one_line(directory, bad, capfd, tmp_path):
     model = ["--model", directory, "--dtype", "float16"]
-    code = generate([*model, "--prompt", words(5, bad), "--max-new-tokens", "4"])
-    assert "prompt 0, prefill" in error_line(capfd, code)
+    error = error_of(capfd, generate, *model, "--prompt", words(5, bad), "--max-new-tokens", 4)
+    assert "prompt 0, prefill" in error
     assert generate([*model, "--prompt", words(5, 6), "--max-new-tokens", "1"]) == 0
-    capfd.readouterr()
     (tmp_path / "text.txt").write_text(words(5, 6, bad, 8))
-    code = harm([*model, "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "harm")])
-    assert "window 0 of the text" in error_line(capfd, code)
+    error = error_of(capfd, harm, *model, "--text", tmp_path / "text.txt", "--out", tmp_path / "harm")
+    assert "window 0 of the text" in error
     assert not (tmp_path / "harm").exists()
 
     questions = write_questions(tmp_path / "questions.csv").read_text()
@@ -181,4 +180,4 @@ def test_commands_end_with_one_line(directory, bad, capfd, tmp_path):
     (tmp_path / "primer.txt").write_text("Q: t3 t4\nA: t5 .\n\n")
     command = [*model, "--methods", "base", "--out", str(tmp_path / "tqa"), "--any-data", "--quiet"]
     command += ["--data", str(tmp_path / "questions.csv"), "--primer", str(tmp_path / "primer.txt")]
-    assert "question 3, answer" in error_line(capfd, truthfulqa(command))
+    assert "question 3, answer" in error_of(capfd, truthfulqa, *command)
