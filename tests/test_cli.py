@@ -8,17 +8,32 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMOLLM2, error_of, hf_logits, log_softmax, random_tokens, run_python
+from conftest import (
+    SMOLLM2,
+    error_of,
+    hf_logits,
+    import_torch,
+    random_tokens,
+    run_python,
+    tiny_llama,
+)
 
 from imae_jax import decode
+from imae_jax.__main__ import COMMANDS
+from imae_jax.__main__ import main as every_command
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.export import SHIPPED
 from imae_jax.decode import Sampler
+from imae_jax.decode.methods import StreamLogits
 from imae_jax.generate import main as generate
 
 ROOT = Path(__file__).parents[1]
+
+
+HIDE_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +193,25 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
     ]
     for file in files:
         assert (site / "imae_jax" / file).is_file()
+    for folder in ("evaluate/data", "train/configs", "train/data"):
+        shipped, source = ({p.name for p in (top / folder).iterdir()} for top in (site / "imae_jax", ROOT))
+        assert shipped == source
+    assert "Package would be ignored" not in run.stdout + run.stderr
+    assert (site / "imae_jax" / "py.typed").exists()
     assert {p.relative_to(ROOT).name for p in (ROOT / "convert").glob("*.py")} == {
         p.name for p in (site / "imae_jax" / "convert").glob("*.py")
     }
+    # The console command, as pip's own script starts it.
+    (tmp_path / "imae").write_text(
+        f"{HIDE_EDITABLE}\nsys.path[0] = {str(site)!r}\nfrom importlib import metadata\n"
+        f"(wheel,) = metadata.distributions(path=[{str(site)!r}])\n"
+        "(script,) = wheel.entry_points.select(group='console_scripts', name='imae')\n"
+        "sys.exit(script.load()())\n"
+    )
+    for words in (["--help"], ["evaluate"], ["evaluate", "report", "--help"]):
+        run = run_python([tmp_path / "imae", *words], tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.startswith("usage: imae ")
 
 
 @pytest.mark.parametrize("module", ["imae_jax.train", "imae_jax.evaluate.truthfulqa", "imae_jax.convert"])
@@ -190,13 +221,109 @@ def test_commands_run_from_a_checkout_that_is_not_installed(tmp_path, module):
     checkout.mkdir()
     for name in ("imae_jax", "convert", "train", "evaluate", "pyproject.toml"):
         os.symlink(ROOT / name, checkout / name)
-    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
     script = (
-        f"{hide}; import runpy; sys.argv = ['x', '--help']; runpy.run_module({module!r}, run_name='__main__')"
+        f"{HIDE_EDITABLE}; import runpy; sys.argv = ['x', '--help']; "
+        f"runpy.run_module({module!r}, run_name='__main__')"
     )
     run = run_python(["-c", script], checkout)
     assert run.returncode == 0, run.stderr
     assert module in run.stdout
+
+
+# One command for all
+
+
+IMAE = """
+import sys
+from imae_jax.__main__ import main
+
+sys.argv[0] = "imae"
+try:
+    code = main()
+except SystemExit as end:  # argparse's
+    code = end.code
+print(*(name for name in ("jax", "transformers", "matplotlib") if name in sys.modules), sep=",")
+sys.exit(code)
+"""
+
+
+def imae(*words):
+    """Exit code, output, errors, and which of the slow libraries were imported."""
+    run = run_python(["-c", IMAE, *words], ROOT)
+    *output, imported = run.stdout.splitlines()
+    return run.returncode, "\n".join(output), run.stderr, imported
+
+
+def test_every_name_is_a_command_that_calls_itself_so(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/imae"])
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            every_command([*name.split(), "--help"])
+        assert capfd.readouterr().out.startswith(f"usage: imae {name} ")
+        assert f"(see imae {name}" in error_of(capfd, every_command, *name.split(), "--no-such-option")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--help",), ("evaluate",), ("--version",), ("generate", "-h"), ("train", "-h"), ("convert", "-h")],
+)
+def test_help_does_not_wait_for_jax(words):
+    code, output, error, imported = imae(*words)
+    assert (code, error, imported) == (0, "", "")
+    assert output
+
+
+def test_a_newcomer_is_told_what_to_do_first():
+    """In order, with what exists; `evaluate` alone lists its commands."""
+    _, text, _, _ = imae("--help")
+    places = [text.index(f"  imae {command} ") for command in ("generate", "train", "evaluate truthfulqa")]
+    assert places == sorted(places)
+    _, listed, _, _ = imae("evaluate")
+    assert "evaluate lm_eval" in listed
+    assert "generate" not in listed
+    run = run_python(["-m", "imae_jax", "evaluate", "harm", "--help"], ROOT)
+    assert run.stdout.startswith("usage: python -m imae_jax evaluate harm ")
+    run = run_python(["-m", "imae_jax.evaluate.harm", "--help"], ROOT)
+    assert run.stdout.startswith("usage: python -m imae_jax.evaluate.harm ")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["generat"], "did you mean imae generate?"),
+        (["evaluate", "truthfullqa", "--model", "x"], "did you mean imae evaluate truthfulqa?"),
+        (["harm"], "did you mean imae evaluate harm?"),
+        (["xyz"], "imae --help lists all"),
+        (["--model", "x"], "imae --help lists all"),
+    ],
+)
+def test_unknown_commands_are_named_with_the_nearest(words, near):
+    code, output, error, imported = imae(*words)
+    assert (code, output, imported) == (2, "", "")
+    assert error.startswith("error: ")
+    assert near in error
+    assert error.count("\n") == 1
+
+
+def test_the_package_gives_what_a_notebook_needs(tiny_dir, tmp_path):
+    """And is imported before JAX is set up."""
+    script = f"""
+import sys, imae_jax
+assert "jax" not in sys.modules and set(imae_jax.__all__) <= set(dir(imae_jax))
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+lm = imae_jax.load_model({tiny_dir!r})
+assert jax.device_count() == 2 and isinstance(lm, imae_jax.LanguageModel)
+for name in imae_jax.__all__:
+    assert getattr(imae_jax, name) is not None
+from imae_jax import *
+assert parse_method("base") and Sampler(0.7) and load_model is imae_jax.convert.load_model
+try: imae_jax.load_modle
+except AttributeError as error: print(error)
+"""
+    run = run_python(["-c", script], tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "module 'imae_jax' has no attribute 'load_modle'\n"
 
 
 def write_prompts(path, *lines):
@@ -327,20 +454,62 @@ def test_the_beginning_of_a_stop_string_is_held_back(checkpoint):
         assert "".join(piece for (piece,) in pieces) == cut
 
 
-def test_repetition_penalty_equals_recomputation(checkpoint):
-    """On log-probabilities of transformers."""
-    prompt, penalty = [5, 6, 7], 1.7
-    expected = list(prompt)
-    for _ in range(8):
-        scores = log_softmax(hf_logits(checkpoint.hf, np.array([expected])))[0, -1]
-        seen = np.unique(expected)
-        scores[seen] *= penalty
-        expected.append(int(scores.argmax()))
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.2, 1.7, 5.0])
+def test_repetition_penalty_is_that_of_transformers(checkpoint, penalty):
+    torch = import_torch()
+    prompt = [5, 6, 7]
+    expected = checkpoint.hf.generate(
+        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, repetition_penalty=penalty, eos_token_id=2
+    )[0]
     lm = checkpoint.load()
-    sampler = Sampler(repetition_penalty=penalty)
-    rows = decode.generate(lm.model, lm.config, [prompt, [9] * 5], sampler=sampler, max_new_tokens=8)
-    assert rows[0] == expected[3:]
-    assert rows[0] != decode.generate(lm.model, lm.config, [prompt], max_new_tokens=8)[0]
+    rows = decode.generate(
+        lm.model,
+        lm.config,
+        [prompt, [9] * 5],
+        sampler=Sampler(repetition_penalty=penalty),
+        max_new_tokens=16,
+        eos_token_ids=[2],
+    )
+    assert rows[0] == expected[3:].tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.3])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.6), (12, 0.7)])
+def test_sampling_cuts_the_tokens_that_transformers_cuts(penalty, top_k, top_p):
+    """Penalty, temperature, top-k, top-p: another order keeps other tokens."""
+    torch = import_torch()
+    from transformers import generation
+
+    logits = np.random.default_rng(0).normal(0, 3, (4, 97)).astype(np.float32)
+    tokens = random_tokens(4, 20)
+    processors = [
+        generation.RepetitionPenaltyLogitsProcessor(penalty),
+        generation.TemperatureLogitsWarper(0.6),
+        *([generation.TopKLogitsWarper(top_k)] if top_k else []),
+        *([generation.TopPLogitsWarper(top_p)] if top_p < 1 else []),
+    ]
+    expected = torch.tensor(logits)
+    for processor in processors:
+        expected = processor(torch.tensor(tokens), expected)
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, tokens, True, axis=1)
+    actual = Sampler(0.6, top_k, top_p, penalty).processed(jnp.asarray(logits), jnp.asarray(seen))
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["base", "sled:scale=9", "dola:candidates=low"])
+def test_what_a_penalty_acts_on_differs_from_the_scores_by_one_number(method):
+    model = tiny_llama()
+    method = decode.parse_method(method).resolve(model.config, generating=True)
+    random = np.random.default_rng(0).normal(0, 3, (4, 2, model.config.vocab_size)).astype(np.float32)
+    exits = jnp.asarray(random[: len(method.streams[0].exits)]) if method.streams[0].exits else None
+    logits = [StreamLogits(jnp.asarray(random[-1]), exits)]
+    scores, unnormalized = method.scores(logits), method.unnormalized_scores(logits)
+    possible = np.isfinite(np.asarray(scores))
+    difference = np.where(possible, unnormalized - scores, np.nan)
+    spread = np.nanmax(difference, axis=-1) - np.nanmin(difference, axis=-1)
+    # Scores of hundreds, in float32.
+    np.testing.assert_allclose(spread, 0, atol=2e-4)
 
 
 TERMINATED = """
