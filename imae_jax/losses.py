@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -105,6 +106,8 @@ def fact_loss_sums(
     Returns:
         Float32 scalars: `anti` and `expert`, the sums of the two losses.
     """
+    chex.assert_equal_shape([hidden_base, hidden_anti, hidden_expert])
+    chex.assert_shape([targets, token_weight], hidden_base.shape[:2])
     frozen = Weights(jax.lax.stop_gradient(weights.base))
 
     @jax.checkpoint
@@ -143,6 +146,7 @@ def answer_loss_sums(
     Returns:
         Float32 scalars: `nll`, and `correct`, the number of tokens that are the arg-max.
     """
+    chex.assert_shape([targets, valid], hidden_states.shape[:2])
     frozen = Weights(jax.lax.stop_gradient(weights.base))
 
     @jax.checkpoint
@@ -208,6 +212,7 @@ def gate_loss_sums(
         Float32: `gate`, a scalar, the sum of `1 − a` on T_fact and of `a` on the rest of the answer;
         `gate_on_fact` and `gate_off_fact` [L], each layer's sums of `a` on either, unweighted.
     """
+    chex.assert_shape([fact, answer, token_weight], gates.shape[1:])
     return {
         "gate": jnp.sum(token_weight * jnp.where(fact, 1 - gates, gates)),
         "gate_on_fact": jnp.sum(jnp.where(fact, gates, 0.0), axis=(1, 2)),

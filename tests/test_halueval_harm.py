@@ -249,19 +249,19 @@ def test_means_that_are_infinite_stay_so():
     assert set(found["intervals"].values()) == {None}, "one block of tokens tells nothing of others"
 
 
-def test_harm_that_is_not_a_number_is_shown(scored, tiny_imae, tmp_path, capfd):
-    """The units' logits times 3e38 are not finite."""
-    method, out = "in-model-contrast:beta=3e38", tmp_path / "out"
-    command = [*scored[0]]
-    command[command.index("--methods") + 1] = f"base,{method}"
-    command[command.index("--out") + 1] = out
+def test_scores_that_are_not_finite_are_refused_or_shown(scored, tiny_imae, tmp_path, capfd):
+    """Infinity less infinity is no score; a mask of -inf is one, with which no metric is a number."""
+    command, out = [*map(str, scored[0]), "--quiet"], tmp_path / "out"
+    command[command.index("--out") + 1] = str(out)
+    place = command.index("--methods") + 1
+    command[place] = method = "in-model-contrast:beta=3e38"
     model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30)), "--methods", method]
-    assert harm([*model, "--out", str(tmp_path / "harm")]) == 0
-    assert json.loads((tmp_path / "harm" / "results.json").read_text())["methods"][method]["kl"] is None
-    assert truthfulqa([*map(str, command), "--quiet", "--harm", str(tmp_path / "harm")]) == 0
+    assert "window 0 of the text" in error_of(capfd, harm, *model, "--out", tmp_path / "harm")
+    assert "question 0, answer 0" in error_of(capfd, truthfulqa, *command)
+    command[place] = "base,in-model-contrast:alpha=0.9,implausible=-inf"
+    assert truthfulqa([*command, "--overwrite"]) == 0
     assert "| NaN | " in (out / "table.md").read_text()
-    runs = [str(out), str(tmp_path / "harm")]
-    assert report([*runs, "--out", str(tmp_path / "report")]) == 0
+    assert report([str(out), "--out", str(tmp_path / "report")]) == 0
     assert "| NaN | " in (tmp_path / "report" / "report.md").read_text()
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import datasets
 import jax
 import jax.numpy as jnp
@@ -120,13 +121,18 @@ def test_units_below_the_first_layer_stay_as_they_begin(settings, tmp_path, capf
 
 
 def test_loss_falls(checkpoint):
+    """With one program for all steps: a second would double the minutes before a run's first one."""
+
+    class Counted(ImaeObjective):
+        counts = chex.assert_max_traces(ImaeObjective.counts, n=1)
+
     mesh = make_mesh(8, 1, 1)
     lm = checkpoint.load(stacked=True, mesh=mesh)
     config = TrainConfig(
         model="", out="", optimizer=OptimizerConfig(steps=40, warmup_steps=2, learning_rate=5e-3)
     )
     optimizer = make_optimizer(config.optimizer)
-    objective = ImaeObjective(UNITS, config.loss)
+    objective = Counted(UNITS, config.loss)
     shardings = state_shardings(lm.config, objective, optimizer, mesh)
     state = init_state(lm.config, objective, optimizer, shardings, seed=0)
     step = make_train_step(lm.config, objective, optimizer, shardings, mesh)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +191,8 @@ def _scores(models, method, hidden):
     logits = streams.logits_of(models, method, hidden)
     with jax.named_scope(method.name):
         scores = method.unnormalized_scores(logits)
+    # Of a method of one's own, an axis too many would be drawn from in silence.
+    chex.assert_equal_shape([scores, *(stream.final for stream in logits)])
     # Tokens that a method rules out have -inf.
     return scores, streams.finite(logits) & ~jnp.isnan(scores).any(axis=-1)
 

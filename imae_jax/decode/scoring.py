@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -426,6 +427,9 @@ def _score_nodes(
     parents, NaN where logits are not finite; with `greedy` also whether the token is the arg-max there,
     bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
     B, T = tokens.shape
+    chex.assert_equal_shape([tokens, depths, answer])
+    chex.assert_shape(ancestors, (B, T, T))
+    columns = (len(method.methods),) if isinstance(method, Joint) else ()
     last_position = models.max_positions - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
@@ -451,13 +455,13 @@ def _score_nodes(
         logits = streams.logits_of(models, method, of_parents)
         chosen = tokens[jnp.minimum(at, B * T - 1)]
         scores = method.token_scores(logits, parent_places[chunk], chosen)
+        chex.assert_shape(scores, (*chosen.shape, *columns))
         finite = streams.finite(logits)[parent_places[chunk]]
         new = [jnp.where(finite.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)]
         if greedy:
             new.append(argmax(method.scores(logits))[parent_places[chunk]] == chosen)
         return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))
 
-    columns = (len(method.methods),) if isinstance(method, Joint) else ()
     values = (jnp.zeros((B * T, *columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
     values = jax.lax.fori_loop(0, num_chunks, add_chunk, values)
     return tuple(v.reshape(B, T, *v.shape[1:]) for v in values)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -116,6 +117,7 @@ def run(
         Hidden states [B, T, D] of every stream, in the method's order, and the new caches.
     """
     B = tokens.shape[0]
+    chex.assert_equal_shape([tokens, attention_mask, answer])
     hidden: list[StreamHidden | None] = [None] * len(method.streams)
     new_caches = []
     for model, (group, cache) in enumerate(zip(_groups(method), caches, strict=True)):

@@ -146,8 +146,8 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
         raise error
     try:
         converted = kinds[0](value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise error from error
+    except (TypeError, ValueError, OverflowError) as cause:
+        raise error from cause
     if isinstance(value, float) and converted != value:
         raise error  # A fraction where a whole number is needed, or NaN.
     if isinstance(converted, float) and not math.isfinite(converted) and key not in MAY_BE_INFINITE:

@@ -75,6 +75,11 @@ class Method(abc.ABC):
     models: `resolve` fills it in.
     """
 
+    def __init_subclass__(cls) -> None:
+        # Whoever overrides `scores` alone means them when generating, too.
+        if "scores" in vars(cls) and "unnormalized_scores" not in vars(cls):
+            cls.unnormalized_scores = Method.unnormalized_scores
+
     @property
     @abc.abstractmethod
     def name(self) -> str:
