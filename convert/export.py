@@ -67,7 +67,8 @@ def write_model(
         mode: in which transformers runs an IMAE model by default.
 
     Raises:
-        UserError: tensors that do not fit the config, or a model that transformers has no config for.
+        UserError: tensors that do not fit the config, units of another base, or a model that transformers has
+            no config for.
     """
     config, units = opened.config, _unit_tensors(opened)
     rows = base_rows(config)
@@ -93,6 +94,7 @@ def write_model(
     else:
         shards = shards_of_size(tensors, max_shard_bytes or MAX_SHARD_BYTES)
     write_weights(directory, tensors, shards)
+    opened.identified()  # Refuses units of another base, whose tensors have been read only now.
     eos_token_ids = opened.eos_token_ids(loaded_tokenizer)
     write_config(directory, hf, tensors.dtype, loaded_tokenizer, eos_token_ids, opened.generation_config())
 
@@ -228,7 +230,7 @@ def import_model(
     """Writes an exported IMAE model as `OUT/imae`, an IMAE directory, and `OUT/base`, the base it points to.
 
     Raises:
-        UserError: the model has no units.
+        UserError: the model has no units, or those of another base.
     """
     if opened.unit_source is None:
         raise UserError(
@@ -239,10 +241,11 @@ def import_model(
         (temporary / BASE_DIR).mkdir()
         plain = dataclasses.replace(opened, anti_expert=None, unit_source=None, imae=None)
         write_model(plain, temporary / BASE_DIR, tokenizer=tokenizer)
+        opened.identified()
         base = {
             "reference": str((Path(out) / BASE_DIR).resolve()),
             "revision": None,
-            "fingerprint": open_model(str(temporary / BASE_DIR)).base.fingerprint,
+            "fingerprint": open_model(str(temporary / BASE_DIR)).identified().fingerprint,
             "dtype": opened.base.dtype,
         }
         imae_dir.write_imae_dir(

@@ -4,17 +4,19 @@ llama.cpp's converter reorders the rows of q and k from HuggingFace's half-split
 interleaved pairs (for the `llama` architecture, not for `qwen2`); reading undoes that.
 """
 
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from imae_jax.config import LlamaConfig, RopeConfig
+from imae_jax.convert.gguf_file import read_gguf
+from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import base_rows, expand
 from imae_jax.errors import UserError, first_line
 
@@ -42,18 +44,11 @@ PRE_TOKENIZER_PATTERNS = {
 SINGLE_DIGIT_PRE_TOKENIZERS = ("smollm",)
 
 
-class _BoundedReader(GGUFReader):
-    """Ends with an error where a file does; a wrong count would else be read on and on."""
+class GGUFSource(TensorFiles):
+    """The tensors of a GGUF file, whole or in parts, as a `TensorSource`, dequantized to float32 when read.
 
-    def _get(self, offset, dtype, count=1, override_order=None):
-        array = super()._get(offset, dtype, count, override_order)
-        if array.size < count:
-            raise ValueError("it ends early")
-        return array
-
-
-class GGUFSource:
-    """The tensors of a GGUF file as a `TensorSource`, dequantized to float32 when read.
+    Args:
+        path: of the file, or of any of the parts that lie in one directory.
 
     Raises:
         UserError: the file is damaged, or is not of a Llama-architecture model.
@@ -62,19 +57,10 @@ class GGUFSource:
     dtype = np.dtype(np.float32)
 
     def __init__(self, path: Path):
+        super().__init__()
         self.location = str(path)
-        try:
-            reader = _BoundedReader(path)
-            tensors = {tensor.name: tensor for tensor in reader.tensors}
-            self.metadata = {
-                name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")
-            }
-            self._architecture = self._get("general.architecture")
-        except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist") from error
-        except _DAMAGE as error:
-            reason = first_line(error)
-            raise UserError(f"{path} is damaged or not a GGUF file ({reason}): download it again") from error
+        self.metadata, tensors = read_gguf(path)
+        self._architecture = self._get("general.architecture")
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is of architecture {self._architecture!r}: only "
@@ -91,34 +77,34 @@ class GGUFSource:
             row.gguf.format(layer=layer): row.hf_name(layer)
             for row, layer in expand(base_rows(self.config), self.config.num_layers)
         }
-        self._tensors = {
-            names.get(name, name): tensor for name, tensor in tensors.items() if name != ROPE_FACTORS
-        }
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
-        }
+        self._tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: tensor.shape[::-1] for name, tensor in self._tensors.items()}
         self.dtypes = dict.fromkeys(self.shapes, self.dtype)
 
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+    def _blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        tensor, num_rows, head_dim = self._tensors[name], BLOCK_ROWS, None
+        if self._architecture == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
+            head_dim = self.config.head_dim
+            num_rows = -(-BLOCK_ROWS // head_dim) * head_dim
         try:
-            array = dequantize(tensor.data, tensor.tensor_type)
+            for stored, block in tensor.blocks(num_rows):
+                block = block[0] if len(tensor.shape) == 1 else block
+                yield stored, block if head_dim is None else _half_split(block, head_dim)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{name} in {self.location} is stored as {tensor.tensor_type.name}, which the gguf "
-                f"package cannot dequantize ({error}): use a file of another quantization"
+                f"{name} in {self.location} is stored as {tensor.type.name}, which the gguf package cannot "
+                f"dequantize ({error}): use a file of another quantization"
             ) from error
-        array = array.reshape(self.shapes[name])
-        if self._architecture == "llama" and ".self_attn." in name:
-            if ".q_proj." in name:
-                return _half_split(array, self.config.num_heads)
-            if ".k_proj." in name:
-                return _half_split(array, self.config.num_kv_heads)
-        return array
+
+    def _stored_dtype(self, name: str) -> str:
+        return self._tensors[name].type.name
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """As of all `TensorFiles`, with the tensor that became part of the config."""
+        return super().fingerprint([*names, *({ROPE_FACTORS} & self._tensors.keys())])
 
     def _get(self, key: str, default: Any = None) -> Any:
-        field = self.metadata.get(key)
-        return default if field is None else field.contents()
+        return self.metadata.get(key, default)
 
     def _read_config(self, tensors: dict[str, Any]) -> LlamaConfig:
         prefix = self._architecture
@@ -144,7 +130,7 @@ class GGUFSource:
             factor=float(self._get(f"{prefix}.rope.scaling.factor", 1.0)),
         )
         if ROPE_FACTORS in tensors:
-            factors = np.asarray(tensors[ROPE_FACTORS].data, np.float32).ravel().tolist()
+            factors = tensors[ROPE_FACTORS].read().ravel().tolist()
             rope = RopeConfig("frequency_factors", rope.theta, frequency_factors=tuple(factors))
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
@@ -291,8 +277,7 @@ class GGUFSource:
         return tokenizer
 
 
-def _half_split(array: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of the rows [N·H, …] of q or k."""
-    head_dim = array.shape[0] // num_heads
-    pairs = array.reshape(num_heads, head_dim // 2, 2, *array.shape[1:])
+def _half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of the rows [heads·H, …] of q or k."""
+    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -19,20 +19,22 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import Row, base_rows, expand, unit_rows
 from imae_jax.distributed import is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.llama import Llama, Weights
 from imae_jax.sharding import check_divisible, sharding
 
-# Buffers that old checkpoints store and that are functions of the config.
-IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers that old checkpoints store and that are functions of the config, or that a GGUF file's config holds.
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^rope_freqs\.weight$")
 MAX_NAMES_IN_ERROR = 3
 # By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
+ALIGNMENT = 64  # bytes
 # What the model types of exported IMAE models begin with.
 IMAE_PREFIX = "imae_"
 
@@ -54,7 +56,13 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-class SafetensorsSource:
+class Blocks(Protocol):
+    """Tensors in HuggingFace's layout, read some rows at a time; see `TensorFiles.blocks`."""
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]: ...
+
+
+class SafetensorsSource(TensorFiles):
     """The safetensors files of a directory, single or sharded, one of them memory-mapped at a time.
 
     Attributes:
@@ -66,6 +74,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, directory: Path, files: list[str] | None = None):
+        super().__init__()
         self.location = str(directory)
         self._directory = directory
         self.files: dict[str, str] = {}
@@ -101,10 +110,18 @@ class SafetensorsSource:
             setattr(self, attribute, {name: value for name, value in values.items() if not chosen(name)})
         return other
 
-    def read(self, name: str) -> np.ndarray:
+    def _blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if self._opened != self.files[name]:
             self._open(self.files[name])
-        return self._handle.get_tensor(name)
+        shape = self.shapes[name]
+        if len(shape) < 2:
+            block = self._handle.get_tensor(name)
+            yield block.reshape(-1).view(np.uint8), block
+            return
+        tensor = self._handle.get_slice(name)
+        for start in range(0, shape[0], BLOCK_ROWS):
+            block = tensor[start : min(start + BLOCK_ROWS, shape[0])]
+            yield block.reshape(-1).view(np.uint8), block
 
     def _open(self, file: str) -> None:
         """Maps a file into memory, in the place of the one before; its header is checked."""
@@ -246,7 +263,8 @@ def load_llama(
 ) -> Llama:
     """Builds the model from a source's tensors, each read straight into its place on the devices.
 
-    Beyond the arrays themselves, host memory holds one parameter at a time.
+    Beyond the arrays themselves, host memory holds some rows of a tensor; with a mesh or an accelerator, one
+    parameter at a time.
 
     Args:
         config: of the base.
@@ -278,10 +296,10 @@ def load_llama(
     return fill(abstract, by_path, mesh)
 
 
-def fill(
-    abstract: nnx.Module, rows: Mapping[str, tuple[Row, TensorSource]], mesh: jax.sharding.Mesh | None
-) -> Any:
+def fill(abstract: nnx.Module, rows: Mapping[str, tuple[Row, Blocks]], mesh: jax.sharding.Mesh | None) -> Any:
     """The module with every parameter read from its source, straight onto its devices.
+
+    Every tensor is read once.
 
     Args:
         abstract: from `nnx.eval_shape`.
@@ -297,36 +315,54 @@ def fill(
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
-def _place(row: Row, layer: int | None, variable: Any, source: TensorSource, mesh) -> jax.Array:
+def _place(row: Row, layer: int | None, variable: Any, source: Blocks, mesh) -> jax.Array:
     """Reads one parameter (one layer's, or the stack of all layers') onto its devices."""
     shape, dtype = variable.shape, variable.dtype
     stack = row.per_layer and layer is None
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not stack:
-            array = row.from_hf(source.read(row.hf_name(layer)))[index]
-            return np.ascontiguousarray(array, dtype=dtype)
-        layers = range(*index[0].indices(shape[0]))
-        parts = None
-        for slot, i in enumerate(layers):
-            part = row.from_hf(source.read(row.hf_name(i)))[index[1:]]
-            if parts is None:
-                parts = np.empty((len(layers), *part.shape), dtype)
-            parts[slot] = part
-        return parts
-
+    layers = range(shape[0]) if stack else (layer,)
     if mesh is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        array = _empty(shape, dtype)
+        for slot, i in enumerate(layers):
+            _read_into(array[slot] if stack else array, row, row.hf_name(i), source)
+        return jax.device_put(array)
+
     placement = sharding(mesh, *variable.get_metadata("axes"))
-    cache: dict[Any, np.ndarray] = {}
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    for index in placement.addressable_devices_indices_map(shape).values():
+        bounds = _bounds(index, shape)
+        if bounds not in shards:
+            shards[bounds] = _empty([stop - start for start, stop in bounds], dtype)
+    whole = np.empty(row.shape, dtype)
+    for slot, i in enumerate(layers):
+        _read_into(whole, row, row.hf_name(i), source)
+        for bounds, shard in shards.items():
+            index = tuple(slice(*pair) for pair in bounds)
+            if not stack:
+                shard[...] = whole[index]
+            elif index[0].start <= slot < index[0].stop:
+                shard[slot - index[0].start] = whole[index[1:]]
+    return jax.make_array_from_callback(shape, placement, lambda index: shards[_bounds(index, shape)])
 
-    def read_once(index):
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in cache:
-            cache[key] = read(index)
-        return cache[key]
 
-    return jax.make_array_from_callback(shape, placement, read_once)
+def _bounds(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _read_into(target: np.ndarray, row: Row, name: str, source: Blocks) -> None:
+    """Fills `target`, contiguous and in this library's layout, with a tensor."""
+    target, start = row.to_hf(target), 0  # A view.
+    for block in source.blocks(name):
+        # Converted first: an assignment that transposes as well takes three times as long.
+        target[start : start + len(block)] = block.astype(target.dtype, copy=False)
+        start += len(block)
+
+
+def _empty(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+    """A new array that JAX, on CPU, takes as it is: others would be there twice while they are copied."""
+    num_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    buffer = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def check_tensors(rows: list[Row], config, source: TensorSource, num_source_layers: int | None) -> None:
@@ -343,6 +379,13 @@ def check_tensors(rows: list[Row], config, source: TensorSource, num_source_laye
     if config.tie_word_embeddings:
         # Some files repeat the embedding under this name.
         allowed.add("lm_head.weight")
+    check_shapes(expected, source, allowed)
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], source: TensorSource, allowed: Collection[str]
+) -> None:
+    """Raises a `UserError` that lists what is missing, not allowed and of a wrong shape in a source."""
     found = source.shapes
     problems = {
         "missing": [name for name in expected if name not in found],

@@ -1,20 +1,24 @@
 """LoRA adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
 from imae_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
-from imae_jax.convert.hf import SafetensorsSource, check_tensors, fill, hf_tensors, read_json
-from imae_jax.convert.table import base_rows, lora_rows
-from imae_jax.errors import UserError
+from imae_jax.convert import identity
+from imae_jax.convert.hf import SafetensorsSource, check_shapes, fill, hf_tensors, read_json
+from imae_jax.convert.table import base_rows, expand, lora_rows
+from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.llama import Llama, Weights
 from imae_jax.lora import LoraDeltas
@@ -22,7 +26,7 @@ from imae_jax.lora import LoraDeltas
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-# Settings of PEFT that change what an adapter computes, with the values under which it is plain LoRA.
+# What `write_adapter` says of its adapters.
 PLAIN = {
     "peft_type": "LORA",
     "bias": "none",
@@ -33,6 +37,23 @@ PLAIN = {
     "alpha_pattern": {},
     "layer_replication": None,
 }
+HEEDED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Other settings of PEFT that may have any value: what is checked elsewhere, what matters to training alone,
+# what goes with an initialization, and where an adapter acts, which its tensors show. All others must be off.
+KNOWN = {
+    *HEEDED,
+    *("base_model_name_or_path", "revision", "init_lora_weights"),
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+OFF = (None, False, [], {}, "")
+# Initializations that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and perhaps what comes
+# after them take a part out of its weights, which an adapter on the whole weights would count twice.
+INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+MERGE = "merge it into its base with PEFT's merge_and_unload, and give the result"
+PREFIX, LORA_A = "base_model.model.", ".lora_A."
 
 
 def is_adapter(path: Path) -> bool:
@@ -47,51 +68,182 @@ def adapter_of(reference: str, base_reference: str) -> Path | None:
     return None
 
 
-def read_adapter(
-    path: Path, config: LlamaConfig, *, stacked: bool, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Any, LoraConfig]:
-    """Reads an adapter for a base.
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter for a base after look-up: its files, opened but not read.
+
+    Attributes:
+        config: of the base.
+        lora: the largest of its ranks, the scale of its deltas, and which projections have any.
+        source: its tensors.
+        shapes: of the tensors of `lora` in every layer.
+        factors: what values are multiplied by where a projection has a scale of its own, by tensor.
+        settings: what the deltas depend on besides.
+    """
+
+    config: LlamaConfig
+    lora: LoraConfig
+    source: SafetensorsSource
+    shapes: dict[str, tuple[int, ...]]
+    factors: dict[str, float]
+    settings: dict[str, Any]
+
+    def read(self, *, stacked: bool, mesh: jax.sharding.Mesh | None = None) -> Any:
+        """The deltas as in `Weights.lora`, float32; zeros where there are none.
+
+        Args:
+            stacked: layout of the deltas; that of the base's layers.
+            mesh: to shard over.
+        """
+        rows = lora_rows(self.config, self.lora)
+        module = fill(
+            nnx.eval_shape(lambda: _declare(self.config, self.lora, stacked)),
+            {row.path.removeprefix("lora."): (row, self) for row in rows},
+            mesh,
+        )
+        return as_tree(module, self.config.num_layers)
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor, filled up with zeros to the rank of `lora`."""
+        whole = np.zeros(self.shapes[name], np.float32)
+        if name in self.source.shapes:
+            part = self.source.read(name).astype(np.float32)
+            whole[tuple(map(slice, part.shape))] = part * np.float32(self.factors.get(name, 1.0))
+        yield whole
+
+    def fingerprint(self, base: str) -> str:
+        """Of everything that the adapted model computes with.
+
+        Args:
+            base: the fingerprint of the adapter's base.
+        """
+        tensors = self.source.fingerprint(self.source.shapes)
+        return identity.fingerprint([base, tensors, json.dumps(self.settings, sort_keys=True)])
+
+
+def open_adapter(path: Path, config: LlamaConfig) -> Adapter:
+    """Opens an adapter without reading its tensors.
 
     Args:
         path: a directory in PEFT's format.
         config: of the base that it belongs to.
-        stacked: layout of the deltas; that of the base's layers.
-        mesh: to shard over.
-
-    Returns:
-        The deltas as in `Weights.lora`, float32, and their config.
 
     Raises:
-        UserError: a kind of adapter other than plain LoRA, or tensors that do not fit the base.
+        UserError: an adapter other than LoRA on the layers' projections, or tensors that do not fit the base.
     """
-    settings = read_json(path / CONFIG_FILE)
-    for name, plain in PLAIN.items():
-        if settings.get(name, plain) not in (plain, None):
-            raise UserError(
-                f"{path / CONFIG_FILE}: {name}={settings[name]!r} is not supported, only plain LoRA is"
-            )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path / CONFIG_FILE} must have r and lora_alpha")
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(rank)
+    settings = _read_settings(path / CONFIG_FILE)
+    rank, alpha, rslora = settings["r"], settings["lora_alpha"], settings.get("use_rslora")
+    if not (path / WEIGHTS_FILE).is_file():
+        raise _no_weights(path)
     source = SafetensorsSource(path, [WEIGHTS_FILE])
-    every = lora_rows(config, LoraConfig(rank, alpha))
-    targets = {row.path.split(".")[1] for row in every if row.hf_name(0) in source.shapes}
-    if not targets:
-        raise UserError(f"{path / WEIGHTS_FILE} holds no deltas of this model's projections")
-    lora = LoraConfig(rank, float(alpha), tuple(name for name in LORA_TARGETS if name in targets))
-    rows = lora_rows(config, lora)
+    rows = lora_rows(config, LoraConfig())
+    known = re.compile("|".join(re.escape(row.hf).replace(r"\{layer\}", r"\d+") for row in rows))
+    others = [name for name in source.shapes if not known.fullmatch(name)]
+    if len(others) == len(source.shapes):
+        raise UserError(f"{path} holds no deltas of this model's projections, but {others[0]}: {MERGE}")
+    if others:
+        raise UserError(
+            f"{path} holds {others[0]} besides deltas of the layers' projections, which is not supported: "
+            f"{MERGE}"
+        )
+
+    def rank_of(name):
+        return _by_pattern(settings["rank_pattern"], name, rank)
+
+    def scale_of(name):
+        own_alpha, own_rank = _by_pattern(settings["alpha_pattern"], name, alpha), rank_of(name)
+        return own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+
+    suffixes = {
+        row.path.split(".")[1]: row.hf.partition("{layer}")[2] for row in rows if row.path.endswith(".a")
+    }
+    targets = [
+        target for target in LORA_TARGETS if any(name.endswith(suffixes[target]) for name in source.shapes)
+    ]
+    largest = max(map(rank_of, source.shapes))
+    lora = LoraConfig(largest, alpha * (math.sqrt(rank) if rslora else 1) * largest / rank, tuple(targets))
+    shapes = {row.hf_name(i): row.hf_shape for row, i in expand(lora_rows(config, lora), config.num_layers)}
+    there = {_module(name) for name in source.shapes}
+    expected = {
+        name: (rank_of(name), shape[1]) if LORA_A in name else (shape[0], rank_of(name))
+        for name, shape in shapes.items()
+        if _module(name) in there or not _is_selective(settings)
+    }
     try:
-        check_tensors(rows, config, source, None)
+        check_shapes(expected, source, expected)
     except UserError as error:
         raise UserError(f"{path} is an adapter of another base, give its own: {error}") from error
-    module = fill(
-        nnx.eval_shape(lambda: _declare(config, lora, stacked)),
-        {row.path.removeprefix("lora."): (row, source) for row in rows},
-        mesh,
+    factors = {name: scale_of(name) / lora.scale for name in expected if LORA_A not in name}
+    heeded = {name: settings.get(name) for name in HEEDED}
+    return Adapter(config, lora, source, shapes, factors, heeded)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """`adapter_config.json`, refused where it asks for more than LoRA."""
+    settings = {"rank_pattern": {}, "alpha_pattern": {}}
+    settings |= {name: value for name, value in read_json(path).items() if value is not None}
+    plain = {"peft_type": "LORA", "bias": "none"}
+    for name, value in settings.items():
+        off = value == plain[name] if name in plain else name in KNOWN or value in OFF
+        if not off:
+            raise UserError(f"{path}: {name}={value!r} is not supported, only plain LoRA is: {MERGE}")
+    start = settings.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in INITIALIZATIONS:
+        raise UserError(
+            f"{path}: init_lora_weights={start!r} changes the base's weights, too, which is not supported: "
+            f"{MERGE}"
+        )
+    if not (_is_positive(settings.get("r"), int) and _is_positive(settings.get("lora_alpha"), int | float)):
+        raise UserError(f"{path} must have r and lora_alpha, numbers above 0")
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", int | float)):
+        patterns = settings[name]
+        try:
+            valid = all(re.compile(key) and _is_positive(value, kind) for key, value in patterns.items())
+        except (AttributeError, re.error) as error:
+            raise UserError(f"{path}: {name} must map patterns to numbers ({first_line(error)})") from error
+        if not valid:
+            raise UserError(f"{path}: {name} must map patterns to numbers above 0")
+    return settings
+
+
+def _is_positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_selective(settings: dict[str, Any]) -> bool:
+    """Whether an adapter may leave layers out."""
+    targets = settings.get("target_modules")
+    if isinstance(targets, str):
+        return targets != "all-linear"
+    chosen = any(settings.get(name) not in OFF for name in ("layers_to_transform", "exclude_modules"))
+    return chosen or any("." in str(target) for target in targets or ())
+
+
+def _module(name: str) -> str:
+    """The module of the base that a tensor belongs to."""
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that is the end of a tensor's module, as PEFT matches them."""
+    matches = (
+        value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", _module(name))
     )
-    return as_tree(module, config.num_layers), lora
+    return next(matches, default)
+
+
+def _no_weights(path: Path) -> UserError:
+    if (path / "adapter_model.bin").is_file():
+        return UserError(
+            f"{path} holds a pickled adapter (adapter_model.bin), which can run code when loaded: save it "
+            "again with PEFT's save_pretrained, which writes safetensors"
+        )
+    if (path / "config.json").is_file():
+        return UserError(
+            f"{path} holds a whole checkpoint and {CONFIG_FILE}, but no {WEIGHTS_FILE}: if the adapter has "
+            f"been merged into the checkpoint, remove {CONFIG_FILE}"
+        )
+    return UserError(f"{path} has no {WEIGHTS_FILE}: download the adapter again")
 
 
 def as_tree(module: LoraDeltas | nnx.List, num_layers: int) -> Any:
@@ -117,7 +269,7 @@ def write_adapter(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter that PEFT and `read_adapter` load, whole or not at all."""
+    """Writes an adapter that PEFT and `open_adapter` load, whole or not at all."""
     rows = lora_rows(config, lora)
     names = {row.path.removeprefix("layers."): row.hf for row in base_rows(config)}
     settings = {

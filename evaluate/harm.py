@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "methods": {
                 label: {
                     **summarize(values[label], seed=args.seed),
-                    "settings": method_settings(methods[label], prepared[label][1]),
+                    "settings": method_settings(lm, methods[label], prepared[label][1]),
                 }
                 for label in methods
             },

@@ -334,14 +334,19 @@ def rows_of_run(lm: LanguageModel, run: Path, rows: Sequence[int] | None) -> tup
         UserError: the directory holds no such data, was trained on another base, or lacks a row.
     """
     from imae_jax.convert import imae_dir
+    from imae_jax.convert.identity import note
     from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
     from imae_jax.train.token_filter import stored_examples
 
     if not imae_dir.is_imae_dir(run / IMAE_DIR):
         raise UserError(f"{run} holds no {IMAE_DIR}: give the output directory of a finished training run")
     imae = imae_dir.read_config(run / IMAE_DIR)
-    if imae["base"]["fingerprint"] != lm.base.fingerprint:
-        raise UserError(f"{run} was trained on another base than that of --model: give a model of that run")
+    recorded = imae["base"]["fingerprint"]
+    if recorded != lm.base.fingerprint:
+        raise UserError(
+            f"{run} was trained on another base than that of --model{note(recorded)}: give a model of "
+            "that run"
+        )
     gamma = imae["training"]["config"]["filter"]["gamma"]
     held_out = set(imae["training"]["data"]["held_out_rows"])
     examples = {example.row: example for example in stored_examples(run / FILTER_DIR, gamma)}

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imae_jax import runtime
+from imae_jax.convert.identity import note
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
@@ -236,9 +237,9 @@ def _prepare(
     for label, method in methods.items():
         parts = _parts(method, keys)
         resolved = [lm.prepare(part, generating=generating) for part, _ in parts]
-        settings[label] = method_settings(parts[0][0], resolved[0][1])
+        settings[label] = method_settings(lm, parts[0][0], resolved[0][1])
         if len(parts) > 1:
-            folds = [_fingerprint(part) for part, _ in parts]
+            folds = [lm.resource_fingerprint(part) for part, _ in parts]
             # Which questions a file is for decides as much as what it holds.
             assigned = hashlib.sha256(json.dumps([list(places) for _, places in parts]).encode()).hexdigest()
             settings[label] |= {
@@ -263,21 +264,10 @@ def _parts(method: Any, keys: Sequence[str]) -> list[tuple[Any, Sequence[int]]]:
     return [(dataclasses.replace(method, directions=str(file)), places) for file, places in files.items()]
 
 
-def method_settings(method: "Method", resolved: "Method") -> dict[str, Any]:
-    """A resolved method's settings, and the fingerprint of what they name."""
-    settings, fingerprint = resolved.settings(), _fingerprint(method)
+def method_settings(lm: "LanguageModel", method: "Method", resolved: "Method") -> dict[str, Any]:
+    """A resolved method's settings, and the fingerprint of what they name, which `lm` has loaded."""
+    settings, fingerprint = resolved.settings(), lm.resource_fingerprint(method)
     return settings if fingerprint is None else settings | {"fingerprint": fingerprint}
-
-
-def _fingerprint(method: "Method") -> str | None:
-    """Hash of what a method's settings name."""
-    from imae_jax.convert.references import fingerprint
-
-    if method.resource is None:
-        return None
-    if method.resource.kind == "directions":
-        return hashlib.sha256(Path(method.resource.reference).read_bytes()).hexdigest()
-    return fingerprint(method.resource.reference)
 
 
 def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, Any]:
@@ -287,12 +277,6 @@ def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, A
         lm: the model.
         args: of `cli.add_model_arguments`, from which it was loaded.
     """
-    import jax
-
-    units = lm.model.weights().units
-    digest = hashlib.sha256()
-    for array in jax.tree.leaves(units):
-        digest.update(np.asarray(array).tobytes())
     return {
         "model": args.model,
         "base_model": dataclasses.asdict(lm.base),
@@ -300,7 +284,7 @@ def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, A
         "int8": args.int8,
         "tokenizer": args.tokenizer,
         "anti_expert": lm.imae and lm.imae["anti_expert"],
-        "units": None if units is None else digest.hexdigest(),
+        "units": lm.units_fingerprint,
     }
 
 
@@ -348,8 +332,9 @@ class Run:
                 f"{self.out / RUN_FILE} cannot be read ({first_line(error)}): start anew"
             ) from error
         for name, old, new in differences(before, settings):
+            older = note(old) if name.endswith("fingerprint") else ""
             raise UserError(
-                f"{self.out} was scored with another {name} ({old}, now {new}): restore it, or choose "
+                f"{self.out} was scored with another {name} ({old}, now {new}){older}: restore it, or choose "
                 "another output"
             )
 

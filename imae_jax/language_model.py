@@ -27,14 +27,14 @@ class BaseReference:
     Attributes:
         reference: as the user gave it; local paths are absolute.
         revision: commit of a hub model, else None.
-        fingerprint: SHA-256 over the size, first and last MiB of every weight file; of an adapter, over its
-            files, and its base's fingerprint.
+        fingerprint: of every tensor that is read, see `convert.identity`; of an adapter, of its tensors and
+            settings and its base's fingerprint. None where they have not been read.
         dtype: that the base was loaded in.
     """
 
     reference: str
     revision: str | None
-    fingerprint: str
+    fingerprint: str | None
     dtype: str
 
 
@@ -45,10 +45,12 @@ class LoadedResource:
     Attributes:
         second: the second model, or None.
         weights: fields of `Weights` for a method's settings.
+        fingerprint: of what was loaded.
     """
 
     second: "LanguageModel | None" = None
     weights: Callable[[Method], dict[str, Any]] = lambda method: {}
+    fingerprint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class LanguageModel:
         base: where the base came from.
         imae: `imae_config.json` of an IMAE directory, else None.
         load_resource: loads what a method's settings name; see `convert.references`.
+        units_fingerprint: of the units' tensors, None without units.
     """
 
     model: Llama
@@ -83,6 +86,7 @@ class LanguageModel:
     base: BaseReference
     imae: dict[str, Any] | None = None
     load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
+    units_fingerprint: str | None = None
     _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
@@ -123,6 +127,10 @@ class LanguageModel:
         method = method.resolve(self.config, generating=generating)
         check(models, method)
         return models, method
+
+    def resource_fingerprint(self, method: Method) -> str | None:
+        """Of what `prepare` has loaded for a method; None for methods that need nothing besides the model."""
+        return None if method.resource is None else self._loaded[method.resource].fingerprint
 
     def generate(
         self,

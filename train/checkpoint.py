@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from imae_jax.convert.identity import note
 from imae_jax.errors import UserError, first_line
 from imae_jax.train.step import TrainState
 
@@ -89,9 +90,10 @@ class Checkpoints:
             raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from error
         for name, expected in self._identity.items():
             if identity.get(name) != expected:
+                older = note(identity.get(name)) if name == "base" else ""
                 raise UserError(
-                    f"checkpoint {path} belongs to another {name} ({identity.get(name)}, now {expected}): "
-                    "restore it, or start anew with another out"
+                    f"checkpoint {path} belongs to another {name} ({identity.get(name)}, now {expected})"
+                    f"{older}: restore it, or start anew with another out"
                 )
         try:
             state = TrainState(**self._checkpointer.load(steps_done, _as_dict(abstract)))

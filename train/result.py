@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.convert.identity import note
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import write_adapter
 from imae_jax.convert.references import open_model
@@ -21,8 +22,8 @@ def write_result(
 ) -> int:
     """Writes a checkpoint's units as an IMAE directory or, of a run's `icd/`, its deltas as an adapter.
 
-    The checkpoint may be of any mesh and number of processes; of the base, only the config is read. The run
-    may be under way: nothing in its directory changes.
+    The checkpoint may be of any mesh and number of processes; the base is read to compare its weights. The
+    run may be under way: nothing in its directory changes.
 
     Args:
         run: the `out` of a training run, its `icd/`, or the `checkpoints/` in either.
@@ -76,6 +77,9 @@ def _base(
         opened = open_model(name, revision=None if moved or other else config.revision)
     except UserError as error:
         raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from error
-    if opened.base.fingerprint != identity.get("base"):
-        raise UserError(f"the run's base has other weights than {name}: restore it, or pass --base")
-    return dataclasses.replace(opened.base, dtype=str(identity["base dtype"])), opened.config
+    found, recorded = opened.identified(), identity.get("base")
+    if found.fingerprint != recorded:
+        raise UserError(
+            f"the run's base has other weights than {name}{note(recorded)}: restore it, or pass --base"
+        )
+    return dataclasses.replace(found, dtype=str(identity["base dtype"])), opened.config

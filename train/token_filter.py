@@ -16,7 +16,7 @@ import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
-from imae_jax.convert.peft import adapter_of, read_adapter
+from imae_jax.convert.peft import Adapter, adapter_of, open_adapter
 from imae_jax.convert.references import fingerprint
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
@@ -75,7 +75,9 @@ def filter_tokens(
     """
     if anti_expert_llm is None:
         return list(examples), {"kept_share": 1.0}
-    path = cache / _key(examples, base, anti_expert_llm)
+    adapter = adapter_of(anti_expert_llm, base.base.reference)
+    adapter = None if adapter is None else open_adapter(adapter, base.config)
+    path = cache / _key(examples, base, anti_expert_llm, adapter)
     stored = decide(path.exists())
     if reuse is not None and not stored:
         if not decide((reuse / path.name / MARKER).is_file()):
@@ -91,7 +93,7 @@ def filter_tokens(
     if stored:
         ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
     else:
-        ratios = _log_ratios(examples, base, anti_expert_llm, mesh, batch_size, progress)
+        ratios = _log_ratios(examples, base, anti_expert_llm, adapter, mesh, batch_size, progress)
     if not stored and is_main():
         columns = {
             "row": [e.row for e in examples],
@@ -164,16 +166,16 @@ def _log_ratios(
     examples: Sequence[Example],
     base: LanguageModel,
     anti_expert_llm: str,
+    adapter: Adapter | None,
     mesh: jax.sharding.Mesh,
     batch_size: int,
     progress: Progress,
 ) -> list[np.ndarray]:
-    """`log p_antiLLM − log p_base` of every answer token."""
+    """`log p_antiLLM − log p_base` of every answer token; `adapter` is the LLM, if it is one of this base."""
     weights, config = base.model.weights(), base.config
-    adapter = adapter_of(anti_expert_llm, base.base.reference)
     if adapter is not None:
-        deltas, lora = read_adapter(adapter, config, stacked=True, mesh=mesh)
-        weights = dataclasses.replace(weights, lora=deltas, lora_scale=lora.scale)
+        deltas = adapter.read(stacked=True, mesh=mesh)
+        weights = dataclasses.replace(weights, lora=deltas, lora_scale=adapter.lora.scale)
         compiled = jax.jit(_ratio_in_one_batch, static_argnums=1, out_shardings=sharding(mesh))
 
         def ratio(batch):
@@ -266,10 +268,14 @@ def show_filtered(examples: Sequence[Example], tokenizer: Any) -> None:
         console.print(line)
 
 
-def _key(examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str) -> str:
+def _key(
+    examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str, adapter: Adapter | None
+) -> str:
     """Hash of everything that determines the log-ratios."""
     digest = hashlib.sha256()
-    models = [base.base.fingerprint, base.base.dtype, fingerprint(anti_expert_llm)]
+    # Another model is read for this alone: if the log-ratios are there, it is not needed in memory.
+    llm = fingerprint(anti_expert_llm) if adapter is None else adapter.fingerprint(base.base.fingerprint)
+    models = [base.base.fingerprint, base.base.dtype, llm]
     digest.update(json.dumps(models).encode())
     for example in examples:
         digest.update(json.dumps([example.start, example.tokens]).encode())
