@@ -61,6 +61,7 @@ class GGUFSource(TensorFiles):
         self.location = str(path)
         self.metadata, tensors = read_gguf(path)
         self._architecture = self._get("general.architecture")
+        self._refuse_experts(tensors)
         if self._architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path} is of architecture {self._architecture!r}: only "
@@ -118,20 +119,7 @@ class GGUFSource(TensorFiles):
         num_heads = int(required("attention.head_count"))
         hidden_size = int(required("embedding_length"))
         head_dim = int(self._get(f"{prefix}.attention.key_length") or hidden_size // num_heads)
-        scaling = self._get(f"{prefix}.rope.scaling.type", "none")
-        if scaling not in ("none", "linear"):
-            raise UserError(
-                f"RoPE scaling {scaling!r} of {self.location} is not supported: use the model's "
-                "HuggingFace checkpoint, or one with none or linear scaling"
-            )
-        rope = RopeConfig(
-            type="default" if scaling == "none" else scaling,
-            theta=float(self._get(f"{prefix}.rope.freq_base", 10000.0)),
-            factor=float(self._get(f"{prefix}.rope.scaling.factor", 1.0)),
-        )
-        if ROPE_FACTORS in tensors:
-            factors = tensors[ROPE_FACTORS].read().ravel().tolist()
-            rope = RopeConfig("frequency_factors", rope.theta, frequency_factors=tuple(factors))
+        rope = self._read_rope(tensors, head_dim)
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
             raise UserError(f"{self.location} has no token_embd.weight: download it again")
@@ -158,6 +146,43 @@ class GGUFSource(TensorFiles):
             o_bias=has("attn_output.bias"),
             mlp_bias=has("ffn_gate.bias"),
         )
+
+    def _read_rope(self, tensors: dict[str, Any], head_dim: int) -> RopeConfig:
+        """Names and defaults as in GGUF's specification and llama.cpp's loader: scaling without a type is
+        linear, and converters wrote `scale_linear` before November 2023.
+        """
+
+        def get(key, default=None):
+            return self._get(f"{self._architecture}.rope.{key}", default)
+
+        rotated = get("dimension_count", head_dim)
+        if rotated != head_dim:
+            raise UserError(
+                f"RoPE of {self.location} rotates {rotated} of a head's {head_dim} dimensions: only models "
+                "that rotate whole heads can be loaded"
+            )
+        scaling = get("scaling.type", "linear")
+        if scaling not in ("none", "linear"):
+            raise UserError(
+                f"RoPE scaling {scaling!r} of {self.location} is not supported: use the model's "
+                "HuggingFace checkpoint, or one with none or linear scaling"
+            )
+        theta = float(get("freq_base", 10000.0))
+        if ROPE_FACTORS in tensors:
+            factors = tensors[ROPE_FACTORS].read().ravel().tolist()
+            return RopeConfig("frequency_factors", theta, frequency_factors=tuple(factors))
+        factor = float(get("scaling.factor", get("scale_linear", 0.0))) or 1.0
+        if scaling == "none" or factor == 1.0:
+            return RopeConfig(theta=theta)
+        return RopeConfig("linear", theta, factor=factor)
+
+    def _refuse_experts(self, tensors: dict[str, Any]) -> None:
+        has_experts = bool(self._get(f"{self._architecture}.expert_count"))
+        if has_experts or any("_exps." in name for name in tensors):
+            raise UserError(
+                f"{self.location} is a mixture of experts (architecture {self._architecture!r}): only models "
+                "without experts can be loaded"
+            )
 
     @property
     def end_token_ids(self) -> set[int]:

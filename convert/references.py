@@ -107,8 +107,8 @@ class OpenedModel:
             directory, recorded = self.unit_source.location, BaseReference(**self.imae["base"])
             if not identity.is_comparable(recorded.fingerprint):
                 logger.warning(
-                    "%s is of an older version, whose record of its base's weights cannot be compared: if it was "
-                    'trained on %s, write "fingerprint": "%s" into its %s',
+                    "%s is of an older version, whose record of its base's weights cannot be compared: if it "
+                    'was trained on %s, write "fingerprint": "%s" into its %s',
                     directory,
                     self.base.reference,
                     fingerprint,

@@ -153,6 +153,7 @@ class LlamaConfig:
         Raises:
             UserError: names the field that this library does not support, or that is missing.
         """
+        _refuse_experts(hf)
         model_type = hf.get("model_type")
         if model_type not in MODEL_TYPES:
             raise UserError(
@@ -234,6 +235,15 @@ class LlamaConfig:
         if not qwen2:
             hf |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
         return hf
+
+
+def _refuse_experts(hf: Mapping[str, Any]) -> None:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if hf.get(name):
+            raise UserError(
+                f"the model is a mixture of experts ({name} {hf[name]}): only models without experts can be "
+                "loaded"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

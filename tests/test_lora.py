@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from test_losses import examples
 
 from imae_jax.config import LORA_TARGETS, LoraConfig
 from imae_jax.convert import load_model
-from imae_jax.convert.peft import read_adapter, write_adapter
-from imae_jax.convert.table import lora_rows
+from imae_jax.convert.peft import open_adapter, write_adapter
+from imae_jax.convert.table import expand, lora_rows
 from imae_jax.train.data import make_batch
 from imae_jax.train.objectives import AnswerObjective
 
@@ -31,30 +32,55 @@ MODULES = dict(
 )
 
 
-@pytest.fixture(params=["every projection", "q and v", "rslora"])
-def adapter(request, tiny, tmp_path):
-    """A random adapter saved by peft, and its model in peft."""
-    modules = ["q_proj", "v_proj"] if request.param == "q and v" else list(MODULES.values())
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=modules, task_type="CAUSAL_LM", use_rslora=request.param == "rslora"
-    )
-    checkpoint = tiny("gqa", seed=3)
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
+    "alpha_pattern": {"mlp.up_proj": 5},
+}
+# Kinds of adapters that PEFT makes, by what is set besides r and lora_alpha.
+ADAPTERS = {
+    "every projection": {},
+    "q and v": {"target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"use_rslora": True},
+    "some layers": {"layers_to_transform": [0, 2]},
+    "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
+    "a pattern": {"target_modules": r".*\.0\.self_attn\.q_proj|.*\.[12]\.mlp\.(up|down)_proj"},
+    "full names": {"target_modules": ["layers.2.mlp.gate_proj", "k_proj"]},
+    "without a layer": {"exclude_modules": r".*\.1\..*"},
+    "own ranks": PATTERNS,
+    "own ranks, rslora": PATTERNS | {"use_rslora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+def save_adapter(checkpoint, path, **settings):
+    """A random adapter saved by peft, as a model of peft."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": list(MODULES.values())} | settings
     hf = type(checkpoint.hf).from_pretrained(checkpoint.directory, attn_implementation="eager")
-    model = peft.get_peft_model(hf, settings).eval()
+    model = peft.get_peft_model(hf, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    return checkpoint, model, tmp_path / "adapter"
+    model.save_pretrained(path)
+    return model
 
 
+@pytest.fixture
+def adapter(request, tiny, tmp_path):
+    """A random adapter of one of `ADAPTERS` saved by peft, and its model in peft."""
+    checkpoint = tiny("gqa", seed=3)
+    settings = ADAPTERS[getattr(request, "param", "every projection")]
+    return checkpoint, save_adapter(checkpoint, tmp_path / "adapter", **settings), tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, indirect=True)
 @pytest.mark.parametrize("stacked", [True, False])
 def test_adapted_logits_equal_peft(adapter, stacked):
     checkpoint, model, path = adapter
     lm = checkpoint.load(stacked=stacked)
-    deltas, lora = read_adapter(path, lm.config, stacked=stacked)
-    weights = dataclasses.replace(lm.model.weights(), lora=deltas, lora_scale=lora.scale)
+    opened = open_adapter(path, lm.config)
+    deltas = opened.read(stacked=stacked)
+    weights = dataclasses.replace(lm.model.weights(), lora=deltas, lora_scale=opened.lora.scale)
     tokens = random_tokens(3, 11)
     adapted, base = hf_logits(model, tokens), hf_logits(checkpoint.hf, tokens)
     rows = logits(weights, lm.config, tokens, adapter=jnp.asarray([1.0, 0.0, 1.0]))
@@ -65,6 +91,7 @@ def test_adapted_logits_equal_peft(adapter, stacked):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("adapter", ["every projection", "own ranks"], indirect=True)
 def test_an_adapter_is_a_model_reference(adapter, stacked):
     _, model, path = adapter
     lm = load_model(str(path), stacked=stacked)
@@ -92,7 +119,8 @@ def test_an_adapters_fingerprint_is_of_all_that_it_computes_with(adapter, tiny):
 def test_what_is_written_is_what_peft_reads(adapter, tmp_path):
     checkpoint, model, path = adapter
     lm = checkpoint.load()
-    deltas, lora = read_adapter(path, lm.config, stacked=True)
+    opened = open_adapter(path, lm.config)
+    deltas, lora = opened.read(stacked=True), opened.lora
     write_adapter(tmp_path / "ours", deltas, lm.config, lora, base_reference=str(checkpoint.directory))
     theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (path, tmp_path / "ours"))
     assert theirs.keys() == ours.keys()
@@ -162,20 +190,104 @@ def test_bad_adapters(adapter, tiny, tmp_path):
         save_file(tensors, copy / "adapter_model.safetensors")
         return copy
 
-    with user_error("use_dora=True"):
-        read_adapter(variant("dora", use_dora=True), config, stacked=True)
-    with user_error("rank_pattern"):
-        read_adapter(variant("ranks", rank_pattern={"q_proj": 2}), config, stacked=True)
+    for setting, value in {
+        "use_dora": True,
+        "bias": "lora_only",
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [3],
+        "layer_replication": [[0, 2], [1, 3]],
+        "lora_bias": True,
+        "target_parameters": ["mlp.experts"],
+        "use_qalora": True,
+        "alora_invocation_tokens": [5, 6],
+        "fan_in_fan_out": True,
+        "peft_type": "LOHA",
+        "init_lora_weights": "pissa_niter_4",
+        "a_setting_of_tomorrow": {"gain": 2},
+    }.items():
+        with user_error(f"{setting}={value!r}", "merge_and_unload"):
+            open_adapter(variant(setting, **{setting: value}), config)
+    for init in ("pissa", "OLoRA", "corda", "loftq", "lora_ga", "something new"):
+        with user_error(f"init_lora_weights={init!r}", "changes the base's weights"):
+            open_adapter(variant(init, init_lora_weights=init), config)
     with user_error("r and lora_alpha"):
-        read_adapter(variant("none", r=None), config, stacked=True)
+        open_adapter(variant("none", r=None), config)
+    for number, patterns in enumerate([{"q_proj": -1}, {"(": 2}, ["q_proj"], {"q_proj": "2"}]):
+        with user_error("rank_pattern", "patterns to numbers"):
+            open_adapter(variant(f"patterns {number}", rank_pattern=patterns), config)
     name = next(iter(tensors))
     with user_error("1 missing", name):
         fewer = {k: v for k, v in tensors.items() if k != name}
-        read_adapter(variant("fewer", tensors=fewer), config, stacked=True)
+        open_adapter(variant("fewer", tensors=fewer), config)
+    with user_error("another base", "missing", "layers.2."):
+        # Of a base with a layer less, whose other sizes are the same.
+        fewer = {k: v for k, v in tensors.items() if ".layers.2." not in k}
+        open_adapter(variant("fewer layers", tensors=fewer), config)
+    with user_error("another base", "unexpected", "layers.9."):
+        more = tensors | {k.replace(".2.", ".9."): v for k, v in tensors.items() if ".layers.2." in k}
+        open_adapter(variant("more layers", tensors=more), config)
     with user_error("holds no deltas"):
         other = {"some.other.lora_A.weight": tensors[name]}
-        read_adapter(variant("other", tensors=other), config, stacked=True)
+        open_adapter(variant("other", tensors=other), config)
+    for number, more in enumerate(["lm_head.lora_A.weight", "model.embed_tokens.weight", "score.weight"]):
+        with user_error(more, "merge_and_unload"):
+            with_more = tensors | {f"base_model.model.{more}": tensors[name]}
+            open_adapter(variant(f"more {number}", tensors=with_more), config)
     with user_error("wrong shape"):
-        read_adapter(variant("rank", r=5), config, stacked=True)
+        open_adapter(variant("rank", r=5), config)
+    with user_error("wrong shape"):
+        open_adapter(variant("ranks", rank_pattern={"q_proj": 2}), config)
     with user_error("match nothing", "wz"):
         LoraConfig(targets=("wz",))
+
+
+def test_adapters_on_head_or_embeddings_are_refused(tiny, tmp_path):
+    checkpoint = tiny("gqa", seed=3)
+    for module in ("lm_head", "embed_tokens"):
+        path = tmp_path / module
+        save_adapter(checkpoint, path, target_modules=["q_proj", module])
+        with user_error(path, module, "merge_and_unload"):
+            load_model(str(path))
+
+
+def test_an_adapter_in_bfloat16(adapter):
+    checkpoint, _, path = adapter
+    file = path / "adapter_model.safetensors"
+    tensors = {name: array.astype(jnp.bfloat16) for name, array in load_file(file).items()}
+    save_file(tensors, file)
+    config = checkpoint.load().config
+    deltas = open_adapter(path, config).read(stacked=True)
+    assert {array.dtype for array in jax.tree.leaves(deltas)} == {jnp.dtype(jnp.float32)}
+    for row, layer in expand(lora_rows(config, LoraConfig(rank=4)), config.num_layers):
+        _, target, part = row.path.split(".")
+        expected = row.from_hf(tensors[row.hf_name(layer)].astype(np.float32))
+        np.testing.assert_array_equal(deltas[target][part][layer], expected)
+
+
+def test_a_directory_without_the_adapters_tensors_says_what_it_is(adapter, tmp_path):
+    checkpoint, _, path = adapter
+    merged = tmp_path / "merged"
+    shutil.copytree(checkpoint.directory, merged)
+    shutil.copyfile(path / "adapter_config.json", merged / "adapter_config.json")
+    with user_error(merged, "whole checkpoint", "remove adapter_config.json"):
+        load_model(str(merged))
+    file = path / "adapter_model.safetensors"
+    torch.save({}, path / "adapter_model.bin")
+    file.unlink()
+    with user_error(path, "pickled", "adapter_model.bin"):
+        load_model(str(path))
+    (path / "adapter_model.bin").unlink()
+    with user_error(path, "adapter_model.safetensors", "again"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("named", ["/home/trainer/base", None])
+def test_an_adapter_whose_base_has_moved(adapter, named):
+    checkpoint, model, path = adapter
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+    with user_error(path, "--base"):
+        load_model(str(path))
+    lm, tokens = load_model(str(path), base=str(checkpoint.directory)), random_tokens(1, 9)
+    actual = logits(lm.model.weights(), lm.config, tokens)
+    np.testing.assert_allclose(actual, hf_logits(model, tokens), atol=2e-4)
