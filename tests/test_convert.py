@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import gguf
 import jax
@@ -35,7 +36,7 @@ from imae_jax.convert import load_model
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import hf_tensors, save_hf
 from imae_jax.convert.imae_dir import write_imae_dir
-from imae_jax.convert.references import _built_in
+from imae_jax.convert.references import _built_in, open_model
 from imae_jax.convert.table import base_rows
 from imae_jax.sharding import make_mesh
 
@@ -450,8 +451,8 @@ def interleave(array, num_heads):
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(array.shape)
 
 
-def write_gguf(path, hf, metadata):
-    """A float32 GGUF file as llama.cpp's converter would write it."""
+def write_gguf(path, hf, metadata, *, part=(0, 1), quantization=None):
+    """A GGUF file as llama.cpp's converter would write it, float32 by default, or a part of it."""
     config, writer = hf.config, gguf.GGUFWriter(path, hf.config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -462,21 +463,35 @@ def write_gguf(path, hf, metadata):
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    number, count = part
+    if count > 1:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
     for name, value in metadata.items():
-        getattr(writer, f"add_{name}")(value)
+        if name == "rope_scale_linear":  # before November 2023
+            writer.add_float32(f"{hf.config.model_type}.rope.scale_linear", value)
+        else:
+            getattr(writer, f"add_{name}")(value)
     if config.rope_parameters["rope_type"] == "llama3":
         divisors = 1 / (
             hf.model.rotary_emb.inv_freq.numpy()
             * config.rope_parameters["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
         )
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
-    for name, tensor in hf.state_dict().items():
+    for i, (name, tensor) in enumerate(hf.state_dict().items()):
         array = tensor.numpy()
+        if i % count != number:
+            continue
         if config.model_type == "llama" and ".q_proj." in name:
             array = interleave(array, config.num_attention_heads)
         if config.model_type == "llama" and ".k_proj." in name:
             array = interleave(array, config.num_key_value_heads)
-        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if quantization is not None and array.ndim == 2:
+            array = gguf.quants.quantize(array, quantization)
+            writer.add_tensor(gguf_name(name), array, raw_dtype=quantization)
+        else:
             writer.add_tensor(gguf_name(name), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -684,6 +699,8 @@ def test_random_bytes_as_gguf_are_refused(tmp_path, start):
         ({"tokenizer_model": "t5"}, ["'t5'", "--tokenizer"]),
         ({"tokenizer_pre": "tekken"}, ["'tekken'", "--tokenizer"]),
         ({"rope_scaling_type": gguf.RopeScalingType.YARN}, ["'yarn'"]),
+        ({"rope_dimension_count": 6}, ["6 of a head's 12 dimensions"]),
+        ({"expert_count": 4}, ["mixture of experts", "'llama'"]),
     ],
 )
 def test_gguf_of_an_unknown_kind_is_refused(tiny, tmp_path, changes, parts):
@@ -702,6 +719,109 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
     writer.close()
     with user_error("'mamba'", "llama"):
         load_model(str(tmp_path / "model.gguf"))
+
+
+def test_mixtures_of_experts_are_refused_by_that_name(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((2, 4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with user_error("mixture of experts", "'qwen3moe'"):
+        load_model(str(tmp_path / "model.gguf"))
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        with user_error("mixture of experts", f"{name} 8"):
+            LlamaConfig.from_hf({"model_type": "mixtral", name: 8})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        ({"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": 3.0}, 3.0),
+        ({"rope_scaling_factor": 3.0}, 3.0),
+        ({"rope_scale_linear": 3.0}, 3.0),
+        ({"rope_scaling_factor": 0.0}, 1.0),
+        ({"rope_scaling_type": gguf.RopeScalingType.NONE, "rope_scaling_factor": 3.0}, 1.0),
+    ],
+)
+def test_linear_scaling_as_files_of_all_ages_write_it(tiny, tmp_path, scaling, factor):
+    """Names and defaults: GGUF's specification, and llama.cpp's loader."""
+    metadata = byte_level_tokenizer("smollm") | scaling
+    kind = "gqa" if factor == 1 else "rope_linear"
+    hf = tiny(kind, vocab_size=len(metadata["token_list"])).hf
+    lm = load_model(str(write_gguf(tmp_path / "model.gguf", hf, metadata)))
+    assert lm.config.rope.factor == factor
+    tokens = random_tokens(2, 24, vocab_size=hf.config.vocab_size)
+    actual = logits(lm.model.weights(), lm.config, tokens)
+    np.testing.assert_allclose(actual, hf_logits(hf, tokens), rtol=0, atol=PARITY)
+
+
+@pytest.mark.parametrize("given", [1, 2, 3])
+def test_a_split_gguf_is_read_whole_from_any_of_its_parts(tiny_gguf, tmp_path, given):
+    hf, path = tiny_gguf("llama")
+    parts = [tmp_path / f"model-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    metadata = byte_level_tokenizer("smollm")
+    for i, part in enumerate(parts):
+        write_gguf(part, hf, metadata if i == 0 else {}, part=(i, 3))
+    whole, split = load_model(str(path)), load_model(str(parts[given - 1]))
+    for a, e in zip(
+        jax.tree.leaves(split.model.weights()), jax.tree.leaves(whole.model.weights()), strict=True
+    ):
+        assert_bitwise(a, e)
+    assert split.base.fingerprint == whole.base.fingerprint
+    assert split.tokenizer("the moon") == whole.tokenizer("the moon")
+    others = [part for i, part in enumerate(parts, 1) if i != given]
+    others[0].unlink()
+    with user_error(parts[given - 1], "parts", others[0].name, "missing"):
+        load_model(str(parts[given - 1]))
+    with user_error("one of 3 parts", "-00001-of-00003.gguf"):
+        load_model(str(parts[given - 1].rename(tmp_path / "renamed.gguf")))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_quantized_gguf_is_dequantized_as_the_gguf_package_does(tiny, tmp_path, name):
+    """More rows than are read at a time, whose number no block's divides; heads are not to be cut."""
+    kind, metadata = GGUFS[name]
+    metadata = metadata()
+    hf = tiny(
+        kind, vocab_size=len(metadata["token_list"]), hidden_size=64, intermediate_size=192, head_dim=40
+    ).hf
+    path = write_gguf(tmp_path / "model.gguf", hf, metadata, quantization=gguf.GGMLQuantizationType.Q8_0)
+    source = GGUFSource(path)
+    for field, tensor in hf.state_dict().items():
+        expected = tensor.numpy()
+        if expected.ndim == 2:
+            # Rows are quantized one by one, so that their order does not matter.
+            stored = gguf.quants.quantize(expected, gguf.GGMLQuantizationType.Q8_0)
+            expected = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+        assert_bitwise(source.read(field), expected)
+    half = load_model(str(path), dtype="bfloat16").model.weights()
+    whole = load_model(str(path)).model.weights()
+    assert half.dtype == jnp.bfloat16
+    for a, e in zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True):
+        assert_bitwise(a, e.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_little_more_memory_than_the_weights(tiny, tmp_path, dtype):
+    """Of what NumPy allocates; JAX takes these arrays as they are."""
+    metadata = byte_level_tokenizer("qwen2")
+    sizes = {"vocab_size": 40_000, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 32}
+    hf = tiny("qwen2", **sizes).hf
+    path = write_gguf(tmp_path / "model.gguf", hf, metadata, quantization=gguf.GGMLQuantizationType.Q8_0)
+    opened = open_model(str(path))
+    opened.load(dtype=dtype)  # What is imported and traced once does not count.
+    opened = open_model(str(path))
+    tracemalloc.start()
+    try:
+        weights = opened.load(dtype=dtype).weights()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    total = sum(array.nbytes for array in jax.tree.leaves(weights))
+    assert total > 30e6
+    assert total < peak < 1.15 * total
 
 
 # A device mesh
