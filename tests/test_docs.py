@@ -20,7 +20,9 @@ def run_commands(text: str, directory: Path) -> None:
     (commands,) = blocks(text, "bash")
     for line in commands.replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(line)
-        assert program == "python"
+        assert program in ("python", "imae")
+        if program == "imae":
+            arguments = ["-m", "imae_jax", *arguments]
         run = run_python(arguments, directory)
         assert run.returncode == 0, f"{line}\n{run.stderr}"
 
