@@ -4,22 +4,19 @@ Every process runs the same code on the same inputs. Files are written by the ma
 a directory that all of them see.
 """
 
-import atexit
 import contextlib
 import os
-import subprocess
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from imae_jax.errors import Stopped, Terminated, UserError, first_line
+from imae_jax.cli import report
+from imae_jax.errors import Stopped, UserError, first_line
 
 INITIALIZATION_TIMEOUT = 300  # seconds
-_LAST_WORDS = "import sys; sys.stdin.buffer.read() or sys.exit(sys.argv[1])"
 
 
 def initialize(
@@ -62,8 +59,6 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run cannot join: {first_line(error)}") from error
-    if jax.process_count() > 1:
-        _leave_last_words()
 
 
 def _in_a_step_of_several_tasks() -> bool:
@@ -143,64 +138,9 @@ def end_together() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1 or isinstance(error, Stopped):
             raise
-        name, code = f"process {jax.process_index()} of {jax.process_count()}", 1
-        if isinstance(error, UserError):
-            message, code = " ".join(str(error).split()), 2
-        elif isinstance(error, Terminated):
-            message, code = "terminated", 143
-        elif isinstance(error, KeyboardInterrupt):
-            message, code = "interrupted", 130
-        else:
-            traceback.print_exc()
-            message = (
-                f"{first_line(error)}: if another process has gone, see its output; start all of them again "
-                "with --resume"
-            )
+        code = 1
         try:
-            _end_stderr_with(f"error: {name}: {message}\n")
-            _say_goodbye()
+            code = report(error, f"process {jax.process_index()} of {jax.process_count()}: ")
             sys.stdout.flush()
         finally:
             os._exit(code)
-
-
-def _end_stderr_with(line: str) -> None:
-    """Writes the line as this process's last: threads of JAX would still log that a peer has gone."""
-    stderr, text = 2, line.encode(errors="backslashreplace")
-    # Any of these may fail, as this process is failing; the line is written all the same.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.flush()
-    with contextlib.suppress(OSError):
-        nowhere, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
-        os.dup2(nowhere, 2)
-    with contextlib.suppress(OSError):
-        os.write(stderr, text)
-
-
-_child: subprocess.Popen | None = None
-
-
-def _leave_last_words() -> None:
-    """Has a message printed if this process dies without its own doing.
-
-    JAX aborts a process whose peer has died, by C++'s `abort`, which no Python code outlives: a child
-    process sees its input end and prints.
-    """
-    global _child
-    message = (
-        f"error: process {jax.process_index()} of {jax.process_count()} was ended: another process of this "
-        "run has died, or it was killed itself; start all of them again with --resume"
-    )
-    command = [sys.executable, "-S", "-E", "-c", _LAST_WORDS, message]
-    _child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    atexit.register(_say_goodbye)
-
-
-def _say_goodbye() -> None:
-    global _child
-    if _child is not None:
-        with contextlib.suppress(OSError):
-            _child.stdin.write(b"bye")
-            _child.stdin.close()
-        _child.wait()
-        _child = None
