@@ -1,14 +1,13 @@
 """`python -m imae_jax.evaluate.report RUN…`: training and evaluation runs as one page, HTML and Markdown."""
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import html
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 
 from .questions import DATA_DIRECTORY
-from .runs import COMPARISON_FILE, HARNESS_FILE, RESULTS_FILE, RUN_FILE, read_run, same_model
+from .runs import COMPARISON_FILE, HARNESS_FILE, RESULTS_FILE, RUN_FILE, SCORES_FILE, read_run, same_model
 from .summaries import (
     HARNESS_COLUMNS,
     against_baseline,
@@ -49,6 +48,72 @@ KINDS = {
     COMPARISON: "comparison",
     HARNESS: "lm-eval",
 }
+# What a report reads of the files of each kind: types by name, where "*" is any name.
+SUMMARY = {"n": int, "n_undefined": int, "intervals": dict}
+SCORED = SUMMARY | {"settings": dict}
+PAIRS = {"n": int, "auc": object, "shorter": object}
+MEASURED = {"memory_bytes": object, "ms_per_token": object, "settings": dict}
+FORMS: dict[str, Any] = {
+    "truthfulqa": {
+        "data": {"path": str, "sha256": str},
+        "split": {"name": str},
+        "limit": object,
+        "n_questions": int,
+        "metrics": list,
+        "baseline": str,
+        "methods": {"*": SCORED},
+    },
+    "truthfulqa-answers": {
+        "shown": int,
+        "generation": dict,
+        "baseline": str,
+        "methods": {"*": SCORED | {"tokens": {"value": object}}},
+    },
+    "halueval": {
+        "baseline": str,
+        "length": {"ratio": float, "all": PAIRS, "matched": PAIRS},
+        "parts": {"all": {"*": SUMMARY}, "matched": {"*": SUMMARY}},
+        "methods": {"*": {"settings": dict}},
+    },
+    "harm": {
+        "n_tokens": int,
+        "methods": {"*": {"settings": dict, "intervals": dict, "kl": object, "top1_agreement": object}},
+    },
+    COST: {
+        "model": str,
+        "dtype": str,
+        "memory": str,
+        "random_weights": bool,
+        "environment": {"versions": dict},
+        "workload": {"prompt_tokens": int, "new_tokens": int},
+        "batch_sizes": {"*": {"base": MEASURED, "*": MEASURED}},
+    },
+    COMPARISON: {
+        "benchmark": str,
+        "runs": list,
+        "models": list,
+        "protocols": list,
+        "metrics": list,
+        "differing": dict,
+        "settings": dict,
+        "parts": dict,
+    },
+    HARNESS: {
+        "results": {"*": dict},
+        "versions": dict,
+        "config": {
+            "imae_jax": {
+                "arguments": {"model": str, "int8": object, "method": str, "limit": object},
+                "base_model": {"dtype": str},
+                "method": {"scoring": dict},
+                "versions": dict,
+                "git": object,
+            }
+        },
+    },
+}
+ANSWER = {"index": int, "question": str, "best": str, "method": str, "answer": str}
+START = {"started": str, "command": list}
 # Fields of results that tables show, or that are too long to be read.
 SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark", "rows")
 LONGEST_LIST = 12
@@ -287,10 +352,33 @@ def read_training(number: int, path: Path) -> Training:
         config = yaml.safe_load(config_file.read_text("utf-8")) if config_file.is_file() else {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config_file} cannot be read: {first_line(error)}") from error
+    _check(config_file, config, dict)
     environment = _read_json(environment_file) if environment_file.is_file() else []
+    _check(environment_file, environment, list)
+    for start in environment:
+        _check(environment_file, start, START)
     recorded = path / "imae" / IMAE_CONFIG
-    data = _read_json(recorded).get("training", {}).get("data", {}) if recorded.is_file() else {}
+    data = {}
+    if recorded.is_file():
+        units = _read_json(recorded)
+        _check(recorded, units, {"training": dict})
+        data = units["training"].get("data", {})
+        if data:
+            _check(recorded, data, {"rows": int, "kept_share": float}, "data")
     return Training(number, path, stages, config, environment, data)
+
+
+def _check(file: Path, value: Any, form: Any, name: str = "it") -> None:
+    """Raises a `UserError` unless a value from a file has what a form, as in `FORMS`, names."""
+    fields = form if isinstance(form, dict) else {}
+    problem = None if isinstance(value, dict if fields else form) else f"{name} is a {type(value).__name__}"
+    if problem is None:
+        problem = next((f"{name} has no {key}" for key in fields if key != "*" and key not in value), None)
+    if problem is not None:
+        raise UserError(f"{file} is of another form than expected ({problem}): make the run again")
+    for key, inner in fields.items():
+        for found in value if key == "*" else [key]:
+            _check(file, value[found], inner, found)
 
 
 def _read_json(path: Path) -> Any:
@@ -328,11 +416,10 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
             if digest in seen:
                 raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
             seen[digest] = path
-        with _damaged(path):
-            if file in evaluations or (path / RUN_FILE).is_file():
-                runs.append(Evaluation(place, path, read_results(path)))
-            else:
-                runs.append(read_training(place, path))
+        if file in evaluations or (path / RUN_FILE).is_file():
+            runs.append(Evaluation(place, path, read_results(path)))
+        else:
+            runs.append(read_training(place, path))
     return runs
 
 
@@ -341,9 +428,11 @@ def read_results(path: Path) -> dict[str, Any]:
     if (path / RESULTS_FILE).is_file():
         results = _read_json(path / RESULTS_FILE)
         if isinstance(results, dict) and "batch_sizes" in results:
+            _check(path / RESULTS_FILE, results, FORMS[COST])
             return {**results, "benchmark": COST}
     elif (path / COMPARISON_FILE).is_file():
         comparison = _read_json(path / COMPARISON_FILE)
+        _check(path / COMPARISON_FILE, comparison, FORMS[COMPARISON])
         models = " → ".join(dict.fromkeys(comparison["models"]))
         return {**comparison, "of": comparison["benchmark"], "benchmark": COMPARISON, "model": models}
     elif (path / HARNESS_FILE).is_file():
@@ -351,12 +440,14 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_run(path)
     if results["benchmark"] not in KINDS:
         raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: leave it out")
+    _check(path / RESULTS_FILE, results, FORMS[results["benchmark"]])
     return results
 
 
 def read_harness(file: Path) -> dict[str, Any]:
     """What a report shows of a result of lm-eval, in the form of other results."""
     found = _read_json(file)
+    _check(file, found, FORMS[HARNESS])
     ours, kept = found["config"]["imae_jax"], ("n-samples", "n-shot", "date", "lm_eval_version")
     arguments = ours["arguments"]
     return {
@@ -373,20 +464,6 @@ def read_harness(file: Path) -> dict[str, Any]:
         "versions": ours["versions"],
         "git": ours["git"],
     }
-
-
-@contextlib.contextmanager
-def _damaged(path: Path) -> Iterator[None]:
-    """Turns what a file of another form leads to into a `UserError` that names the run."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path} holds files of another form than expected ({type(error).__name__}: "
-            f"{first_line(error)}): make the run again"
-        ) from error
 
 
 def sections_of(runs: Sequence[Evaluation | Training]) -> list[Section]:
@@ -416,8 +493,7 @@ def truthfulqa_sections(
         return []
     together: dict[str, list[Evaluation]] = {}
     for run in runs:
-        with _damaged(run.path):
-            together.setdefault(_questions(run.results), []).append(run)
+        together.setdefault(_questions(run.results), []).append(run)
     plots = tuple(plot for run in runs for plot in plots_of(run))
     return [
         Section("TruthfulQA", (Note(NOTE_INTERVALS), Note(NOTE_SUMS))),
@@ -431,22 +507,20 @@ def _scores(runs: Sequence[Evaluation], harms: Sequence[Evaluation]) -> tuple[An
     """Tables of runs of one protocol on the same questions."""
     from .truthfulqa import HEADS, harm_cells
 
-    with _damaged(runs[0].path):
-        heads = {metric: HEADS[metric] for metric in runs[0].results["metrics"]}
+    heads = {metric: HEADS[metric] for metric in runs[0].results["metrics"]}
     harm_of = {run.number: _harm_of(run, harms) for run in runs}
     sources = {source: None for found in harm_of.values() for _, source in found.values()}
     scores, compared, warnings = {}, {}, []
     for run in runs:
-        with _damaged(run.path):
-            methods, found = run.results["methods"], harm_of[run.number]
-            rows = scores_table("", methods, heads).rows
-            if sources:
-                rows = [(*cells, *harm_cells(found.get(cells[0], (None,))[0])) for cells in rows]
-            scores[run.label()] = rows
-            differences = differences_table("", against_baseline(methods), heads).rows
-            if differences:
-                compared[f"{run.label()}, less {run.results['baseline']}"] = differences
-            warnings += _warnings(run, methods)
+        methods, found = run.results["methods"], harm_of[run.number]
+        rows = scores_table("", methods, heads).rows
+        if sources:
+            rows = [(*cells, *harm_cells(found.get(cells[0], (None,))[0])) for cells in rows]
+        scores[run.label()] = rows
+        differences = differences_table("", against_baseline(methods), heads).rows
+        if differences:
+            compared[f"{run.label()}, less {run.results['baseline']}"] = differences
+        warnings += _warnings(run, methods)
     columns = scores_table("", {}, heads).columns
     if not sources:
         blocks = [Grid("Scores × 100 [95 % interval]", columns, scores)]
@@ -503,17 +577,16 @@ def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Ma
 
     It is what the run itself was given, else that of the first run of the same model and settings.
     """
-    with _damaged(run.path):
-        methods = run.results["methods"]
-        found = {k: (row["harm"], str(run.results["harm"])) for k, row in methods.items() if "harm" in row}
-        for harm in harms:
-            if not same_model(run.results, harm.results):
-                continue
-            for label, row in methods.items():
-                for other in harm.results["methods"].values():
-                    if other["settings"] == row["settings"]:
-                        found.setdefault(label, (other, f"run {harm.number}"))
-        return found
+    methods = run.results["methods"]
+    found = {k: (row["harm"], str(run.results["harm"])) for k, row in methods.items() if "harm" in row}
+    for harm in harms:
+        if not same_model(run.results, harm.results):
+            continue
+        for label, row in methods.items():
+            for other in harm.results["methods"].values():
+                if other["settings"] == row["settings"]:
+                    found.setdefault(label, (other, f"run {harm.number}"))
+    return found
 
 
 def answers_sections(runs: Sequence[Evaluation]) -> list[Section]:
@@ -523,15 +596,17 @@ def answers_sections(runs: Sequence[Evaluation]) -> list[Section]:
 
     sections = [Section("Answers to TruthfulQA's questions", (Note(NOTE_ANSWERS),))] if runs else []
     for run in runs:
-        with _damaged(run.path):
-            texts = {}
-            shown = by_question(read_scores(run.path))[: run.results["shown"]]
-            for place, lines in enumerate(shown, 1):
-                texts[f"{place}. {lines[0]['question']}"] = f"best answer: {lines[0]['best']}"
-                texts |= {f"{place}. {line['method']}": line["answer"] for line in lines}
-            facts = [Facts(f"Answers to {len(shown)} questions", texts)] if shown else []
-            blocks = (*map(Grid.of, results_tables(run.results)), *plots_of(run), *facts)
-            sections.append(Section(run.label(), blocks, level=3))
+        texts = {}
+        lines = read_scores(run.path)
+        for line in lines:
+            _check(run.path / SCORES_FILE, line, ANSWER, "a line")
+        shown = by_question(lines)[: run.results["shown"]]
+        for place, lines in enumerate(shown, 1):
+            texts[f"{place}. {lines[0]['question']}"] = f"best answer: {lines[0]['best']}"
+            texts |= {f"{place}. {line['method']}": line["answer"] for line in lines}
+        facts = [Facts(f"Answers to {len(shown)} questions", texts)] if shown else []
+        blocks = (*map(Grid.of, results_tables(run.results)), *plots_of(run), *facts)
+        sections.append(Section(run.label(), blocks, level=3))
     return sections
 
 
@@ -540,9 +615,8 @@ def halueval_sections(runs: Sequence[Evaluation]) -> list[Section]:
 
     sections = [Section("HaluEval QA", (Note(NOTE_HALUEVAL),))] if runs else []
     for run in runs:
-        with _damaged(run.path):
-            blocks = [*map(Grid.of, tables_of(run.results)), *_warnings(run, run.results["parts"]["all"])]
-            sections.append(Section(run.label(), (*blocks, *plots_of(run)), level=3))
+        blocks = [*map(Grid.of, tables_of(run.results)), *_warnings(run, run.results["parts"]["all"])]
+        sections.append(Section(run.label(), (*blocks, *plots_of(run)), level=3))
     return sections
 
 
@@ -551,19 +625,17 @@ def harm_sections(runs: Sequence[Evaluation]) -> list[Section]:
 
     blocks: list[Any] = []
     for run in runs:
-        with _damaged(run.path):
-            blocks += [Grid.of(results_table(run.results)), *plots_of(run)]
+        blocks += [Grid.of(results_table(run.results)), *plots_of(run)]
     return [Section("Harm on neutral text", (Note(NOTE_HARM_INTERVALS), *blocks))] if runs else []
 
 
 def harness_sections(runs: Sequence[Evaluation]) -> list[Section]:
     groups = {}
     for run in runs:
-        with _damaged(run.path):
-            (method,), limit = run.results["methods"], run.results["limit"]
-            cut = "" if limit is None else f", {limit:g} documents a task"
-            model = f"{run.results['model']} ({precision_of(run.results)})"
-            groups[f"{model}, {method}{cut}, run {run.number}"] = run.results["rows"]
+        (method,), limit = run.results["methods"], run.results["limit"]
+        cut = "" if limit is None else f", {limit:g} documents a task"
+        model = f"{run.results['model']} ({precision_of(run.results)})"
+        groups[f"{model}, {method}{cut}, run {run.number}"] = run.results["rows"]
     grid = Grid("Results [± standard error]", HARNESS_COLUMNS, groups)
     return [Section("LM Evaluation Harness", (Note(NOTE_HARNESS), grid))] if runs else []
 
@@ -573,12 +645,11 @@ def comparison_sections(runs: Sequence[Evaluation]) -> list[Section]:
 
     sections = [Section("Comparisons of two runs", (Note(NOTE_COMPARISON),))] if runs else []
     for run in runs:
-        with _damaged(run.path):
-            blocks = (
-                *map(Grid.of, comparison_tables({**run.results, "benchmark": run.results["of"]})),
-                *plots_of(run),
-            )
-            sections.append(Section(f"{run.path}, run {run.number}", blocks, level=3))
+        blocks = (
+            *map(Grid.of, comparison_tables({**run.results, "benchmark": run.results["of"]})),
+            *plots_of(run),
+        )
+        sections.append(Section(f"{run.path}, run {run.number}", blocks, level=3))
     return sections
 
 
@@ -590,26 +661,25 @@ def cost_sections(runs: Sequence[Evaluation], paper: Mapping[str, Any]) -> list[
     groups: dict[str, list[tuple[str, ...]]] = {}
     kinds: dict[str, None] = {}
     for run in runs:
-        with _damaged(run.path):
-            kinds[run.results["memory"]] = None
-            workload, versions = run.results["workload"], run.results["environment"]["versions"]
-            for batch_size, figures in run.results["batch_sizes"].items():
-                drawn = ", random weights" if run.results["random_weights"] else ""
-                label = (
-                    f"{run.label()}{drawn}: batch {batch_size}, {workload['prompt_tokens']} + "
-                    f"{workload['new_tokens']} tokens, {versions['device']}"
+        kinds[run.results["memory"]] = None
+        workload, versions = run.results["workload"], run.results["environment"]["versions"]
+        for batch_size, figures in run.results["batch_sizes"].items():
+            drawn = ", random weights" if run.results["random_weights"] else ""
+            label = (
+                f"{run.label()}{drawn}: batch {batch_size}, {workload['prompt_tokens']} + "
+                f"{workload['new_tokens']} tokens, {versions['device']}"
+            )
+            base = figures["base"]
+            groups[label] = [
+                (
+                    name,
+                    number(row["memory_bytes"] and row["memory_bytes"] / 1e9),
+                    number(_ratio(row["memory_bytes"], base["memory_bytes"])),
+                    number(row["ms_per_token"]),
+                    number(_ratio(row["ms_per_token"], base["ms_per_token"])),
                 )
-                base = figures["base"]
-                groups[label] = [
-                    (
-                        name,
-                        number(row["memory_bytes"] and row["memory_bytes"] / 1e9),
-                        number(_ratio(row["memory_bytes"], base["memory_bytes"])),
-                        number(row["ms_per_token"]),
-                        number(_ratio(row["ms_per_token"], base["ms_per_token"])),
-                    )
-                    for name, row in figures.items()
-                ]
+                for name, row in figures.items()
+            ]
     plots = [plot for run in runs for plot in plots_of(run)]
     published = {"": [(name, *cells) for name, cells in paper["cost"]["methods"].items()]}
     notes = (Note(NOTE_PAPER.format(paper["source"]), warning=True), Note(paper["cost"]["note"]))
@@ -628,13 +698,12 @@ def training_sections(runs: Sequence[Training]) -> list[Section]:
     """Losses, gates and held-out rows of every stage, and their curves."""
     sections = [Section("Training")] if runs else []
     for run in runs:
-        with _damaged(run.path):
-            blocks: list[Any] = []
-            for name, (lines, held_out) in run.stages.items():
-                blocks += _stage_blocks(run, name, lines, held_out)
-            if run.config and UNITS not in run.stages:
-                blocks.append(Note("The units have not been trained.", warning=True))
-            sections.append(Section(f"{run.path}, run {run.number}", tuple(blocks), level=3))
+        blocks: list[Any] = []
+        for name, (lines, held_out) in run.stages.items():
+            blocks += _stage_blocks(run, name, lines, held_out)
+        if run.config and UNITS not in run.stages:
+            blocks.append(Note("The units have not been trained.", warning=True))
+        sections.append(Section(f"{run.path}, run {run.number}", tuple(blocks), level=3))
     return sections
 
 
@@ -708,37 +777,36 @@ def provenance_sections(runs: Sequence[Evaluation | Training]) -> list[Section]:
     """All runs in one table, then everything that each of them recorded."""
     rows, blocks = [], []
     for run in runs:
-        with _damaged(run.path):
-            if isinstance(run, Training):
-                environment = run.environment[-1] if run.environment else {}
-                kind, model, seed = "training", run.config.get("model"), run.config.get("seed")
-                facts = _flat({"config": run.config, "data": run.data})
-                for start in run.environment:
-                    called = {**start, "command": shlex.join(start["command"])}
-                    facts |= _flat({f"start {start['started']}": called})
-            else:
-                results = run.results
-                environment = results.get("environment", results)
-                kind, model = KINDS[run.kind], results["model"]
-                seed = results.get("statistics", {}).get("seed")
-                facts = _flat({k: v for k, v in results.items() if k not in SHOWN_ELSEWHERE})
-                for label, settings in _settings_of(results).items():
-                    facts[f"method {label}"] = json.dumps(settings, ensure_ascii=False)
-            versions, git = environment.get("versions", {}), environment.get("git")
-            commit = "–" if not git else git["commit"][:10] + (" + changes" if git["dirty"] else "")
-            rows.append(
-                (
-                    f"{run.number}: {run.path}",
-                    kind,
-                    str(model or "–"),
-                    str(versions.get("imae_jax", "–")),
-                    commit,
-                    str(versions.get("jax", "–")),
-                    str(versions.get("device", "–")),
-                    "–" if seed is None else str(seed),
-                )
+        if isinstance(run, Training):
+            environment = run.environment[-1] if run.environment else {}
+            kind, model, seed = "training", run.config.get("model"), run.config.get("seed")
+            facts = _flat({"config": run.config, "data": run.data})
+            for start in run.environment:
+                called = {**start, "command": shlex.join(start["command"])}
+                facts |= _flat({f"start {start['started']}": called})
+        else:
+            results = run.results
+            environment = results.get("environment", results)
+            kind, model = KINDS[run.kind], results["model"]
+            seed = results.get("statistics", {}).get("seed")
+            facts = _flat({k: v for k, v in results.items() if k not in SHOWN_ELSEWHERE})
+            for label, settings in _settings_of(results).items():
+                facts[f"method {label}"] = json.dumps(settings, ensure_ascii=False)
+        versions, git = environment.get("versions", {}), environment.get("git")
+        commit = "–" if not git else git["commit"][:10] + (" + changes" if git["dirty"] else "")
+        rows.append(
+            (
+                f"{run.number}: {run.path}",
+                kind,
+                str(model or "–"),
+                str(versions.get("imae_jax", "–")),
+                commit,
+                str(versions.get("jax", "–")),
+                str(versions.get("device", "–")),
+                "–" if seed is None else str(seed),
             )
-            blocks.append(Facts(f"Run {run.number}, {kind}: {run.path}", facts))
+        )
+        blocks.append(Facts(f"Run {run.number}, {kind}: {run.path}", facts))
     columns = ("run", "kind", "model", "imae_jax", "git", "jax", "device", "seed")
     return [Section("How these figures were made", (Grid("Runs", columns, {"": rows}), *blocks))]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax.errors import Stopped, Terminated, UserError, first_line
+from imae_jax.errors import Stopped, Terminated, UserError, chain, first_line
 
 MODULES = "python -m imae_jax"
 DEBUG_VARIABLE = "IMAE_JAX_DEBUG"
@@ -121,8 +121,11 @@ def report(error: BaseException, process: str = "") -> int:
 def _is_out_of_memory(error: BaseException) -> bool:
     from jax.errors import JaxRuntimeError
 
-    on_device = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    return on_device or isinstance(error, MemoryError)
+    return any(
+        isinstance(cause, MemoryError)
+        or (isinstance(cause, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause))
+        for cause in chain(error)
+    )
 
 
 class _Handler(logging.Handler):
@@ -151,6 +154,8 @@ def _messages(argv: Sequence[str] | None) -> Iterator[None]:
         options = argparse.Namespace(verbose=False, quiet=False, debug=False)
     level = logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
     levels = {"": logging.INFO if options.verbose else logging.WARNING, **dict.fromkeys(OUR_LOGGERS, level)}
+    # Orbax logs through absl what it raises as well.
+    levels["absl"] = logging.INFO if options.verbose else logging.CRITICAL
     before = {name: logging.getLogger(name).level for name in levels}
     handler, debug = _Handler(), os.environ.get(DEBUG_VARIABLE)
     try:

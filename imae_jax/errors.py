@@ -1,5 +1,7 @@
 """What ends a command early: the user's mistakes, signals."""
 
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake that the user can mend.
@@ -22,6 +24,13 @@ class Stopped(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: what is open is closed, and half-written files are removed, as after Ctrl-C."""
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The exception, then what led to it, step by step."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

@@ -305,7 +305,9 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
         "{": "not readable JSON",
         "[]": "lacks benchmark",
         '{"benchmark": "truthfulqa"}': "lacks protocol",
-        json.dumps(results_of(run) | {"methods": {"base": {}}}): "of another form than expected (KeyError",
+        json.dumps(
+            results_of(run) | {"methods": {"base": {}}}
+        ): "of another form than expected (base has no ",
         json.dumps(results_of(run) | {"benchmark": "chess"}): "a run of chess",
         '{"batch_sizes": {"1": {}}}': "of another form",
     }.items():
@@ -329,11 +331,22 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     file = training / "metrics.jsonl"
     file.write_text(file.read_text().replace('"step": 2', '"step"'))
     assert "metrics.jsonl line 2 is damaged" in error_of(capfd, main, training, "--out", out)
-    (training / "environment.json").write_text("{")
+    (training / "environment.json").write_text("{}")
     file.write_text("")
+    assert "environment.json is of another form" in error_of(capfd, main, training, "--out", out)
+    (training / "environment.json").write_text("{")
     assert "environment.json is not readable" in error_of(capfd, main, training, "--out", out)
     shutil.rmtree(training / "icd")
     assert "has not trained yet" in error_of(capfd, main, training, "--out", out)
+
+
+def test_our_own_faults_are_not_called_the_users(runs, tmp_path, capfd, monkeypatch):
+    """Whatever a computation raises, the run is not to be made again for it."""
+    monkeypatch.setattr("imae_jax.evaluate.report.scores_table", lambda *_: {}["fault"])
+    assert main([str(runs["truthfulqa"]), "--out", str(tmp_path / "out")]) == 1
+    error = capfd.readouterr().err
+    assert "KeyError: 'fault'" in error and "fault of imae_jax" in error
+    assert not any(tmp_path.iterdir())
 
 
 def test_only_reports_are_overwritten(runs, tmp_path, capfd):

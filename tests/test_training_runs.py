@@ -1,7 +1,9 @@
 """What a run leaves behind, and what it does when something goes wrong while it trains."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,16 +11,31 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import EVEN_SIZES, hf_logits, log_softmax, losses_of, user_error, write_rows
+from conftest import (
+    EVEN_SIZES,
+    assert_bitwise,
+    error_of,
+    hf_logits,
+    log_softmax,
+    losses_of,
+    user_error,
+    write_rows,
+)
+from orbax.checkpoint import v1 as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imae_jax.convert import load_model
+from imae_jax.errors import UserError
 from imae_jax.train import data, loop, token_filter
 from imae_jax.train.__main__ import main
+from imae_jax.train.checkpoint import Checkpoints, read_trainable
 from imae_jax.train.config import load_config
+from imae_jax.train.step import TrainState
 
 HELD_OUT = ["data.held_out=4", "eval_every=4"]
 ICD = [
@@ -289,25 +306,71 @@ def test_damaged_checkpoints_are_found_and_an_older_one_offered(settings, tmp_pa
     expected = losses_of(out)
     shutil.rmtree(out / "imae")
     damage(out / "checkpoints" / "8", how)
-    capfd.readouterr()
-    assert main([*settings, "--resume", "--quiet"]) == 2
-    error = capfd.readouterr().err
+    error = error_of(capfd, main, *settings, "--resume", "--quiet")
     assert f"checkpoint {out / 'checkpoints' / '8'} is damaged" in error
     assert "--from-step 6 goes on from the one before" in error
-    assert error.count("\n") == 1
     assert main([*settings, "--from-step", "6", "--quiet"]) == 0
     assert losses_of(out) == expected
     assert load_model(str(out / "imae")).imae["training"]["data"]["rows"] == 12
 
 
-def test_a_checksum_finds_what_orbax_does_not(settings, tmp_path, capfd):
-    assert main([*settings, "--quiet"]) == 0
-    metadata = tmp_path / "run" / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
-    content = json.loads(metadata.read_text())
-    content["custom_metadata"]["checksums"][0] ^= 1
-    metadata.write_text(json.dumps(content))
-    assert main([*settings, "--resume", "--quiet"]) == 2
-    assert "is damaged (a checksum differs): --from-step 6" in capfd.readouterr().err
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of random bits, which nothing compresses: its directory, the bits, what reads it."""
+    bits = np.random.default_rng(0).integers(0, 2**32, (64, 64), np.uint32)
+    state = TrainState({"a": jnp.asarray(bits)}, {"b": jnp.zeros(4)})
+    placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: placement, state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, {})
+    checkpoints.save(1, state)
+    checkpoints.wait()
+
+    def load(shape=None):
+        return checkpoints.load(1, jax.eval_shape(lambda: state) if shape is None else shape, shardings)
+
+    yield tmp_path / "checkpoints" / "1", bits, load
+    checkpoints.close()
+
+
+def test_a_checksum_finds_what_orbax_does_not(saved):
+    """A bit of an array's data: Orbax and TensorStore load it as if nothing were wrong."""
+    path, bits, load = saved
+    assert_bitwise(load().trainable["a"], bits)
+    data_file = max((p for p in path.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data_file.read_bytes())
+    content[len(content) // 2] ^= 1
+    data_file.write_bytes(content)
+    assert np.count_nonzero(ocp.load(path)["trainable"]["a"] != bits) == 1
+    with user_error(f"checkpoint {path} is damaged (a checksum differs): start anew"):
+        load()
+    with user_error(f"checkpoint {path} is damaged (a checksum differs): give another step"):
+        read_trainable(path)
+
+
+def test_only_damage_is_called_damage(saved):
+    path, bits, load = saved
+    with no_more_files(), user_error(f"checkpoint {path} cannot be read now", "try again"):
+        load()
+    # No file is to blame for another shape.
+    wider = TrainState(
+        {"a": jax.ShapeDtypeStruct((64, 65), jnp.uint32)}, {"b": jax.ShapeDtypeStruct((4,), "f4")}
+    )
+    with pytest.raises(Exception, match=r"") as caught:
+        load(wider)
+    assert not isinstance(caught.value, UserError)
+    assert str(path) in caught.value.__notes__[0]
+    assert_bitwise(load().trainable["a"], bits)
+
+
+@contextlib.contextmanager
+def no_more_files():
+    """No file can be opened."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_checkpoint_that_is_not_there(settings, capfd):

@@ -1,6 +1,8 @@
 """Checkpoints of a stage: the trainable state and the step, never the frozen base."""
 
 import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,13 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from imae_jax.convert.identity import note
-from imae_jax.errors import UserError, first_line
+from imae_jax.errors import UserError, chain, first_line
 from imae_jax.train.step import TrainState
+
+# How TensorStore's messages about data that are missing or wrong begin, and those about the way to the data.
+# Its exceptions are plain ValueErrors, which Orbax wraps in others.
+DAMAGED = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")
+OUT_OF_REACH = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 
 
 class Checkpoints:
@@ -52,17 +59,13 @@ class Checkpoints:
         if steps_done in self.steps:
             return
         metadata = {"identity": self._identity, "checksums": _checksums(state)}
-        try:
+        with self._writing():
             self._checkpointer.save_async(steps_done, _as_dict(state), custom_metadata=metadata)
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Until what `save` began is on the disk."""
-        try:
+        with self._writing():
             self._checkpointer.wait()
-        except Exception as error:  # Orbax' and TensorStore's errors share no base class.
-            raise self._not_written(error) from error
 
     def load(self, steps_done: int, shape: TrainState, shardings: TrainState) -> TrainState:
         """Reads a checkpoint straight into its shards.
@@ -73,7 +76,7 @@ class Checkpoints:
             shardings: where its arrays go.
 
         Raises:
-            UserError: it is damaged, or belongs to another base, data set or configuration.
+            UserError: it is damaged or out of reach, or belongs to another base, data set or configuration.
         """
         path = self._directory / str(steps_done)
         older = [step for step in self.steps if step < steps_done]
@@ -83,11 +86,9 @@ class Checkpoints:
             shape,
             shardings,
         )
-        try:
+        with _reading(path, way_out):
             metadata = self._checkpointer.metadata(steps_done).custom_metadata
-            identity, checksums = metadata["identity"], metadata["checksums"]
-        except Exception as error:
-            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from error
+        identity, checksums = _recorded(metadata, path, way_out)
         for name, expected in self._identity.items():
             if identity.get(name) != expected:
                 older = note(identity.get(name)) if name == "base" else ""
@@ -95,10 +96,8 @@ class Checkpoints:
                     f"checkpoint {path} belongs to another {name} ({identity.get(name)}, now {expected})"
                     f"{older}: restore it, or start anew with another out"
                 )
-        try:
+        with _reading(path, way_out):
             state = TrainState(**self._checkpointer.load(steps_done, _as_dict(abstract)))
-        except Exception as error:
-            raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): {way_out}") from error
         if _checksums(state) != checksums:
             raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
         return state
@@ -115,9 +114,19 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._checkpointer.close()
 
-    def _not_written(self, error: Exception) -> UserError:
-        kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
-        return UserError(f"a checkpoint cannot be written to {self._directory}: {first_line(error)}{kept}")
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the file system objects to into a `UserError`."""
+        try:
+            yield
+        except Exception as error:
+            cause = _out_of_reach(error)
+            if cause is None:
+                raise
+            kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
+            raise UserError(
+                f"a checkpoint cannot be written to {self._directory}: {_message(cause)}{kept}"
+            ) from error
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -138,23 +147,74 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
         NumPy arrays, and the identity of `Checkpoints`.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged or out of reach.
     """
     path, context = path.resolve(), ocp.Context()  # Orbax takes absolute paths only.
     context.pytree.loading.partial_load = True
-    try:
+    way_out = "give another step"
+    with _reading(path, way_out):
         metadata = ocp.metadata(path)
-        identity, checksums = metadata.custom_metadata["identity"], metadata.custom_metadata["checksums"]
-        shape = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata["trainable"])
-        with context:
-            trainable = ocp.load(path, {"trainable": shape})["trainable"]
-    except Exception as error:  # Orbax' and TensorStore's errors share no base class.
-        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}): give another step") from error
+    identity, checksums = _recorded(metadata.custom_metadata, path, way_out)
+    shape = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata["trainable"])
+    with _reading(path, way_out), context:
+        trainable = ocp.load(path, {"trainable": shape})["trainable"]
     found = [int(x) for x in jax.device_get(_checksum(trainable))]
     # Those of the optimizer's state follow.
     if found != checksums[: len(found)]:
-        raise UserError(f"checkpoint {path} is damaged (a checksum differs): give another step")
+        raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
     return trainable, identity
+
+
+@contextlib.contextmanager
+def _reading(path: Path, way_out: str) -> Iterator[None]:
+    """Turns what Orbax and TensorStore say of a checkpoint's files into a `UserError`.
+
+    What they do not say of the files, such as too little memory or another shape, passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if cause := _damage(error):
+            raise UserError(f"checkpoint {path} is damaged ({_message(cause)}): {way_out}") from error
+        if cause := _out_of_reach(error):
+            raise UserError(
+                f"checkpoint {path} cannot be read now ({_message(cause)}), which does not mean that it is "
+                "damaged: try again"
+            ) from error
+        error.add_note(f"while the checkpoint {path} was read")
+        raise
+
+
+def _damage(error: Exception) -> BaseException | None:
+    """The exception in the chain that says that data are missing or wrong."""
+    types = (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, ocp.errors.InvalidLayoutError)
+    for cause in chain(error):
+        # TensorStore names no status where it cannot decompress.
+        says_so = str(cause).startswith(DAMAGED) or "Error decoding" in str(cause)
+        if isinstance(cause, types) or (type(cause) is ValueError and says_so):
+            return cause
+    return None
+
+
+def _out_of_reach(error: Exception) -> BaseException | None:
+    """The exception in the chain that is about the file system, not about what it holds."""
+    for cause in chain(error):
+        if isinstance(cause, OSError) or (type(cause) is ValueError and str(cause).startswith(OUT_OF_REACH)):
+            return cause
+    return None
+
+
+def _message(error: BaseException) -> str:
+    """The first line, without the description of the data that TensorStore appends."""
+    return first_line(error).partition(" [tensorstore_spec")[0]
+
+
+def _recorded(metadata: Any, path: Path, way_out: str) -> tuple[dict[str, str], list[int]]:
+    """Identity and checksums that were saved with a checkpoint."""
+    names = ("identity", "checksums")
+    if not isinstance(metadata, Mapping) or not all(name in metadata for name in names):
+        raise UserError(f"checkpoint {path} is damaged (it holds no {' or no '.join(names)}): {way_out}")
+    return metadata["identity"], metadata["checksums"]
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
 from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main
 from imae_jax.errors import Stopped, UserError, first_line
-from imae_jax.files import write_text
+from imae_jax.files import read_text, write_text
 from imae_jax.llama import Weights
 from imae_jax.runtime import git_state, versions
 from imae_jax.sharding import check_divisible, make_mesh
@@ -537,13 +537,13 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
         if not saved.is_file():
             raise UserError(f"{out} holds no training run to resume")
         try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise ValueError("it holds no settings")
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            before = yaml.safe_load(read_text(saved, "the run's"))
+        except yaml.YAMLError as error:
             raise UserError(
                 f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
             ) from error
+        if not isinstance(before, dict):
+            raise UserError(f"{saved} is damaged (it holds no settings): start anew with --overwrite")
         now = config.to_dict()
         # A setting that a later version added was at its default.
         before = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), before))

@@ -130,26 +130,26 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
     if value is None and len(kinds) < len(typing.get_args(kind)):
         return None
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    error = UserError(f"method {method}: {key}={value!r} is no {names}")
+    wrong = UserError(f"method {method}: {key}={value!r} is no {names}")
     if isinstance(value, list | tuple) and any(typing.get_origin(k) is tuple for k in kinds):
         value = tuple(value)
         if all(isinstance(x, int) for x in value):
             return value
-        raise error
+        raise wrong
     if bool in kinds:
         if isinstance(value, bool):
             return value
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        raise error
+        raise wrong
     if isinstance(value, bool | list | tuple | dict):
-        raise error
+        raise wrong
     try:
         converted = kinds[0](value)
-    except (TypeError, ValueError, OverflowError) as cause:
-        raise error from cause
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
     if isinstance(value, float) and converted != value:
-        raise error  # A fraction where a whole number is needed, or NaN.
+        raise wrong  # A fraction where a whole number is needed, or NaN.
     if isinstance(converted, float) and not math.isfinite(converted) and key not in MAY_BE_INFINITE:
         raise UserError(f"method {method}: {key}={value} must be finite")
     return converted
