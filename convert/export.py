@@ -39,7 +39,13 @@ SHIPPED = {
     "modeling_imae.py": "modeling_imae.py",
     "generate.py": "custom_generate/generate.py",
 }
-FAMILIES = {"llama": "ImaeLlama", "qwen2": "ImaeQwen2"}
+FAMILIES = {
+    "llama": "ImaeLlama",
+    "mistral": "ImaeMistral",
+    "qwen2": "ImaeQwen2",
+    "qwen3": "ImaeQwen3",
+    "gemma3_text": "ImaeGemma3",
+}
 CARD_FILE, CARD_TEMPLATE = "README.md", Path(__file__).parent / "model_card.md.jinja"
 DATASETS = {"halueval": "pminervini/HaluEval"}
 METRICS = ("mc1", "mc2", "mc3")

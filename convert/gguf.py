@@ -1,7 +1,9 @@
-"""GGUF files of Llama-architecture models: config, tensors and tokenizer.
+"""GGUF files of Llama-like models: config, tensors and tokenizer.
 
 llama.cpp's converter reorders the rows of q and k from HuggingFace's half-split RoPE layout to
-interleaved pairs (for the `llama` architecture, not for `qwen2`); reading undoes that.
+interleaved pairs (for the `llama` architecture alone), and adds 1 to the weights of Gemma's norms, in
+float32; reading undoes both. A norm's bfloat16 weight of magnitude 2⁻¹⁶ or more comes back bit for bit, any
+other to 2⁻²⁴.
 """
 
 import re
@@ -20,7 +22,9 @@ from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import base_rows, expand
 from imae_jax.errors import UserError, first_line
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# What files of Gemma 3 leave to llama.cpp.
+GEMMA3_WINDOW_PATTERN, GEMMA3_LOCAL_THETA, LAYERS_OF_GEMMA3_27B = 6, 10000.0, 62
 CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
 ROPE_FACTORS = "rope_freqs.weight"
 # What reading a damaged file can raise.
@@ -90,6 +94,8 @@ class GGUFSource(TensorFiles):
         try:
             for stored, block in tensor.blocks(num_rows):
                 block = block[0] if len(tensor.shape) == 1 else block
+                if self._architecture == "gemma3" and name.endswith("norm.weight"):
+                    block = block - np.float32(1)
                 yield stored, block if head_dim is None else _half_split(block, head_dim)
         except (RuntimeError, ValueError) as error:
             raise UserError(
@@ -124,8 +130,19 @@ class GGUFSource(TensorFiles):
         if embedding is None:
             raise UserError(f"{self.location} has no token_embd.weight: download it again")
 
-        if required("block_count") > len(tensors):
+        num_layers = int(required("block_count"))
+        if num_layers > len(tensors):
             raise UserError(f"{self.location} has fewer tensors than layers: download it again")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if self._get(f"{prefix}.{name}"):
+                raise UserError(f"{name} of {self.location} is not supported: only models without it are")
+        gemma3, sliding_layers = prefix == "gemma3", self._sliding_layers(num_layers)
+        local_rope = query_pre_attn_scalar = None
+        if gemma3:
+            theta = self._get(f"{prefix}.rope.freq_base_swa", GEMMA3_LOCAL_THETA)
+            local_rope = RopeConfig(theta=float(theta)) if sliding_layers else None
+            is_27b = num_layers == LAYERS_OF_GEMMA3_27B
+            query_pre_attn_scalar = hidden_size // num_heads if is_27b else head_dim
 
         def has(suffix):
             return any(name.endswith(suffix) for name in tensors)
@@ -134,7 +151,7 @@ class GGUFSource(TensorFiles):
             vocab_size=int(embedding.shape[-1]),
             hidden_size=hidden_size,
             intermediate_size=int(required("feed_forward_length")),
-            num_layers=int(required("block_count")),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=int(self._get(f"{prefix}.attention.head_count_kv") or num_heads),
             head_dim=head_dim,
@@ -145,6 +162,15 @@ class GGUFSource(TensorFiles):
             qkv_bias=has("attn_q.bias"),
             o_bias=has("attn_output.bias"),
             mlp_bias=has("ffn_gate.bias"),
+            activation="gelu_pytorch_tanh" if gemma3 else "silu",
+            qk_norm=prefix in ("qwen3", "gemma3"),
+            post_norms=gemma3,
+            norm_plus_one=gemma3,
+            scaled_embedding=gemma3,
+            query_pre_attn_scalar=query_pre_attn_scalar,
+            sliding_window=int(required("attention.sliding_window")) if sliding_layers else None,
+            sliding_layers=sliding_layers,
+            local_rope=local_rope,
         )
 
     def _read_rope(self, tensors: dict[str, Any], head_dim: int) -> RopeConfig:
@@ -183,6 +209,24 @@ class GGUFSource(TensorFiles):
                 f"{self.location} is a mixture of experts (architecture {self._architecture!r}): only models "
                 "without experts can be loaded"
             )
+
+    def _sliding_layers(self, num_layers: int) -> tuple[bool, ...]:
+        """For every layer whether it slides: of `llama` all (Mistral) or none, of `gemma3` by a pattern."""
+        prefix = self._architecture
+        pattern = self._get(f"{prefix}.attention.sliding_window_pattern")
+        if prefix == "gemma3":
+            pattern = GEMMA3_WINDOW_PATTERN if pattern is None else pattern
+            if isinstance(pattern, list):
+                return tuple(map(bool, pattern)) if any(pattern) else ()
+            return tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
+        if not self._get(f"{prefix}.attention.sliding_window"):
+            return ()
+        if prefix != "llama" or pattern is not None:
+            raise UserError(
+                f"attention.sliding_window of {self.location} is not supported, since the file does not say "
+                f"in which layers of {prefix} it holds: use the model's HuggingFace checkpoint"
+            )
+        return (True,) * num_layers
 
     @property
     def end_token_ids(self) -> set[int]:

@@ -464,7 +464,7 @@ def _cut(config: LlamaConfig, num_layers: int | None, reference: str) -> LlamaCo
         return config
     if not 1 <= num_layers <= config.num_layers:
         raise UserError(f"{reference}: the model has {config.num_layers} layers")
-    return dataclasses.replace(config, num_layers=num_layers)
+    return config.lowest_layers(num_layers)
 
 
 def _exists(name: str) -> bool:

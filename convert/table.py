@@ -58,7 +58,7 @@ class Row:
 
 
 def base_rows(config: LlamaConfig) -> list[Row]:
-    """The rows of a plain Llama."""
+    """The rows of a model without units."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -71,6 +71,8 @@ def base_rows(config: LlamaConfig) -> list[Row]:
             outputs,
         )
 
+    # In Llama the norm after attention is the one before the MLP.
+    norm_mlp = f"{'pre_feedforward' if config.post_norms else 'post_attention'}_layernorm.weight"
     rows = [
         Row("embed", "model.embed_tokens.weight", "token_embd.weight", (V, D)),
         Row("norm_final", "model.norm.weight", "output_norm.weight", (D,)),
@@ -79,11 +81,21 @@ def base_rows(config: LlamaConfig) -> list[Row]:
         layer("wk", "self_attn.k_proj.weight", "attn_k.weight", (D, K, H), 2),
         layer("wv", "self_attn.v_proj.weight", "attn_v.weight", (D, K, H), 2),
         layer("wo", "self_attn.o_proj.weight", "attn_output.weight", (N, H, D), 1),
-        layer("norm_mlp", "post_attention_layernorm.weight", "ffn_norm.weight", (D,)),
+        layer("norm_mlp", norm_mlp, "ffn_norm.weight", (D,)),
         layer("w_gate", "mlp.gate_proj.weight", "ffn_gate.weight", (D, F), 1),
         layer("w_up", "mlp.up_proj.weight", "ffn_up.weight", (D, F), 1),
         layer("w_down", "mlp.down_proj.weight", "ffn_down.weight", (F, D), 1),
     ]
+    if config.qk_norm:
+        rows += [
+            layer("norm_q", "self_attn.q_norm.weight", "attn_q_norm.weight", (H,)),
+            layer("norm_k", "self_attn.k_norm.weight", "attn_k_norm.weight", (H,)),
+        ]
+    if config.post_norms:
+        rows += [
+            layer("norm_attn_out", "post_attention_layernorm.weight", "post_attention_norm.weight", (D,)),
+            layer("norm_mlp_out", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", (D,)),
+        ]
     if not config.tie_word_embeddings:
         rows.append(Row("unembed", "lm_head.weight", "output.weight", (D, V), 1))
     if config.qkv_bias:

@@ -78,7 +78,7 @@ def verify(opened: OpenedModel, directory: Path, dtype: str | None = None) -> Ve
     num_layers = _layers_that_fit(opened, directory, dtype)
     if num_layers < 1:
         return "the memory does not suffice for a layer of both models"
-    config = dataclasses.replace(opened.config, num_layers=num_layers)
+    config = opened.config.lowest_layers(num_layers)
     tokens = np.random.default_rng(0).integers(
         0, config.vocab_size, (ROWS, min(TOKENS, config.max_position_embeddings))
     )

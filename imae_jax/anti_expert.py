@@ -13,7 +13,7 @@ from flax import nnx
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import Int8, matmul, swiglu
+from imae_jax.layers import Int8, gated, matmul
 from imae_jax.params import AntiExpertParam, normal, weight, zeros
 from imae_jax.sharding import constrain
 
@@ -63,6 +63,7 @@ def unit_forward(
     h: jax.Array,
     strength: jax.Array,
     gate_threshold: jax.Array | None = None,
+    activation: str = "silu",
 ) -> tuple[jax.Array, jax.Array]:
     """One unit's contribution to its layer's MLP output, `o · MLP_anti(a · h)`.
 
@@ -72,6 +73,7 @@ def unit_forward(
         strength: float32 [B], `o`. Rows at exactly 0 get exactly 0, whatever the unit computes.
         gate_threshold: float32 [B]; where the gate is below it, the unit contributes nothing. For a single
             token its MLP is then not read from memory.
+        activation: of its MLP, which has the form of the base's.
 
     Returns:
         The contribution [B, T, D] in the dtype of `h`, and the gate `a`, float32 [B, T].
@@ -82,8 +84,8 @@ def unit_forward(
     o = strength[:, None, None]
 
     def contribution(h):
-        gated = a[..., None].astype(h.dtype) * h
-        inner = swiglu(matmul(gated, unit["w_gate"]), matmul(gated, unit["w_up"]))
+        x = a[..., None].astype(h.dtype) * h
+        inner = gated(matmul(x, unit["w_gate"]), matmul(x, unit["w_up"]), activation)
         inner = constrain(inner, "batch", "length", "act_mlp")
         y = matmul(inner, unit["w_down"])
         return jnp.where(o == 0, 0, o.astype(h.dtype) * y)

@@ -14,7 +14,13 @@ TPU_LANES = 128
 
 
 def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, platform: str | None = None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None = None,
+    platform: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Causal grouped-query attention whose memory grows with T, not with T².
 
@@ -27,6 +33,7 @@ def flash_attention(
     Args:
         q: [B, T, N, H]; bfloat16 or float16 on GPUs, bfloat16 on TPUs.
         k, v: [B, K, T, H] in the dtype of `q`, where K divides N.
+        window: the most tokens that a token attends to, itself included; None for all before it.
         platform: `gpu`, `tpu` or another; the default is JAX's default backend.
         interpret: runs the TPU's kernel as plain operations on any device, in any dtype.
 
@@ -43,20 +50,23 @@ def flash_attention(
 
     def attention(q, k, v):
         if platform == "tpu":
-            return _splash(q, k, v, interpret)
-        return _cudnn(q, k, v) if platform == "gpu" else _plain(q, k, v)
+            return _splash(q, k, v, window, interpret)
+        return _cudnn(q, k, v, window) if platform == "gpu" else _plain(q, k, v, window)
 
     # "length" is not among the names: each device needs all tokens of its rows, whatever that rule says.
     of_queries, of_keys = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
     return on_shards(attention, (of_queries, of_keys, of_keys), of_queries)(q, k, v)
 
 
-def _plain(q, k, v):
+def _plain(q, k, v, window):
     T = q.shape[1]
-    return layers.attention(q, k, v, jnp.tri(T, dtype=bool)[None])
+    attend = jnp.tri(T, dtype=bool)
+    if window is not None:
+        attend &= ~jnp.tri(T, k=-window, dtype=bool)
+    return layers.attention(q, k, v, attend[None])
 
 
-def _cudnn(q, k, v):
+def _cudnn(q, k, v, window):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
             f"attention=flash on a GPU takes bfloat16 or float16, not {q.dtype}: set dtype=bfloat16 or "
@@ -64,7 +74,14 @@ def _cudnn(q, k, v):
         )
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     try:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
     except (NotImplementedError, RuntimeError) as error:
         reason = first_line(error).rstrip(".")
         raise UserError(
@@ -72,7 +89,7 @@ def _cudnn(q, k, v):
         ) from error
 
 
-def _splash(q, k, v, interpret):
+def _splash(q, k, v, window, interpret):
     # Here and not above: an experimental module, of which only TPUs have need.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -93,8 +110,10 @@ def _splash(q, k, v, interpret):
         block_kv_dq=block,
     )
 
+    shape = (tiles * TPU_LANES,) * 2
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), offset=0)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((tiles * TPU_LANES,) * 2)] * N),
+        splash.MultiHeadMask([mask] * N),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,

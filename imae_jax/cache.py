@@ -14,6 +14,8 @@ from imae_jax.sharding import constrain
 class KVCache:
     """Keys and values of the tokens seen so far; all rows share one write position.
 
+    Layers that slide keep all tokens, too, and mask those outside of their window.
+
     Padding occupies slots as real tokens do and is masked by `real`, so that prompts may be padded on
     either side.
 

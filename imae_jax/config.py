@@ -6,8 +6,41 @@ from typing import Any
 
 from imae_jax.errors import UserError
 
-MODEL_TYPES = ("llama", "qwen2")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "frequency_factors")
+# What transformers takes for a field that a config leaves out, where it is not Llama's.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "gemma3_text": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "tie_word_embeddings": True,
+    },
+}
+MODEL_TYPES = tuple(DEFAULTS)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+# Fields that a scaled RoPE cannot do without, and the types themselves.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "frequency_factors": (),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +70,7 @@ class RopeConfig:
         if self.type not in ROPE_TYPES:
             raise UserError(
                 f"rope_type {self.type!r} is not supported: use a model with one of "
-                f"{', '.join(ROPE_TYPES[:4])}"
+                f"{', '.join(list(ROPE_TYPES)[:4])}"
             )
         if not 1.0 <= self.factor < float("inf"):
             raise UserError(f"rope factor {self.factor} is not 1 or above: check the model's config")
@@ -54,18 +87,19 @@ class RopeConfig:
                 f"partial_rotary_factor {partial} is not supported: only models that rotate "
                 "whole heads can be loaded"
             )
-        fields = {"factor", "low_freq_factor", "high_freq_factor"} & rope.keys()
-        original = (
-            rope.get("original_max_position_embeddings")
-            or hf.get("original_max_position_embeddings")
-            or cls.original_max_position_embeddings
-        )
-        return cls(
-            type=rope_type,
-            theta=float(theta),
-            original_max_position_embeddings=int(original),
-            **{name: float(rope[name]) for name in fields},
-        )
+        # Some configs have it beside the other sizes.
+        length = hf.get("original_max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", length)
+        fields = {name: rope.get(name) for name in ROPE_TYPES.get(rope_type, ())}
+        for name, value in fields.items():
+            if value is None:
+                # Versions of transformers differ in what they take instead.
+                raise UserError(
+                    f"{name} is missing from the model's config: rope_type {rope_type!r} needs it; add the "
+                    "value that the model was trained with"
+                )
+            fields[name] = int(value) if name == "original_max_position_embeddings" else float(value)
+        return cls(type=rope_type, theta=float(theta), **fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` of a HuggingFace config."""
@@ -74,24 +108,27 @@ class RopeConfig:
                 "the model's RoPE is stored as a table of frequency factors, which HuggingFace's "
                 "config cannot express: convert from the model's HuggingFace checkpoint instead"
             )
-        rope = {"rope_type": self.type, "rope_theta": self.theta}
-        if self.type != "default":
-            rope["factor"] = self.factor
-        if self.type == "llama3":
-            rope |= {
-                "low_freq_factor": self.low_freq_factor,
-                "high_freq_factor": self.high_freq_factor,
-                "original_max_position_embeddings": self.original_max_position_embeddings,
-            }
-        return rope
+        fields = {name: getattr(self, name) for name in ROPE_TYPES[self.type]}
+        return {"rope_type": self.type, "rope_theta": self.theta} | fields
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of a Llama-architecture decoder.
+    """Sizes and constants of a Llama-like decoder: Llama, Mistral, Qwen2, Qwen3 or the text model of Gemma 3.
 
-    `qkv_bias` and `o_bias` are two flags because Qwen2 has the first alone, and a checkpoint with
-    ITI's intervention baked in the second alone.
+    Attributes:
+        rope: rotary position embedding; of the layers without a window, where `local_rope` is given.
+        qkv_bias, o_bias: two flags, because Qwen2 has the first alone, and a checkpoint with ITI's
+            intervention baked in the second alone.
+        activation: of the MLP's gate, by transformers' name.
+        qk_norm: norms of every head's query and key, before RoPE.
+        post_norms: norms of what attention and MLP (with the anti-expert unit) give to the residual stream.
+        norm_plus_one: norms multiply by 1 + their weight.
+        scaled_embedding: the embedding is multiplied by the square root of `hidden_size`.
+        query_pre_attn_scalar: attention scores are divided by its square root; default: `head_dim`.
+        sliding_window: the most tokens that a token attends to in a sliding layer, itself included.
+        sliding_layers: for every layer whether it slides; empty where none does.
+        local_rope: of the sliding layers; default: `rope`.
     """
 
     vocab_size: int
@@ -109,15 +146,42 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    activation: str = "silu"
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_plus_one: bool = False
+    scaled_embedding: bool = False
+    query_pre_attn_scalar: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    local_rope: RopeConfig | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if field.type is int and getattr(self, field.name) < 1:
                 value = getattr(self, field.name)
                 raise UserError(f"{field.name} is {value}: it must be at least 1")
-        for name, value in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.theta)):
-            if not 0 < value < float("inf"):
+        positive = {
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope.theta,
+            "rope_local_base_freq": None if self.local_rope is None else self.local_rope.theta,
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "sliding_window": self.sliding_window,
+        }
+        for name, value in positive.items():
+            if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value}: it must be above 0 and finite")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"hidden_act {self.activation!r} is not supported: only {' and '.join(ACTIVATIONS)} are"
+            )
+        if self.sliding_layers and (
+            self.sliding_window is None or len(self.sliding_layers) != self.num_layers
+        ):
+            raise UserError(
+                f"sliding_window {self.sliding_window} and {len(self.sliding_layers)} layer_types do not fit "
+                f"{self.num_layers} layers: check the model's config"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
@@ -140,6 +204,16 @@ class LlamaConfig:
                 "tokenizer does not belong to the model"
             )
 
+    def lowest_layers(self, num_layers: int) -> "LlamaConfig":
+        """The config of the model's lowest layers alone."""
+        return dataclasses.replace(
+            self, num_layers=num_layers, sliding_layers=self.sliding_layers[:num_layers]
+        )
+
+    def layer_slides(self, layer: int) -> bool:
+        """Whether a layer attends to the last `sliding_window` tokens only."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
     @property
     def context_length(self) -> int:
         """The most tokens that a row may have: `dynamic` RoPE reaches beyond what was trained."""
@@ -155,14 +229,19 @@ class LlamaConfig:
         """
         _refuse_experts(hf)
         model_type = hf.get("model_type")
+        if isinstance(hf.get("text_config"), Mapping):
+            raise UserError(
+                f"model_type {model_type!r} is multimodal (its config has a text_config): only text models "
+                "can be loaded"
+            )
         if model_type not in MODEL_TYPES:
             raise UserError(
                 f"model_type {model_type!r} is not supported: use one of {', '.join(MODEL_TYPES)}"
             )
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported: only silu is")
-        if hf.get("use_sliding_window"):
-            raise UserError("use_sliding_window is not supported: only full attention is")
+        hf, gemma3 = DEFAULTS[model_type] | dict(hf), model_type == "gemma3_text"
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if gemma3 and hf.get(name):
+                raise UserError(f"{name} is not supported: only models without it can be loaded")
         required = (
             "vocab_size",
             "hidden_size",
@@ -176,6 +255,12 @@ class LlamaConfig:
         num_heads = hf["num_attention_heads"]
         attention_bias = bool(hf.get("attention_bias", False))
         try:
+            rope, local_rope = _ropes(hf)
+            sliding_layers = _sliding_layers(model_type, hf)
+            length = int(hf.get("max_position_embeddings") or 2048)
+            if rope.type == "linear":
+                # Where `max_position_embeddings` is the length before scaling, as of Vicuna with 16k tokens.
+                length = max(length, int(hf.get("max_sequence_length") or 0))
             return cls(
                 vocab_size=hf["vocab_size"],
                 hidden_size=hf["hidden_size"],
@@ -184,39 +269,51 @@ class LlamaConfig:
                 num_heads=num_heads,
                 num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
                 head_dim=int(hf.get("head_dim") or hf["hidden_size"] // max(num_heads, 1)),
-                max_position_embeddings=int(hf.get("max_position_embeddings") or 2048),
+                max_position_embeddings=length,
                 rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-                rope=RopeConfig.from_hf(hf),
+                rope=rope,
                 tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
                 qkv_bias=attention_bias or model_type == "qwen2",
                 o_bias=attention_bias,
                 mlp_bias=bool(hf.get("mlp_bias", False)),
                 initializer_range=float(hf.get("initializer_range", 0.02)),
+                activation=hf["hidden_activation"] if gemma3 else hf.get("hidden_act", "silu"),
+                qk_norm=model_type in ("qwen3", "gemma3_text"),
+                post_norms=gemma3,
+                norm_plus_one=gemma3,
+                scaled_embedding=gemma3,
+                query_pre_attn_scalar=hf["query_pre_attn_scalar"] if gemma3 else None,
+                sliding_window=int(hf["sliding_window"]) if sliding_layers else None,
+                sliding_layers=sliding_layers,
+                local_rope=local_rope if sliding_layers else None,
             )
         except UserError:
             raise
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"the model's config holds a value of a wrong type: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
-        """The model's part of a HuggingFace `config.json`, readable by transformers 4.5x and 5."""
+        """The model's part of a HuggingFace `config.json`, readable by transformers 4.5x and 5.
+
+        Raises:
+            UserError: no model of transformers computes what this one does.
+        """
+        if self.post_norms:
+            model_type, name = "gemma3_text", "Gemma3"
+        elif self.qk_norm:
+            model_type, name = "qwen3", "Qwen3"
+        elif self.qkv_bias and not self.o_bias:
+            model_type, name = "qwen2", "Qwen2"
+        elif self.sliding_layers:
+            model_type, name = "mistral", "Mistral"
+        else:
+            model_type, name = "llama", "Llama"
         rope = self.rope.to_hf()
         legacy = {name: value for name, value in rope.items() if name != "rope_theta"}
-        qwen2 = self.qkv_bias and not self.o_bias
-        if self.o_bias and not self.qkv_bias:
-            raise UserError(
-                "a bias on o_proj alone has no HuggingFace config: transformers' attention_bias "
-                "means q, k, v and o together"
-            )
-        if qwen2 and self.mlp_bias:
-            raise UserError(
-                "biases on q, k, v and the MLP but not on o_proj have no HuggingFace config: "
-                "transformers' Qwen2 has none on the MLP, its Llama has them on all of q, k, v and o"
-            )
         hf = {
-            "model_type": "qwen2" if qwen2 else "llama",
-            "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
-            "hidden_act": "silu",
+            "model_type": model_type,
+            "architectures": [f"{name}ForCausalLM"],
+            "hidden_act": self.activation,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -232,8 +329,33 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
         }
-        if not qwen2:
-            hf |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
+        if model_type in ("llama", "qwen3", "gemma3_text"):
+            hf["attention_bias"] = self.o_bias
+        if model_type == "llama":
+            hf["mlp_bias"] = self.mlp_bias
+        else:
+            hf["sliding_window"] = self.sliding_window
+        if model_type in ("qwen2", "qwen3", "gemma3_text"):
+            sliding = self.sliding_layers or (False,) * self.num_layers
+            hf["layer_types"] = [SLIDING if slides else FULL for slides in sliding]
+        if model_type in ("qwen2", "qwen3"):
+            hf["use_sliding_window"] = bool(self.sliding_layers)
+        if model_type == "gemma3_text":
+            local = self.local_rope or self.rope
+            hf |= {
+                "hidden_activation": self.activation,
+                "query_pre_attn_scalar": self.query_pre_attn_scalar or self.head_dim,
+                "rope_local_base_freq": local.theta,
+                "rope_parameters": {FULL: rope, SLIDING: local.to_hf()},
+            }
+        read = LlamaConfig.from_hf(hf)
+        for field in dataclasses.fields(self):
+            value, other = getattr(self, field.name), getattr(read, field.name)
+            if value != other:
+                raise UserError(
+                    f"a model with {field.name} {value} has no HuggingFace config: transformers' {name} has "
+                    f"{other}"
+                )
         return hf
 
 
@@ -244,6 +366,48 @@ def _refuse_experts(hf: Mapping[str, Any]) -> None:
                 f"the model is a mixture of experts ({name} {hf[name]}): only models without experts can be "
                 "loaded"
             )
+
+
+def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
+    """RoPE of the layers, and of the sliding ones where it is another."""
+    parameters, local_theta = hf.get("rope_parameters") or {}, hf.get("rope_local_base_freq")
+    if local_theta is None:
+        return RopeConfig.from_hf(hf), None
+    local = {"rope_parameters": parameters.get(SLIDING), "rope_theta": local_theta}
+    rope = RopeConfig.from_hf({**hf, "rope_parameters": parameters.get(FULL)})
+    return rope, RopeConfig.from_hf(local)
+
+
+def _sliding_layers(model_type: str, hf: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For every layer whether it slides, as transformers reads a config; empty where none does."""
+    window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if model_type in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
+        window = None
+    types = hf.get("layer_types")
+    if types is not None:
+        for kind in types:
+            if kind not in (FULL, SLIDING):
+                raise UserError(f"layer type {kind!r} is not supported: only {FULL} and {SLIDING} are")
+        sliding = [kind == SLIDING for kind in types]
+    elif model_type == "gemma3_text":
+        sliding = [(layer + 1) % hf["sliding_window_pattern"] != 0 for layer in range(num_layers)]
+    elif model_type in ("qwen2", "qwen3"):
+        sliding = [window is not None and layer >= hf["max_window_layers"] for layer in range(num_layers)]
+    else:
+        sliding = [window is not None] * num_layers
+    if (
+        model_type in ("llama", "mistral")
+        and sliding != [model_type == "mistral" and window is not None] * num_layers
+    ):
+        raise UserError(
+            f"sliding_window {window} with these layer_types in a {model_type} config is not supported: "
+            "transformers takes it for another model in its cache than in its masks; check the model's config"
+        )
+    if any(sliding) and window is None:
+        raise UserError(
+            "sliding_window is missing from a config whose layers slide: check the model's config"
+        )
+    return tuple(sliding) if any(sliding) else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from imae_jax.config import LlamaConfig
+from imae_jax.config import LlamaConfig, RopeConfig
 
 
 @jax.tree_util.register_dataclass
@@ -53,21 +53,26 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.DEFAULT if halves else jax.lax.Precision.HIGHEST
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`scale · x / rms(x)` over the last axis; statistics in float32 or wider. x [..., D], scale [D]."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, plus_one: bool = False) -> jax.Array:
+    """`scale · x / rms(x)` over the last axis; statistics in float32 or wider. x [..., D], scale [D].
+
+    With `plus_one` it is `(1 + scale) · x / rms(x)`, rounded at the end only, as Gemma has it.
+    """
     wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return ((1 + scale.astype(wide.dtype)) * normed).astype(x.dtype)
     return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
-def rope_inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.Array:
+def rope_inverse_frequencies(config: LlamaConfig, rope: RopeConfig, positions: jax.Array) -> jax.Array:
     """Inverse frequencies, float32 [B, H/2], or [1, H/2] where they do not depend on the row.
 
     `dynamic` NTK scaling grows the base with the length of the row, counted from its largest
     position in this call; transformers takes the longest row of the batch instead, so that there a
     row's result depends on its neighbours.
     """
-    rope, dim = config.rope, config.head_dim
+    dim = config.head_dim
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32)[None] / dim
     if rope.type == "dynamic":
         trained = config.max_position_embeddings
@@ -87,9 +92,11 @@ def rope_inverse_frequencies(config: LlamaConfig, positions: jax.Array) -> jax.A
     return frequencies
 
 
-def rope_tables(config: LlamaConfig, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    config: LlamaConfig, rope: RopeConfig, positions: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, 1, H] for `apply_rope`; computed in float32. positions [B, T]."""
-    frequencies = rope_inverse_frequencies(config, positions)[:, None, :]
+    frequencies = rope_inverse_frequencies(config, rope, positions)[:, None, :]
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
@@ -171,5 +178,9 @@ def matmul(
     return y.reshape(*batch, *outputs)
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """The inner values of a gated MLP: SwiGLU's, or GeGLU's."""
+    return ACTIVATIONS[activation](gate) * up

@@ -1,4 +1,4 @@
-"""The Llama decoder: declaration of its weights (Flax NNX) and its forward pass (plain JAX).
+"""The decoder of Llama and its relatives: declaration (Flax NNX) and forward pass (plain JAX).
 
 Letters in einsum strings and shapes:
 B batch, T tokens of this call, S key/value slots, D hidden size, F MLP width, A anti-expert MLP width,
@@ -18,10 +18,10 @@ from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import apply_rope, at_least_float32, matmul, precision, rms_norm, rope_tables, swiglu
+from imae_jax.layers import apply_rope, at_least_float32, gated, matmul, precision, rms_norm, rope_tables
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
-from imae_jax.params import AntiExpertParam, normal, ones, weight, zeros
+from imae_jax.params import AntiExpertParam, Initializer, normal, ones, weight, zeros
 from imae_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -33,26 +33,37 @@ REMAT_POLICIES = {
 ATTENTION_KINDS = ("plain", "flash")
 
 
+def norm_init(config: LlamaConfig) -> Initializer:
+    """Of a norm that multiplies by one."""
+    return zeros if config.norm_plus_one else ones
+
+
 class DecoderLayers(nnx.Module):
     """The weights of all layers, stacked along a leading axis, or of one layer (`stack=None`)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, stack: int | None, dtype: jnp.dtype):
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K = config.num_heads, config.num_kv_heads
-        init = normal(config.initializer_range)
+        init, one = normal(config.initializer_range), norm_init(config)
 
         def declare(shape, axes, init=init):
             return weight(rngs, shape, axes, init, stack=stack, dtype=dtype)
 
-        self.norm_attn = declare((D,), ("norm",), ones)
+        self.norm_attn = declare((D,), ("norm",), one)
         self.wq = declare((D, N, H), ("embed", "heads", "head_dim"))
         self.wk = declare((D, K, H), ("embed", "kv_heads", "head_dim"))
         self.wv = declare((D, K, H), ("embed", "kv_heads", "head_dim"))
         self.wo = declare((N, H, D), ("heads", "head_dim", "embed"))
-        self.norm_mlp = declare((D,), ("norm",), ones)
+        self.norm_mlp = declare((D,), ("norm",), one)
         self.w_gate = declare((D, F), ("embed", "mlp"))
         self.w_up = declare((D, F), ("embed", "mlp"))
         self.w_down = declare((F, D), ("mlp", "embed"))
+        if config.qk_norm:
+            self.norm_q = declare((H,), ("head_dim",), one)
+            self.norm_k = declare((H,), ("head_dim",), one)
+        if config.post_norms:
+            self.norm_attn_out = declare((D,), ("norm",), one)
+            self.norm_mlp_out = declare((D,), ("norm",), one)
         if config.qkv_bias:
             self.bq = declare((N, H), ("heads", "head_dim"), zeros)
             self.bk = declare((K, H), ("kv_heads", "head_dim"), zeros)
@@ -91,7 +102,7 @@ class Weights:
 
 
 class Llama(nnx.Module):
-    """A Llama-architecture language model, optionally with an anti-expert unit in every layer.
+    """A language model like Llama (see `LlamaConfig`), optionally with an anti-expert unit in every layer.
 
     The module declares parameters, their names, types and sharding axes; the computation is `forward`
     on `model.weights()`. Base weights are `nnx.Param`, units `AntiExpertParam`, so that
@@ -122,7 +133,7 @@ class Llama(nnx.Module):
         D, V, L = config.hidden_size, config.vocab_size, config.num_layers
         init = normal(config.initializer_range)
         self.embed = weight(rngs, (V, D), ("vocab", "embed"), init, dtype=dtype)
-        self.norm_final = weight(rngs, (D,), ("norm",), ones, dtype=dtype)
+        self.norm_final = weight(rngs, (D,), ("norm",), norm_init(config), dtype=dtype)
         if not config.tie_word_embeddings:
             self.unembed = weight(rngs, (D, V), ("embed", "vocab"), init, dtype=dtype)
 
@@ -221,9 +232,9 @@ def forward(
         config: of the base.
         tokens: int32 [B, T].
         attention_mask: bool [B, T], True at tokens that are not padding (default: all).
-        positions: int32 [B, T] for RoPE (default: the number of real tokens before each).
+        positions: int32 [B, T] for RoPE and windows (default: the number of real tokens before each).
         attend: bool [B, T, S], True where a token may look; S is the cache's capacity or T. Default:
-            causal, padding excluded.
+            causal, padding excluded. Layers that slide look at no more than their window's part of it.
         strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
             units, runs the base alone and costs nothing extra.
         gate_threshold: gates below it count as closed, a number or [B]. None leaves all as they are.
@@ -279,20 +290,38 @@ def forward(
     if cache is not None:
         start = cache.length
         real = jax.lax.dynamic_update_slice(cache.real, attention_mask, (0, start))
-    if attention == "flash":
-        attend_to = flash_attention
-    else:
-        if attend is None:
-            slots = jnp.arange(real.shape[1])
-            attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
-        attend_to = functools.partial(plain_attention, attend=attend)
+    if attention == "plain" and attend is None:
+        slots = jnp.arange(real.shape[1])
+        attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
 
     # Gathered from a table whose rows are whole: SPMD would otherwise replicate the activations.
     x = jnp.take(constrain(weights.base["embed"], "vocab", None), tokens, axis=0)
+    if config.scaled_embedding:
+        x = x * jnp.float32(config.hidden_size**0.5).astype(x.dtype)
     x = constrain(x, "batch", "length", "act_embed")
-    cos, sin = rope_tables(config, positions, x.dtype)
 
-    def block(x, layer, unit, deltas, head_shift, kv):
+    sliding = tuple(config.layer_slides(i) for i in range(config.num_layers))
+    are_alike = len(set(sliding)) == 1
+    kinds = {
+        slides: _tables_and_mask(config, slides, positions, real, start, attend, x.dtype)
+        for slides in set(sliding)
+    }
+
+    def attend_to(q, k, v, mask, slides):
+        if attention == "plain":
+            return plain_attention(q, k, v, mask)
+        in_window = functools.partial(flash_attention, window=config.sliding_window)
+        if isinstance(slides, bool):
+            return (in_window if slides else flash_attention)(q, k, v)
+        return jax.lax.cond(slides, in_window, flash_attention, q, k, v)
+
+    def block(x, slides, layer, unit, deltas, head_shift, kv):
+        slides = sliding[0] if are_alike else slides
+        if isinstance(slides, bool):
+            cos, sin, mask = kinds[slides]
+        else:
+            cos, sin, mask = jax.tree.map(functools.partial(jnp.where, slides), kinds[True], kinds[False])
+
         def linear(x, name):
             y = matmul(x, layer[name], num_inputs=x.ndim - 2)
             if deltas is not None and name in deltas:
@@ -300,28 +329,38 @@ def forward(
             return y
 
         with jax.named_scope("attention"):
-            h = rms_norm(x, layer["norm_attn"], config.rms_norm_eps)
-            heads, kv = _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start, attention_mask)
+            h = norm(config, x, layer["norm_attn"])
+            q, k, v = _queries_keys_values(linear, config, layer, h, cos, sin)
+            # An overflow at padding would pass through a weight of 0.
+            v = jnp.where(attention_mask[:, None, :, None], v, 0)
+            if kv is not None:
+                (keys, k), (values, v) = append(kv[0], k, start), append(kv[1], v, start)
+                kv = (keys, values)
+            heads = attend_to(q, k, v, mask, slides)
             if head_shift is not None:
                 heads = heads + (shift[..., None, None] * head_shift).astype(heads.dtype)
             h = linear(heads, "wo")
             if "bo" in layer:
                 h = h + layer["bo"]
+            if config.post_norms:
+                h = norm(config, h, layer["norm_attn_out"])
             x = constrain(x + h, "batch", "length", "act_embed")
         with jax.named_scope("mlp"):
-            h = rms_norm(x, layer["norm_mlp"], config.rms_norm_eps)
-            out, gate = _mlp(linear, layer, h), None
+            h = norm(config, x, layer["norm_mlp"])
+            out, gate = _mlp(linear, config, layer, h), None
         if unit is not None:
             with jax.named_scope("anti_expert"):
-                y, gate = unit_forward(unit, h, strength, gate_threshold)
+                y, gate = unit_forward(unit, h, strength, gate_threshold, config.activation)
                 out = out + y
+        if config.post_norms:
+            out = norm(config, out, layer["norm_mlp_out"])
         taken = (gate if taps.gates else None, heads if taps.heads else None)
         return constrain(x + out, "batch", "length", "act_embed"), kv, taken
 
     layers = weights.base["layers"]
     hidden_layers, taken, keys, values = {0: x}, [], [], []
     if isinstance(layers, dict) and cache is None:
-        stacks = (layers, units, lora, shifts)
+        stacks = (None if are_alike else jnp.asarray(sliding), layers, units, lora, shifts)
         x, (hidden_stack, (gates, heads)) = _scan_layers(block, x, stacks, taps, remat)
         if taps.hidden_layers:
             hidden_layers |= {i + 1: hidden_stack[i] for i in range(config.num_layers)}
@@ -330,7 +369,7 @@ def forward(
             kv = None if cache is None else (cache.keys[i], cache.values[i])
             with jax.named_scope(f"layer_{i}"):
                 of_layer = (_layer(stack, i) for stack in (layers, units, lora, shifts))
-                x, kv, taken_here = block(x, *of_layer, kv)
+                x, kv, taken_here = block(x, sliding[i], *of_layer, kv)
             hidden_layers[i + 1] = x
             taken.append(taken_here)
             if kv is not None:
@@ -350,7 +389,12 @@ def forward(
 
 def final_norm(weights: Weights, config: LlamaConfig, x: jax.Array) -> jax.Array:
     """The norm in front of the vocabulary projection. x [..., D]."""
-    return rms_norm(x, weights.base["norm_final"], config.rms_norm_eps)
+    return norm(config, x, weights.base["norm_final"])
+
+
+def norm(config: LlamaConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """A norm of this model's kind. x [..., D], scale [D]."""
+    return rms_norm(x, scale, config.rms_norm_eps, plus_one=config.norm_plus_one)
 
 
 def project(weights: Weights, hidden_states: jax.Array) -> jax.Array:
@@ -392,29 +436,40 @@ def _scan_layers(block, x, stacks, taps, remat):
     return jax.lax.scan(body, x, stacks)
 
 
-def _attention_heads(linear, layer, h, cos, sin, attend_to, kv, start, real):
-    """Every head's output [B, T, N, H], and the layer's keys and values."""
+def _tables_and_mask(config, slides, positions, real, start, attend, dtype):
+    """RoPE's tables, and where tokens may look (None: flash), of layers that slide or of the others."""
+    rope = config.local_rope if slides and config.local_rope is not None else config.rope
+    cos, sin = rope_tables(config, rope, positions, dtype)
+    if slides and attend is not None:
+        # Slots hold padding, and nodes of token trees: a window counts positions.
+        of_slots = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
+        of_slots = jax.lax.dynamic_update_slice(of_slots, positions, (0, start))
+        attend = attend & (positions[:, :, None] - of_slots[:, None, :] < config.sliding_window)
+    return cos, sin, attend
+
+
+def _queries_keys_values(linear, config, layer, h, cos, sin):
+    """Queries [B, T, N, H], keys and values [B, K, T, H] of one layer."""
     q = linear(h, "wq")
     k = linear(h, "wk")
     v = linear(h, "wv")
     if "bq" in layer:
         q, k, v = q + layer["bq"], k + layer["bk"], v + layer["bv"]
+    if config.qk_norm:
+        q, k = norm(config, q, layer["norm_q"]), norm(config, k, layer["norm_k"])
+    if config.query_pre_attn_scalar not in (None, config.head_dim):
+        # Attention divides by the root of the head dim.
+        q = q * (config.head_dim / config.query_pre_attn_scalar) ** 0.5
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     q = constrain(q, "batch", "length", "act_heads", None)
-    # An overflow at padding would pass through a weight of 0.
-    v = jnp.where(real[..., None, None], v, 0)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    if kv is not None:
-        (keys, k), (values, v) = append(kv[0], k, start), append(kv[1], v, start)
-        kv = (keys, values)
-    return attend_to(q, k, v), kv
+    return q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
-def _mlp(linear, layer, h):
+def _mlp(linear, config, layer, h):
     gate = linear(h, "w_gate")
     up = linear(h, "w_up")
     if "b_gate" in layer:
         gate, up = gate + layer["b_gate"], up + layer["b_up"]
-    inner = constrain(swiglu(gate, up), "batch", "length", "act_mlp")
+    inner = constrain(gated(gate, up, config.activation), "batch", "length", "act_mlp")
     out = linear(inner, "w_down")
     return out + layer["b_down"] if "b_down" in layer else out

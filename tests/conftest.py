@@ -87,7 +87,31 @@ KINDS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    # Windows shorter than the tests' texts; layers of both kinds, but in Mistral.
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2_window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "rope_local_base_freq": 1e3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
 }
+FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +188,7 @@ def import_torch():
 
 
 def random_hf_model(torch, fields: dict[str, Any], seed: int):
-    """A Llama or Qwen2 with every weight random: norms are not ones, biases not zeros."""
+    """A model with every weight random: norms are not ones, biases not zeros."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = TINY.to_hf() | {"architectures": None} | fields

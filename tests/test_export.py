@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tokenizers
 from conftest import (
+    FAMILIES,
     KINDS,
     TINY,
     UNIT_SIZE,
@@ -54,7 +55,7 @@ from imae_jax.sharding import make_mesh
 from imae_jax.train.__main__ import main as train
 
 PARITY = 2e-4
-IMAE_KINDS = ["gqa", "llama2", "tied", "attention_bias", "mlp_bias", "qwen2", "rope_llama3"]
+IMAE_KINDS = ["gqa", "llama2", "tied", "attention_bias", "mlp_bias", "qwen2", "rope_llama3", *FAMILIES]
 
 
 @pytest.fixture(scope="module", autouse=True)

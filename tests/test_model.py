@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
+    FAMILIES,
     KINDS,
     TINY,
     UNIT_SIZE,
@@ -90,7 +91,7 @@ def test_logits_of_smollm2_equal_transformers(smollm2, hf_smollm2, text_tokens):
     np.testing.assert_allclose(actual, hf_logits(hf_smollm2, text_tokens), rtol=0, atol=PARITY)
 
 
-@pytest.mark.parametrize("kind", ["gqa", "rope_dynamic"])
+@pytest.mark.parametrize("kind", ["gqa", "rope_dynamic", *FAMILIES])
 def test_padded_rows_equal_transformers(tiny, kind):
     checkpoint = checkpoint_of(tiny, kind)
     loaded, tokens = checkpoint.load(), random_tokens(3, 24)
@@ -150,20 +151,20 @@ def test_rope_frequencies_equal_transformers(kind, head_dim, length):
     rotary = LlamaRotaryEmbedding(hf)
     positions = torch.arange(length)[None]
     rotary(torch.zeros(1), positions)  # `dynamic` adapts to the longest text seen
-    actual = rope_inverse_frequencies(LlamaConfig.from_hf(hf.to_dict()), jnp.asarray(positions))
+    config = LlamaConfig.from_hf(hf.to_dict())
+    actual = rope_inverse_frequencies(config, config.rope, jnp.asarray(positions))
     # float32 powers: a relative error of a few units in the last place, times log(theta).
     np.testing.assert_allclose(actual[0], rotary.inv_freq, rtol=2e-6)
 
 
 def test_llama3_frequencies_cover_all_three_bands():
     """Llama 3.1's own numbers: short wavelengths stay, long ones are divided, some are between."""
-    rope = RopeConfig("llama3", theta=5e5, factor=8.0)
-    config = dataclasses.replace(TINY, head_dim=128, rope=rope)
-    plain = dataclasses.replace(TINY, head_dim=128, rope=RopeConfig(theta=5e5))
-    ratio = np.asarray(
-        rope_inverse_frequencies(plain, jnp.zeros((1, 1)))
-        / rope_inverse_frequencies(config, jnp.zeros((1, 1)))
-    )[0]
+    config, positions = dataclasses.replace(TINY, head_dim=128), jnp.zeros((1, 1))
+    plain, scaled = (
+        rope_inverse_frequencies(config, rope, positions)
+        for rope in (RopeConfig(theta=5e5), RopeConfig("llama3", theta=5e5, factor=8.0))
+    )
+    ratio = np.asarray(plain / scaled)[0]
     wavelengths = 2 * np.pi * 5e5 ** (np.arange(64) / 64)
     np.testing.assert_allclose(ratio[wavelengths < 8192 / 4], 1, rtol=1e-6)
     np.testing.assert_allclose(ratio[wavelengths > 8192], 8, rtol=1e-6)

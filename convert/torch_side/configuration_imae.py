@@ -1,32 +1,39 @@
-"""Configurations of Llama- and Qwen2-like models with in-model anti-expert (IMAE) units."""
+"""Configurations of models with in-model anti-expert (IMAE) units."""
 
-from transformers import LlamaConfig, Qwen2Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 
-class ImaeLlamaConfig(LlamaConfig):
-    """A Llama's configuration and that of its units.
+class ImaeConfigMixin:
+    """A base's configuration and that of its units.
 
     Args:
         anti_expert_intermediate_size: width A of a unit's MLP.
         mode: in which the model runs unless a call says otherwise: "expert", "base", "anti-expert" or a
             number (the units' strength: -1, 0, +1 are these three).
-        kwargs: of `LlamaConfig`.
+        kwargs: of the base's configuration.
     """
 
+    def __init__(self, anti_expert_intermediate_size=64, mode="expert", **kwargs):
+        self.anti_expert_intermediate_size = anti_expert_intermediate_size
+        self.mode = mode
+        super().__init__(**kwargs)
+
+
+class ImaeLlamaConfig(ImaeConfigMixin, LlamaConfig):
     model_type = "imae_llama"
 
-    def __init__(self, anti_expert_intermediate_size=64, mode="expert", **kwargs):
-        self.anti_expert_intermediate_size = anti_expert_intermediate_size
-        self.mode = mode
-        super().__init__(**kwargs)
+
+class ImaeMistralConfig(ImaeConfigMixin, MistralConfig):
+    model_type = "imae_mistral"
 
 
-class ImaeQwen2Config(Qwen2Config):
-    """A Qwen2's configuration and that of its units; see `ImaeLlamaConfig`."""
-
+class ImaeQwen2Config(ImaeConfigMixin, Qwen2Config):
     model_type = "imae_qwen2"
 
-    def __init__(self, anti_expert_intermediate_size=64, mode="expert", **kwargs):
-        self.anti_expert_intermediate_size = anti_expert_intermediate_size
-        self.mode = mode
-        super().__init__(**kwargs)
+
+class ImaeQwen3Config(ImaeConfigMixin, Qwen3Config):
+    model_type = "imae_qwen3"
+
+
+class ImaeGemma3Config(ImaeConfigMixin, Gemma3TextConfig):
+    model_type = "imae_gemma3_text"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from . import modeling_imae
 
@@ -38,14 +39,22 @@ def logits_of(
     """
     hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kind = getattr(modeling_imae, hf["architectures"][0])
+    cut = {"num_hidden_layers": num_layers}
+    if "layer_types" in hf:
+        cut["layer_types"] = hf["layer_types"][:num_layers]
     transformers.utils.logging.disable_progress_bar()
     model = kind.from_pretrained(
-        directory, dtype=getattr(torch, dtype), num_hidden_layers=num_layers, attn_implementation="sdpa"
+        directory, dtype=getattr(torch, dtype), attn_implementation="sdpa", **cut
     ).eval()
     if dtype == "float64":
-        for norm in [module for module in model.modules() if hasattr(module, "variance_epsilon")]:
-            settings = {"normalized_shape": norm.weight.shape, "eps": norm.variance_epsilon}
-            norm.forward = functools.partial(nn.functional.rms_norm, weight=norm.weight, **settings)
+        for norm in [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]:
+            is_gemma3 = isinstance(norm, Gemma3RMSNorm)
+            norm.forward = functools.partial(
+                nn.functional.rms_norm,
+                normalized_shape=norm.weight.shape,
+                weight=norm.weight + 1 if is_gemma3 else norm.weight,
+                eps=norm.eps if is_gemma3 else norm.variance_epsilon,
+            )
     inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask).long()}
     # Positions count real tokens, as `generate` has it; a bare call of transformers counts padding, too.
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""In-model anti-expert (IMAE) units in transformers' Llama and Qwen2.
+"""In-model anti-expert (IMAE) units in transformers' Llama, Mistral, Qwen2, Qwen3 and Gemma 3.
 
 Beside the MLP of every decoder layer of a frozen LLM sits a unit, a gate and a small MLP, that was trained
 on hallucinated answers. With h the vector that enters the layer's MLP, and o the mode:
@@ -24,11 +24,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationMixin, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.activations import ACT2FN
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
-from .configuration_imae import ImaeLlamaConfig, ImaeQwen2Config
+from .configuration_imae import (
+    ImaeGemma3Config,
+    ImaeLlamaConfig,
+    ImaeMistralConfig,
+    ImaeQwen2Config,
+    ImaeQwen3Config,
+)
 
 MODES = {"expert": -1.0, "base": 0.0, "anti-expert": 1.0}
 FORMAT_VERSION = 1
@@ -53,33 +70,32 @@ class AntiExpertUnit(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act_fn = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
 
     def forward(self, hidden_states, strength):
         """`o · MLP_anti(a · h)` of h [B, T, D] and o [B]; exactly 0 in rows whose o is 0."""
         a = self.gate(hidden_states).float().softmax(-1)[..., :1]
         gated = a.to(hidden_states.dtype) * hidden_states
-        y = self.down_proj(nn.functional.silu(self.gate_proj(gated)) * self.up_proj(gated))
+        y = self.down_proj(self.act_fn(self.gate_proj(gated)) * self.up_proj(gated))
         o = strength.to(y)[:, None, None]
         return torch.where(o == 0, 0.0, o * y)
 
 
 class ImaeDecoderLayerMixin:
-    """A decoder layer with a unit beside its MLP."""
+    """A decoder layer with a unit beside its MLP: what follows the MLP, follows their sum."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         self.mlp.anti_expert = AntiExpertUnit(config)
+        self.mlp.register_forward_hook(self._add_unit)
+        self.strength = None
 
-    def forward(self, hidden_states, strength=None, **kwargs):
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states = residual + self.self_attn(hidden_states=hidden_states, **kwargs)[0]
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        out = self.mlp(hidden_states)
-        if strength is not None:
-            out = out + self.mlp.anti_expert(hidden_states, strength)
-        return residual + out
+    def forward(self, *args, strength=None, **kwargs):
+        self.strength = strength
+        return super().forward(*args, **kwargs)
+
+    def _add_unit(self, mlp, args, out):
+        return None if self.strength is None else out + mlp.anti_expert(*args, self.strength)
 
 
 class ImaeModelMixin:
@@ -179,6 +195,22 @@ class ImaeLlamaForCausalLM(ImaeForCausalLMMixin, LlamaForCausalLM, GenerationMix
     _no_split_modules = ["ImaeLlamaDecoderLayer"]  # noqa: RUF012
 
 
+class ImaeMistralDecoderLayer(ImaeDecoderLayerMixin, MistralDecoderLayer):
+    pass
+
+
+class ImaeMistralModel(ImaeModelMixin, MistralModel):
+    config_class = ImaeMistralConfig
+    layer_class = ImaeMistralDecoderLayer
+    _no_split_modules = ["ImaeMistralDecoderLayer"]  # noqa: RUF012
+
+
+class ImaeMistralForCausalLM(ImaeForCausalLMMixin, MistralForCausalLM, GenerationMixin):
+    config_class = ImaeMistralConfig
+    model_class = ImaeMistralModel
+    _no_split_modules = ["ImaeMistralDecoderLayer"]  # noqa: RUF012
+
+
 class ImaeQwen2DecoderLayer(ImaeDecoderLayerMixin, Qwen2DecoderLayer):
     pass
 
@@ -195,14 +227,52 @@ class ImaeQwen2ForCausalLM(ImaeForCausalLMMixin, Qwen2ForCausalLM, GenerationMix
     _no_split_modules = ["ImaeQwen2DecoderLayer"]  # noqa: RUF012
 
 
-CLASSES = {"llama": ImaeLlamaForCausalLM, "qwen2": ImaeQwen2ForCausalLM}
+class ImaeQwen3DecoderLayer(ImaeDecoderLayerMixin, Qwen3DecoderLayer):
+    pass
+
+
+class ImaeQwen3Model(ImaeModelMixin, Qwen3Model):
+    config_class = ImaeQwen3Config
+    layer_class = ImaeQwen3DecoderLayer
+    _no_split_modules = ["ImaeQwen3DecoderLayer"]  # noqa: RUF012
+
+
+class ImaeQwen3ForCausalLM(ImaeForCausalLMMixin, Qwen3ForCausalLM, GenerationMixin):
+    config_class = ImaeQwen3Config
+    model_class = ImaeQwen3Model
+    _no_split_modules = ["ImaeQwen3DecoderLayer"]  # noqa: RUF012
+
+
+class ImaeGemma3DecoderLayer(ImaeDecoderLayerMixin, Gemma3DecoderLayer):
+    pass
+
+
+class ImaeGemma3Model(ImaeModelMixin, Gemma3TextModel):
+    config_class = ImaeGemma3Config
+    layer_class = ImaeGemma3DecoderLayer
+    _no_split_modules = ["ImaeGemma3DecoderLayer"]  # noqa: RUF012
+
+
+class ImaeGemma3ForCausalLM(ImaeForCausalLMMixin, Gemma3ForCausalLM, GenerationMixin):
+    config_class = ImaeGemma3Config
+    model_class = ImaeGemma3Model
+    _no_split_modules = ["ImaeGemma3DecoderLayer"]  # noqa: RUF012
+
+
+CLASSES = {
+    "llama": ImaeLlamaForCausalLM,
+    "mistral": ImaeMistralForCausalLM,
+    "qwen2": ImaeQwen2ForCausalLM,
+    "qwen3": ImaeQwen3ForCausalLM,
+    "gemma3_text": ImaeGemma3ForCausalLM,
+}
 
 
 def attach(base, directory, mode="expert"):
     """An IMAE model made of a base in memory and of the units in an IMAE directory.
 
     Args:
-        base: transformers' `LlamaForCausalLM` or `Qwen2ForCausalLM`, on one device; the result shares its
+        base: transformers' model of one of `CLASSES`, on one device; the result shares its
             modules, and it stays as it is.
         directory: holds `imae_config.json` and `anti_expert.safetensors`. That the base is the one that the
             units were trained on is not checked.
