@@ -206,9 +206,11 @@ class LlamaConfig:
 
     def lowest_layers(self, num_layers: int) -> "LlamaConfig":
         """The config of the model's lowest layers alone."""
-        return dataclasses.replace(
-            self, num_layers=num_layers, sliding_layers=self.sliding_layers[:num_layers]
-        )
+        sliding = self.sliding_layers[:num_layers]
+        windows = {"sliding_layers": sliding}
+        if not any(sliding):
+            windows = {"sliding_layers": (), "sliding_window": None, "local_rope": None}
+        return dataclasses.replace(self, num_layers=num_layers, **windows)
 
     def layer_slides(self, layer: int) -> bool:
         """Whether a layer attends to the last `sliding_window` tokens only."""

@@ -59,6 +59,21 @@ TINY = LlamaConfig(
     rope=RopeConfig(theta=5e5),
     initializer_range=0.3,
 )
+# Gemma 3's parts, with windows shorter than the tests' texts; sizes that a mesh divides.
+TINY_GEMMA = dataclasses.replace(
+    TINY,
+    vocab_size=96,
+    tie_word_embeddings=True,
+    activation="gelu_pytorch_tanh",
+    qk_norm=True,
+    post_norms=True,
+    norm_plus_one=True,
+    scaled_embedding=True,
+    query_pre_attn_scalar=20,
+    sliding_window=5,
+    sliding_layers=(True, False, True),
+    local_rope=RopeConfig(theta=1e3),
+)
 UNIT_SIZE = 24
 EVEN_SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98}
 

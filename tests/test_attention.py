@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, assert_bitwise, random_tokens, tiny_llama, user_error
+from conftest import TINY, TINY_GEMMA, assert_bitwise, random_tokens, tiny_llama, user_error
 from flax import nnx
 
 from imae_jax.attention import flash_attention
@@ -24,6 +24,7 @@ KERNELS = {
 }
 # One model and one shape, which a mesh divides: the tests share compiled programs.
 CONFIG = dataclasses.replace(TINY, vocab_size=96)
+MISTRAL = dataclasses.replace(CONFIG, sliding_window=5, sliding_layers=(True,) * 3)
 LENGTHS = np.asarray([16, 9, 1, 13, 2, 16, 8, 15])
 TOKENS, REAL = random_tokens(8, 16, vocab_size=96), np.arange(16) < LENGTHS[:, None]
 
@@ -42,15 +43,17 @@ def output_and_gradients(attention, q, k, v, cotangent):
     return out, *vjp(cotangent)
 
 
-def softmax_attention(q, k, v, cotangent):
+def softmax_attention(q, k, v, cotangent, window=None):
     """Output and gradients in float64, a row and a head at a time."""
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
     out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
     group, scale = q.shape[2] // k.shape[1], q.shape[3] ** -0.5
-    future = np.triu(np.ones((q.shape[1],) * 2, bool), 1)
+    unseen = np.triu(np.ones((q.shape[1],) * 2, bool), 1)
+    if window is not None:
+        unseen |= np.tril(np.ones((q.shape[1],) * 2, bool), -window)
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
         queries, keys, values, d_out = q[b, :, n], k[b, n // group], v[b, n // group], cotangent[b, :, n]
-        weights = np.exp(np.where(future, -np.inf, queries @ keys.T * scale))
+        weights = np.exp(np.where(unseen, -np.inf, queries @ keys.T * scale))
         weights /= weights.sum(-1, keepdims=True)
         out[b, :, n] = weights @ values
         d_weights = d_out @ values.T
@@ -82,6 +85,16 @@ def test_output_and_gradients_equal_softmax_attention(kernel, length):
         assert_close(x, reference)
 
 
+@pytest.mark.parametrize("window", [2, 5, 130, 400])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_windows(kernel, window):
+    arrays = draw(1, 300, 4, 2)
+    attention = functools.partial(KERNELS[kernel], window=window)
+    actual = jax.jit(functools.partial(output_and_gradients, attention))(*arrays)
+    for x, reference in zip(actual, softmax_attention(*arrays, window=window), strict=True):
+        assert_close(x, reference)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_heads_share_keys_and_values(kernel, heads):
@@ -104,7 +117,7 @@ def test_bfloat16_stays_bfloat16(kernel):
 
 
 @functools.cache
-def jit_gradient(kernel, remat="none"):
+def jit_gradient(kernel, remat="none", config=CONFIG):
     """(weights, tokens, real) → hidden states, and the gradient of a loss that reads real tokens alone."""
 
     def loss(parts, tokens, real):
@@ -112,7 +125,7 @@ def jit_gradient(kernel, remat="none"):
         kind = "plain" if kernel == "plain" else "flash"
         states = forward(
             weights,
-            CONFIG,
+            config,
             tokens,
             attention_mask=real,
             strength=jnp.linspace(-1, 1, tokens.shape[0]),
@@ -142,22 +155,32 @@ def assert_trees_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "remat"), [("other", "none"), ("other", "dots"), ("tpu", "full"), ("tpu", "dots")]
+    ("kernel", "remat", "config"),
+    [
+        ("other", "none", CONFIG),
+        ("other", "dots", CONFIG),
+        ("tpu", "full", CONFIG),
+        ("tpu", "dots", CONFIG),
+        ("other", "dots", TINY_GEMMA),
+        ("tpu", "dots", TINY_GEMMA),
+        ("tpu", "none", MISTRAL),
+    ],
 )
-def test_flash_equals_plain_on_rows_padded_on_the_right(kernel, remat):
-    weights = tiny_llama(CONFIG, units=True, stacked=True).weights()
-    states, gradient = jit_gradient(kernel, remat=remat)(weights, TOKENS, REAL)
-    expected_states, expected = jit_gradient("plain")(weights, TOKENS, REAL)
+def test_flash_equals_plain_on_rows_padded_on_the_right(kernel, remat, config):
+    weights = tiny_llama(config, units=True, stacked=True).weights()
+    states, gradient = jit_gradient(kernel, remat=remat, config=config)(weights, TOKENS, REAL)
+    expected_states, expected = jit_gradient("plain", config=config)(weights, TOKENS, REAL)
     assert np.isfinite(states).all()
     assert_close(np.asarray(states)[REAL], np.asarray(expected_states)[REAL])
     assert_trees_close(gradient, expected, 1e-4)
 
 
-def test_the_loop_over_layers_takes_flash():
+@pytest.mark.parametrize("config", [CONFIG, TINY_GEMMA], ids=["llama", "gemma"])
+def test_the_loop_over_layers_takes_flash(config):
     run = jax.jit(forward, static_argnames=("config", "attention"))
-    weights = tiny_llama(CONFIG).weights()
+    weights = tiny_llama(config).weights()
     states, expected = (
-        np.asarray(run(weights, CONFIG, TOKENS, attention_mask=REAL, attention=kind).hidden_states)
+        np.asarray(run(weights, config, TOKENS, attention_mask=REAL, attention=kind).hidden_states)
         for kind in ("flash", "plain")
     )
     assert_close(states[REAL], expected[REAL])
@@ -220,9 +243,11 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(module, "check_cudnn_version", lambda: 91002)
 
 
-def lowered_gradient(monkeypatch, platform, *, attention="flash", dtype=jnp.bfloat16, head_dim=16, mesh=None):
+def lowered_gradient(
+    monkeypatch, platform, *, attention="flash", dtype=jnp.bfloat16, head_dim=16, mesh=None, config=CONFIG
+):
     """The program of a scan with remat over 384 tokens for a platform, as text."""
-    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    config = dataclasses.replace(config, head_dim=head_dim)
     model = tiny_llama(config, stacked=True)
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
@@ -256,6 +281,14 @@ def test_a_training_step_lowers_for_accelerators(cudnn, monkeypatch, platform, s
     assert len(re.findall(r"@(tpu_custom_call|__cudnn\$fmha\w+)\(", text)) == {"gpu": 3, "tpu": 4}[platform]
     # 8 rows of 4 heads, or 2 rows of 2 heads on each of 8 devices.
     assert re.search(r"x384x384x(f32|bf16)", plain)
+    assert not re.search(r"384x384x", text)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_training_step_with_windows_lowers_for_accelerators(cudnn, monkeypatch, platform):
+    text = lowered_gradient(monkeypatch, platform, config=TINY_GEMMA)
+    # Layers of both kinds are in the scan's body.
+    assert len(re.findall(r"@(tpu_custom_call|__cudnn\$fmha\w+)\(", text)) == {"gpu": 6, "tpu": 8}[platform]
     assert not re.search(r"384x384x", text)
 
 

@@ -16,11 +16,13 @@ from conftest import (
     KINDS,
     SMOLLM2,
     TINY,
+    TINY_GEMMA,
     UNIT_SIZE,
     assert_bitwise,
     hf_logits,
     import_torch,
     logits,
+    random_hf_model,
     random_tokens,
     tiny_llama,
     user_error,
@@ -301,11 +303,19 @@ def test_damaged_checkpoints_are_refused(tiny, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "biases", [{"o_bias": True}, {"o_bias": True, "mlp_bias": True}, {"qkv_bias": True, "mlp_bias": True}]
+    ("config", "changes", "field"),
+    [
+        (TINY, {"o_bias": True}, "qkv_bias False"),
+        (TINY, {"o_bias": True, "mlp_bias": True}, "qkv_bias False"),
+        (TINY, {"qkv_bias": True, "mlp_bias": True}, "mlp_bias True"),
+        (TINY, {"qk_norm": True, "qkv_bias": True}, "qkv_bias True"),
+        (TINY, {"sliding_window": 5, "sliding_layers": (True, False, True)}, "sliding_layers"),
+        (TINY_GEMMA, {"qk_norm": False}, "qk_norm False"),
+    ],
 )
-def test_biases_that_no_config_of_transformers_has_are_not_exported(tmp_path, biases):
-    model = tiny_llama(dataclasses.replace(TINY, **biases))
-    with user_error("o_proj"):
+def test_what_no_config_of_transformers_says_is_not_exported(tmp_path, config, changes, field):
+    model = tiny_llama(dataclasses.replace(config, **changes))
+    with user_error(field, "HuggingFace"):
         save_hf(model, word_tokenizer(TINY.vocab_size), tmp_path)
 
 
@@ -422,7 +432,7 @@ def test_smollm2_digits_stand_alone(smollm2):
     assert tokens == ["a", "ĠĠ", "1", "9", "5", "5"]
 
 
-def gguf_name(name):
+def gguf_name(name, is_gemma3):
     if not name.startswith("model.layers."):
         return {
             "model.embed_tokens.weight": "token_embd.weight",
@@ -437,7 +447,11 @@ def gguf_name(name):
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "post_attention_norm" if is_gemma3 else "ffn_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
@@ -453,7 +467,11 @@ def interleave(array, num_heads):
 
 def write_gguf(path, hf, metadata, *, part=(0, 1), quantization=None):
     """A GGUF file as llama.cpp's converter would write it, float32 by default, or a part of it."""
-    config, writer = hf.config, gguf.GGUFWriter(path, hf.config.model_type)
+    config = hf.config
+    is_gemma3 = config.model_type == "gemma3_text"
+    architecture = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
+    rope = config.rope_parameters["full_attention"] if is_gemma3 else config.rope_parameters
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -462,37 +480,44 @@ def write_gguf(path, hf, metadata, *, part=(0, 1), quantization=None):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     number, count = part
     if count > 1:
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", count)
+    if is_gemma3 and rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if config.model_type in ("mistral", "gemma3_text"):
+        writer.add_sliding_window(config.sliding_window)
     for name, value in metadata.items():
         if name == "rope_scale_linear":  # before November 2023
             writer.add_float32(f"{hf.config.model_type}.rope.scale_linear", value)
         else:
             getattr(writer, f"add_{name}")(value)
-    if config.rope_parameters["rope_type"] == "llama3":
+    if rope["rope_type"] == "llama3":
         divisors = 1 / (
             hf.model.rotary_emb.inv_freq.numpy()
-            * config.rope_parameters["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+            * rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
         )
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     for i, (name, tensor) in enumerate(hf.state_dict().items()):
         array = tensor.numpy()
         if i % count != number:
             continue
-        if config.model_type == "llama" and ".q_proj." in name:
+        if architecture == "llama" and ".q_proj." in name:
             array = interleave(array, config.num_attention_heads)
-        if config.model_type == "llama" and ".k_proj." in name:
+        if architecture == "llama" and ".k_proj." in name:
             array = interleave(array, config.num_key_value_heads)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if is_gemma3 and name.endswith("norm.weight"):
+            array = array + np.float32(1)
         if quantization is not None and array.ndim == 2:
             array = gguf.quants.quantize(array, quantization)
-            writer.add_tensor(gguf_name(name), array, raw_dtype=quantization)
+            writer.add_tensor(gguf_name(name, is_gemma3), array, raw_dtype=quantization)
         else:
-            writer.add_tensor(gguf_name(name), array)
+            writer.add_tensor(gguf_name(name, is_gemma3), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -580,17 +605,37 @@ GGUFS = {
     "llama3": ("rope_llama3", lambda: byte_level_tokenizer("llama-bpe")),
     "tied": ("tied", sentencepiece_tokenizer),
     "qwen2": ("qwen2", lambda: byte_level_tokenizer("qwen2")),
+    "qwen3": ("qwen3", lambda: byte_level_tokenizer("qwen2")),
+    "mistral": ("mistral", sentencepiece_tokenizer),
+    "gemma3": ("gemma3", sentencepiece_tokenizer),
+    "gemma3 by rule": ("gemma3", sentencepiece_tokenizer),
 }
+# What of a model its file cannot say: llama.cpp knows it.
+GGUF_FIELDS = {
+    "gemma3": {"query_pre_attn_scalar": 12},
+    "gemma3 by rule": {
+        "query_pre_attn_scalar": 12,
+        "num_hidden_layers": 7,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "rope_scaling": None,
+    },
+}
+GGUF_OPTIONS = {"gemma3": {"sliding_window_pattern": [True, False, True], "rope_freq_base_swa": 1e3}}
 
 
 @pytest.fixture(scope="module")
-def tiny_gguf(tiny, tmp_path_factory):
+def tiny_gguf(tmp_path_factory):
     """Factory of a tiny model in transformers and of the GGUF file that holds it."""
 
     def make(name, **options):
         kind, metadata = GGUFS[name]
-        metadata = metadata() | options
-        hf = tiny(kind, vocab_size=len(metadata["token_list"])).hf
+        metadata = metadata() | GGUF_OPTIONS.get(name, {}) | options
+        sizes = {"vocab_size": len(metadata["token_list"])} | GGUF_FIELDS.get(name, {})
+        hf = random_hf_model(import_torch(), KINDS[kind] | sizes, seed=0)
         return hf, write_gguf(tmp_path_factory.mktemp("gguf") / f"{name}.gguf", hf, metadata)
 
     return make

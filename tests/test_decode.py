@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, log_softmax, logits, random_tokens, tiny_llama, user_error
+from conftest import FAMILIES, TINY, TINY_GEMMA, log_softmax, logits, random_tokens, tiny_llama, user_error
 
 from imae_jax.config import RopeConfig
 from imae_jax.decode import Sampler, generate, parse_method, split_methods, streams
@@ -88,7 +88,7 @@ def test_greedy_decoding_equals_transformers(smollm2, hf_smollm2, prompts, greed
     assert max(map(len, greedy)) == 64
 
 
-@pytest.mark.parametrize("kind", ["gqa", "qwen2", "rope_dynamic"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "rope_dynamic", *FAMILIES])
 def test_greedy_decoding_of_tiny_models_equals_transformers(tiny, kind):
     # `dynamic` RoPE changes with every token beyond the context, here from the seventh on.
     checkpoint = tiny(kind, max_position_embeddings=16) if kind == "rope_dynamic" else tiny(kind)
@@ -123,9 +123,11 @@ def test_padding_on_either_side_gives_the_same_tokens(smollm2, prompts, greedy):
     assert right == greedy
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_scores_do_not_depend_on_padding(tiny_units, side):
+def test_scores_do_not_depend_on_padding(config, side):
     """Prefill of a padded batch and one step of decoding against whole texts without cache."""
+    tiny_units = tiny_llama(config, units=True).weights()
     prompts = tiny_prompts(3, 17, 9, 24, 1, 12)
     tokens, mask = np.zeros((6, 32), int), np.zeros((6, 32), bool)
     for i, prompt in enumerate(prompts):
@@ -137,13 +139,13 @@ def test_scores_do_not_depend_on_padding(tiny_units, side):
         hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
         return method.scores(streams.logits_of(models, method, hidden)), caches
 
-    method, models = Strength(-1.0), streams.Models.of(tiny_units, TINY)
+    method, models = Strength(-1.0), streams.Models.of(tiny_units, config)
     scores, caches = next_scores(models, tokens, mask, streams.empty_caches(models, method, 6, 40))
     step_scores, _ = next_scores(models, np.full((6, 1), 7), np.ones((6, 1), bool), caches)
     for i, prompt in enumerate(prompts):
         padded = np.asarray([prompt + [7] + [0] * (25 - len(prompt))])
         real = np.arange(26)[None] <= len(prompt)
-        whole = logits(tiny_units, TINY, padded, attention_mask=real, strength=-1.0)
+        whole = logits(tiny_units, config, padded, attention_mask=real, strength=-1.0)
         expected = log_softmax(whole[0])
         last = np.flatnonzero(mask[i])[-1]
         np.testing.assert_allclose(scores[i, last], expected[len(prompt) - 1], rtol=1e-5, atol=1e-5)

@@ -103,7 +103,7 @@ def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: Ima
 
 
 @pytest.mark.parametrize("settings", LOSSES, ids=lambda s: f"{s.valid_form}-{s.delta}-{s.mean}")
-@pytest.mark.parametrize("kind", ["gqa", "tied"])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "gemma3"])
 def test_loss_and_gradient_equal_torch(tiny, kind, settings):
     torch = pytest.importorskip("torch")
     checkpoint = tiny(kind, initializer_range=0.2)

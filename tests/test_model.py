@@ -12,6 +12,7 @@ from conftest import (
     FAMILIES,
     KINDS,
     TINY,
+    TINY_GEMMA,
     UNIT_SIZE,
     assert_bitwise,
     hf_logits,
@@ -177,17 +178,18 @@ def test_llama3_frequencies_cover_all_three_bands():
 # The layer loop
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_loops_and_cache_agree(stacked):
-    weights = tiny_llama(units=True).weights()
-    expected = logits(weights, TINY, TOKENS, strength=MIXED)
+def test_loops_and_cache_agree(config, stacked):
+    weights, tokens = tiny_llama(config, units=True).weights(), TOKENS % config.vocab_size
+    expected = logits(weights, config, tokens, strength=MIXED)
     weights = stack(weights) if stacked else weights
-    actual = logits(weights, TINY, TOKENS, strength=MIXED)
+    actual = logits(weights, config, tokens, strength=MIXED)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=PARITY)
 
-    cache, start = KVCache.empty(TINY, 4, 20, jnp.float32), 0
+    cache, start = KVCache.empty(config, 4, 20, jnp.float32), 0
     for end in (12, 13, 14, 15, 16):
-        output = jit_forward(weights, TINY, TOKENS[:, start:end], cache=cache, strength=MIXED)
+        output = jit_forward(weights, config, tokens[:, start:end], cache=cache, strength=MIXED)
         actual, cache = project(weights, output.hidden_states), output.cache
         np.testing.assert_allclose(actual, expected[:, start:end], rtol=0, atol=PARITY)
         start = end
@@ -216,9 +218,12 @@ def test_rematerialization_changes_no_result(remat):
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs the 8 virtual devices")
-@pytest.mark.parametrize("stacked", [True, False])
-def test_a_mesh_changes_no_result(stacked):
-    config = dataclasses.replace(TINY, vocab_size=96)
+@pytest.mark.parametrize(
+    ("config", "stacked"),
+    [(dataclasses.replace(TINY, vocab_size=96), False), (TINY_GEMMA, False), (TINY_GEMMA, True)],
+    ids=["llama", "gemma", "gemma-stacked"],
+)
+def test_a_mesh_changes_no_result(config, stacked):
     model = tiny_llama(config, units=True, stacked=stacked)
     tokens = jnp.asarray(random_tokens(8, 12, vocab_size=96))
     strength = jnp.linspace(-1, 1, 8)

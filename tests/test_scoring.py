@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import (
     TINY,
+    TINY_GEMMA,
     hf_logits,
     import_torch,
     log_softmax,
@@ -35,28 +36,29 @@ def weights():
 # Packing
 
 
-def reference(weights, method, item):
+def reference(weights, method, item, config=TINY):
     """The sequence alone, padded to one length, without cache: log p of every scored token."""
     tokens = np.zeros((2, LENGTH), int)
     tokens[:, : len(item.tokens)] = item.tokens
     real = np.broadcast_to(np.arange(LENGTH) < len(item.tokens), tokens.shape)
     contrast = isinstance(method, InModelContrast)
     strength = [0.0, method.anti_strength] if contrast else [method.strength] * 2
-    rows = logits(weights, TINY, tokens, attention_mask=real, strength=np.asarray(strength, np.float32))
+    strength = None if weights.units is None else np.asarray(strength, np.float32)
+    rows = logits(weights, config, tokens, attention_mask=real, strength=strength)
     first, second = (log_softmax(row) for row in rows)
     scores = method.beta * first - second if contrast else first
     places = np.arange(item.start, len(item.tokens))
     return scores[places - 1, np.asarray(item.tokens)[places]]
 
 
-def assert_scores_equal_reference(weights, groups, method=Strength(0.0), atol=1e-5, **kwargs):
-    results = dict(score(weights, TINY, groups, method, **kwargs))
+def assert_scores_equal_reference(weights, groups, method=Strength(0.0), atol=1e-5, config=TINY, **kwargs):
+    results = dict(score(weights, config, groups, method, **kwargs))
     assert results.keys() == set(range(len(groups)))
     for i, group in enumerate(groups):
         assert len(results[i]) == len(group)
         for actual, item in zip(results[i], group, strict=True):
             assert actual.dtype == np.float32
-            expected = reference(weights, method, item)
+            expected = reference(weights, method, item, config)
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
@@ -117,6 +119,16 @@ TREES = {
 @pytest.mark.parametrize("case", TREES)
 def test_packed_trees_equal_single_sequences(weights, case):
     assert_scores_equal_reference(weights, TREES[case], row_length=24, rows_per_batch=1)
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_windows_count_the_tokens_of_a_sequence(case):
+    """Not the slots of a row, in which other answers lie between a token and its ancestors."""
+    config = dataclasses.replace(TINY_GEMMA, vocab_size=TINY.vocab_size)
+    weights = tiny_llama(config).weights()
+    assert_scores_equal_reference(
+        weights, TREES[case], Strength(0.0), config=config, row_length=24, rows_per_batch=1
+    )
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 3])
