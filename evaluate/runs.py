@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imae_jax import runtime
+from imae_jax.cli import until_end
 from imae_jax.convert.identity import note
+from imae_jax.distributed import locked
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
@@ -65,7 +67,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:
-    """Refuses what can be refused before a model is loaded."""
+    """Refuses what can be refused before a model is loaded, and locks OUT until the command ends."""
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: give at least 1")
     if not 0 < args.dev_share < 1:
@@ -77,6 +79,7 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
+    until_end(locked(out))
     if not out.exists() or args.overwrite:
         check_new_directory(out, marker=_marker(out), overwrite=args.overwrite)
         return

@@ -5,6 +5,7 @@ The library logs to loggers named after its modules and configures none; a comma
 
 import argparse
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -22,6 +23,7 @@ MODULES = "python -m imae_jax"
 DEBUG_VARIABLE = "IMAE_JAX_DEBUG"
 # A module that `python -m` runs is called __main__; in a checkout that may be evaluate.truthfulqa.
 OUR_LOGGERS = ("imae_jax", "evaluate", "__main__")
+_until_end: contextvars.ContextVar[contextlib.ExitStack] = contextvars.ContextVar("until_end")
 FAULT = "this is a fault of imae_jax, not of yours: please report it with the lines above"
 
 
@@ -73,8 +75,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         with _messages(argv):
             try:
-                with _sigterm_unwinds():
-                    main(argv)
+                with _sigterm_unwinds(), contextlib.ExitStack() as stack:
+                    token = _until_end.set(stack)
+                    try:
+                        main(argv)
+                    finally:
+                        _until_end.reset(token)
             except BrokenPipeError:
                 # The reader of a pipe has gone (`… | head`): not an error of ours.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,6 +90,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         return 0
 
     return wrapped
+
+
+def until_end(context: contextlib.AbstractContextManager) -> None:
+    """Enters a context that is left when the command that runs ends."""
+    _until_end.get().enter_context(context)
 
 
 def report(error: BaseException, process: str = "") -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from imae_jax import files
 from imae_jax.cli import report
 from imae_jax.errors import Stopped, UserError, first_line
 
@@ -68,7 +69,8 @@ def _in_a_step_of_several_tasks() -> bool:
 
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks."""
-    return jax.process_index() == 0
+    # Asked of JAX alone, this would start the devices.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
@@ -81,7 +83,7 @@ def barrier(name: str) -> None:
 
 def agree(number: int) -> int:
     """The largest of the numbers that the processes bring, on all of them. All must call it."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
 
@@ -91,6 +93,21 @@ def agree(number: int) -> int:
 def decide(value: bool) -> bool:
     """The main process's value on all processes, whose views of a file system may differ for a while."""
     return bool(agree(int(value and is_main())))
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """As `files.locked`; of several processes the main one holds the lock for all. All must call it."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if is_main():
+            try:
+                stack.enter_context(files.locked(path))
+            except UserError as error:
+                refusal = error
+        if decide(refusal is not None):
+            raise refusal or UserError(f"{path} is being written by another run")
+        yield
 
 
 def to_host(x: jax.Array) -> np.ndarray:

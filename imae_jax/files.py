@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -9,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from imae_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -63,6 +68,43 @@ def check_new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{path} cannot be written in {parent}: choose another output")
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes that lock the same output from writing to it.
+
+    The lock is the operating system's and ends with its process, however that ends. Its file lies beside the
+    output under a hidden name and is removed. Where a file system knows no locks, a warning says so.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    path = Path(path).resolve()
+    file = path.parent / f".{path.name}.lock"
+    missing = [parent for parent in file.parents if not parent.exists()]
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{path} is being written by another process: wait for its end, or choose another output"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or error
+        logger.warning("%s cannot be locked (%s): see that no other process writes to it", path, reason)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # While the lock is held: then the file is not another's yet.
+            with contextlib.suppress(OSError):
+                file.unlink()
+            lock.release()
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def read_text(path: str | os.PathLike, name: str) -> str:

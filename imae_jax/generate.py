@@ -20,6 +20,7 @@ from imae_jax.cli import (
     add_sampling_arguments,
     command,
     model_arguments,
+    until_end,
 )
 from imae_jax.errors import UserError
 from imae_jax.files import read_text, write_text
@@ -91,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime.set_up()
     from imae_jax.convert import load_model
     from imae_jax.decode import Sampler, parse_method, split_methods
+    from imae_jax.distributed import locked
 
+    if args.out is not None:
+        until_end(locked(args.out))
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     names = [args.mode] if args.compare is None else split_methods(args.compare)
     methods = [parse_method(name) for name in names if name is not None]

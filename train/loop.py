@@ -26,7 +26,7 @@ from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import read_json
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
-from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main
+from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main, locked
 from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import read_text, write_text
 from imae_jax.llama import Weights
@@ -92,10 +92,22 @@ def train(
         Stopped: SIGTERM or SIGINT came; the state is saved.
     """
     out = Path(config.out)
-    quiet = quiet or not is_main()
     if overwrite and (resume or from_step is not None):
         raise UserError("--overwrite begins anew: it goes neither with --resume nor with --from-step")
     resume = resume or from_step is not None
+    with locked(out):
+        return _train(config, out, only_icd, resume, from_step, overwrite, quiet or not is_main())
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    only_icd: bool,
+    resume: bool,
+    from_step: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> Path:
     rows = data.load_rows(config.data)
     mesh = run_mesh(config, only_icd or config.icd.enabled)
     _check_output(out, config, resume, overwrite)
