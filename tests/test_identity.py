@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import EVEN_SIZES, UNIT_SIZE, error_line, user_error, with_random_units
+from conftest import EVEN_SIZES, UNIT_SIZE, error_of, user_error, with_random_units
 from safetensors.numpy import load_file, save_file
 
 from imae_jax.config import AntiExpertConfig
@@ -165,8 +165,8 @@ def test_exports_refuse_units_of_another_base(imae, base, tmp_path, capfd):
     from imae_jax.convert.__main__ import main
 
     edit(base, merge_into_one_matrix)
-    assert main(["export", "--model", str(imae), "--out", str(tmp_path / "out"), "--no-verify"]) == 2
-    assert "trained on other weights" in error_line(capfd, 2)
+    command = ["export", "--model", imae, "--out", tmp_path / "out", "--no-verify"]
+    assert "trained on other weights" in error_of(capfd, main, *command)
     assert not (tmp_path / "out").exists()
 
 
