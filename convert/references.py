@@ -317,6 +317,11 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
                 fingerprint=adapter.fingerprint(lm.base.fingerprint),
             )
     second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked)
+    if second.imae is not None:
+        raise UserError(
+            f"{resource.reference} has anti-expert units, which a second model runs without: give its base, "
+            f"{second.base.reference}"
+        )
     if second.config.vocab_size != lm.config.vocab_size or (
         second.tokenizer(_PROBE)["input_ids"] != lm.tokenizer(_PROBE)["input_ids"]
     ):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from conftest import EVEN_SIZES, UNIT_SIZE, error_of, user_error, with_random_units
 from safetensors.numpy import load_file, save_file
+from test_methods import random_adapter
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import identity, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import fingerprint
+from imae_jax.decode.methods import parse_method
 from imae_jax.sharding import make_mesh
 
 FILE = "model.safetensors"
@@ -194,3 +196,19 @@ def test_a_tied_head_of_its_own_is_loaded(tiny, tmp_path):
     tensors = load_file(directory / FILE)
     np.testing.assert_array_equal(lm.model.weights().base["unembed"], tensors["lm_head.weight"].T)
     np.testing.assert_array_equal(lm.model.weights().base["embed"], tensors["model.embed_tokens.weight"])
+
+
+def test_what_a_method_has_loaded_is_what_a_run_records(tiny, imae, base, tmp_path):
+    """A second model's fingerprint; an adapter's, which is the same whether or not its base is the model."""
+    lm, other = load_model(str(base)), tiny("gqa", seed=5, **EVEN_SIZES).directory
+    adapter = random_adapter(tmp_path / "adapter", lm.config, lm.base.reference)
+    for method, reference in (
+        (parse_method(f"cd:amateur={other}"), other),
+        (parse_method(f"icd:anti_expert={adapter}"), adapter),
+    ):
+        lm.prepare(method, generating=False)
+        assert lm.resource_fingerprint(method) == fingerprint(str(reference))
+    assert load_model(str(adapter)).base.fingerprint == fingerprint(str(adapter))
+    assert lm.resource_fingerprint(parse_method("base")) is None
+    with user_error("cd: amateur=", imae, "units", base):
+        lm.prepare(f"cd:amateur={imae}", generating=False)
