@@ -40,6 +40,14 @@ ROPE_TYPES = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "frequency_factors": (),
 }
+# Fields of a model's `config.json` that are numbers.
+NUMBER = int | float
+NUMBERS = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "max_sequence_length", "rms_norm_eps"),
+    *("initializer_range", "sliding_window", "sliding_window_pattern", "max_window_layers"),
+    *("rope_local_base_freq", "query_pre_attn_scalar"),
+)
+LARGEST = 2**31 - 1  # of a size
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -78,7 +86,12 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
+        _check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        _check_kinds(rope, str, "a text", "rope_type", "type")
+        for values in (hf, rope):
+            names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+            _check_kinds(values, NUMBER, "a number", *names)
         theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
@@ -98,6 +111,7 @@ class RopeConfig:
                     f"{name} is missing from the model's config: rope_type {rope_type!r} needs it; add the "
                     "value that the model was trained with"
                 )
+            _check_kinds(fields, NUMBER, "a number", name)
             fields[name] = int(value) if name == "original_max_position_embeddings" else float(value)
         return cls(type=rope_type, theta=float(theta), **fields)
 
@@ -252,47 +266,49 @@ class LlamaConfig:
             "num_attention_heads",
         )
         for name in required:
-            if not isinstance(hf.get(name), int):
-                raise UserError(f"{name} in the model's config is {hf.get(name)!r}: an integer")
+            if type(hf.get(name)) is not int or hf[name] > LARGEST:
+                raise UserError(f"{name} in the model's config is {hf.get(name)!r}: an integer is needed")
+        _check_kinds(hf, NUMBER, "a number", *NUMBERS)
+        for name in ("rms_norm_eps", "initializer_range"):
+            if hf.get(name, 0) is None:
+                raise UserError(f"{name} in the model's config is null: a number is needed")
+        _check_kinds(hf, str, "a text", "hidden_act", "hidden_activation")
+        _check_kinds(hf, list | tuple, "a list", "layer_types")
+        _check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
         num_heads = hf["num_attention_heads"]
         attention_bias = bool(hf.get("attention_bias", False))
-        try:
-            rope, local_rope = _ropes(hf)
-            sliding_layers = _sliding_layers(model_type, hf)
-            length = int(hf.get("max_position_embeddings") or 2048)
-            if rope.type == "linear":
-                # Where `max_position_embeddings` is the length before scaling, as of Vicuna with 16k tokens.
-                length = max(length, int(hf.get("max_sequence_length") or 0))
-            return cls(
-                vocab_size=hf["vocab_size"],
-                hidden_size=hf["hidden_size"],
-                intermediate_size=hf["intermediate_size"],
-                num_layers=hf["num_hidden_layers"],
-                num_heads=num_heads,
-                num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
-                head_dim=int(hf.get("head_dim") or hf["hidden_size"] // max(num_heads, 1)),
-                max_position_embeddings=length,
-                rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-                rope=rope,
-                tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-                qkv_bias=attention_bias or model_type == "qwen2",
-                o_bias=attention_bias,
-                mlp_bias=bool(hf.get("mlp_bias", False)),
-                initializer_range=float(hf.get("initializer_range", 0.02)),
-                activation=hf["hidden_activation"] if gemma3 else hf.get("hidden_act", "silu"),
-                qk_norm=model_type in ("qwen3", "gemma3_text"),
-                post_norms=gemma3,
-                norm_plus_one=gemma3,
-                scaled_embedding=gemma3,
-                query_pre_attn_scalar=hf["query_pre_attn_scalar"] if gemma3 else None,
-                sliding_window=int(hf["sliding_window"]) if sliding_layers else None,
-                sliding_layers=sliding_layers,
-                local_rope=local_rope if sliding_layers else None,
-            )
-        except UserError:
-            raise
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise UserError(f"the model's config holds a value of a wrong type: {error}") from error
+        rope, local_rope = _ropes(hf)
+        sliding_layers = _sliding_layers(model_type, hf)
+        length = int(hf.get("max_position_embeddings") or 2048)
+        if rope.type == "linear":
+            # Where `max_position_embeddings` is the length before scaling, as of Vicuna with 16k tokens.
+            length = max(length, int(hf.get("max_sequence_length") or 0))
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
+            head_dim=int(hf.get("head_dim") or hf["hidden_size"] // max(num_heads, 1)),
+            max_position_embeddings=length,
+            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rope=rope,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or model_type == "qwen2",
+            o_bias=attention_bias,
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            initializer_range=float(hf.get("initializer_range", 0.02)),
+            activation=hf["hidden_activation"] if gemma3 else hf.get("hidden_act", "silu"),
+            qk_norm=model_type in ("qwen3", "gemma3_text"),
+            post_norms=gemma3,
+            norm_plus_one=gemma3,
+            scaled_embedding=gemma3,
+            query_pre_attn_scalar=hf["query_pre_attn_scalar"] if gemma3 else None,
+            sliding_window=int(hf["sliding_window"]) if sliding_layers else None,
+            sliding_layers=sliding_layers,
+            local_rope=local_rope if sliding_layers else None,
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The model's part of a HuggingFace `config.json`, readable by transformers 4.5x and 5.
@@ -370,6 +386,16 @@ def _refuse_experts(hf: Mapping[str, Any]) -> None:
             )
 
 
+def _check_kinds(values: Mapping[str, Any], kind: Any, what: str, *names: str) -> None:
+    """Raises a `UserError` where a value of a config is of another type; it may be missing or null."""
+    for name in names:
+        value = values.get(name)
+        fits = isinstance(value, kind) and not (kind is NUMBER and isinstance(value, bool))
+        # Neither NaN nor over what arithmetic can hold.
+        if value is not None and (not fits or (kind is NUMBER and not abs(value) < 2**63)):
+            raise UserError(f"{name} in the model's config is {value!r}: {what} is needed")
+
+
 def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
     """RoPE of the layers, and of the sliding ones where it is another."""
     parameters, local_theta = hf.get("rope_parameters") or {}, hf.get("rope_local_base_freq")
@@ -392,9 +418,13 @@ def _sliding_layers(model_type: str, hf: Mapping[str, Any]) -> tuple[bool, ...]:
                 raise UserError(f"layer type {kind!r} is not supported: only {FULL} and {SLIDING} are")
         sliding = [kind == SLIDING for kind in types]
     elif model_type == "gemma3_text":
-        sliding = [(layer + 1) % hf["sliding_window_pattern"] != 0 for layer in range(num_layers)]
+        pattern = int(hf["sliding_window_pattern"] or 0)
+        if pattern < 1:
+            raise UserError(f"sliding_window_pattern is {pattern}: it must be at least 1")
+        sliding = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
     elif model_type in ("qwen2", "qwen3"):
-        sliding = [window is not None and layer >= hf["max_window_layers"] for layer in range(num_layers)]
+        full = hf["max_window_layers"] or 0
+        sliding = [window is not None and layer >= full for layer in range(num_layers)]
     else:
         sliding = [window is not None] * num_layers
     if (
