@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from imae_jax.config import LlamaConfig, RopeConfig
+from imae_jax.convert import gguf_tokenizer
 from imae_jax.convert.gguf_file import read_gguf
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import base_rows, expand
@@ -25,27 +24,9 @@ from imae_jax.errors import UserError, first_line
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 # What files of Gemma 3 leave to llama.cpp.
 GEMMA3_WINDOW_PATTERN, GEMMA3_LOCAL_THETA, LAYERS_OF_GEMMA3_27B = 6, 10000.0, 62
-CONTROL_TOKEN, USER_DEFINED_TOKEN, BYTE_TOKEN = 3, 4, 6
 ROPE_FACTORS = "rope_freqs.weight"
 # What reading a damaged file can raise.
 _DAMAGE = (ValueError, IndexError, KeyError, ArithmeticError, MemoryError, TypeError, AttributeError)
-
-# How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names).
-# None is GPT-2's own pattern, built into `tokenizers`.
-PRE_TOKENIZER_PATTERNS = {
-    "gpt-2": None,
-    "default": None,
-    "smollm": None,
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-SINGLE_DIGIT_PRE_TOKENIZERS = ("smollm",)
 
 
 class GGUFSource(TensorFiles):
@@ -231,119 +212,11 @@ class GGUFSource(TensorFiles):
     @property
     def end_token_ids(self) -> set[int]:
         """Tokens that end a text, a turn or a message."""
-        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-        return {value for value in map(self._get, keys) if type(value) is int}
+        return gguf_tokenizer.end_token_ids(self._get)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that the file's metadata describe.
-
-        Raises:
-            UserError: the tokenizer is damaged, or of a kind that this reader does not know.
-        """
-        try:
-            return self._tokenizer()
-        except UserError:
-            raise
-        except Exception as error:  # The tokenizers package raises plain Exceptions.
-            reason = first_line(error)
-            raise UserError(
-                f"the tokenizer in {self.location} is damaged ({reason}): pass --tokenizer DIRECTORY"
-            ) from error
-
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
-        tokens = self._get("tokenizer.ggml.tokens")
-        if not tokens:
-            raise UserError(f"{self.location} has no tokenizer: pass --tokenizer DIRECTORY")
-        kinds = self._get("tokenizer.ggml.token_type") or [1] * len(tokens)
-        model = self._get("tokenizer.ggml.model")
-        if model == "gpt2":
-            tokenizer = self._byte_level_bpe(tokens)
-        elif model == "llama":
-            tokenizer = self._sentencepiece_bpe(tokens)
-        else:
-            raise UserError(
-                f"tokenizer model {model!r} of {self.location} is not supported: pass --tokenizer "
-                "DIRECTORY with the model's HuggingFace tokenizer"
-            )
-        tokenizer.add_tokens(
-            [
-                AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)
-                for token, kind in zip(tokens, kinds, strict=True)
-                if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
-            ]
-        )
-        special = {}
-        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-        for key, name in names.items():
-            token_id = self._get(f"tokenizer.ggml.{key}_token_id")
-            if token_id is not None and 0 <= token_id < len(tokens):
-                special[f"{name}_token"] = tokens[token_id]
-        # Files that do not say: llama.cpp adds BOS to SentencePiece models and to Llama 3.
-        unsaid = model == "llama" or self._get("tokenizer.ggml.pre") == "llama-bpe"
-        adds_bos = self._get("tokenizer.ggml.add_bos_token", unsaid)
-        if adds_bos and "bos_token" in special:
-            bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A",
-                pair=f"{bos} $A {bos} $B",
-                special_tokens=[(bos, self._get("tokenizer.ggml.bos_token_id"))],
-            )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            chat_template=self._get("tokenizer.chat_template"),
-            clean_up_tokenization_spaces=False,
-            model_max_length=self.config.max_position_embeddings,
-            **special,
-        )
-
-    def _byte_level_bpe(self, tokens: list[str]) -> tokenizers.Tokenizer:
-        pre = self._get("tokenizer.ggml.pre", "default")
-        if pre not in PRE_TOKENIZER_PATTERNS:
-            raise UserError(
-                f"pre-tokenizer {pre!r} of {self.location} is not supported (known: "
-                f"{', '.join(PRE_TOKENIZER_PATTERNS)}): pass --tokenizer DIRECTORY with the model's "
-                "HuggingFace tokenizer"
-            )
-        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges") or []]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        # Llama 3's vocabulary holds words that its merges cannot reach.
-        bpe = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
-        tokenizer = tokenizers.Tokenizer(bpe)
-        pattern = PRE_TOKENIZER_PATTERNS[pre]
-        steps = []
-        if pre in SINGLE_DIGIT_PRE_TOKENIZERS:
-            steps.append(pre_tokenizers.Digits(individual_digits=True))
-        if pattern is not None:
-            steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-
-    def _sentencepiece_bpe(self, tokens: list[str]) -> tokenizers.Tokenizer:
-        scores = self._get("tokenizer.ggml.scores")
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        merges = []
-        for token, score in zip(tokens, scores or [], strict=True):
-            for cut in range(1, len(token)):
-                left, right = token[:cut], token[cut:]
-                if left in vocabulary and right in vocabulary:
-                    merges.append((-score, vocabulary[left], vocabulary[right], left, right))
-        unknown = tokens[self._get("tokenizer.ggml.unknown_token_id", 0)]
-        bpe = models.BPE(
-            vocabulary,
-            [(left, right) for *_, left, right in sorted(merges)],
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-        tokenizer = tokenizers.Tokenizer(bpe)
-        prefix = self._get("tokenizer.ggml.add_space_prefix", True)
-        spaces = normalizers.Replace(" ", "▁")
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-        return tokenizer
+        """The tokenizer that the file's metadata describe; see `gguf_tokenizer.read_tokenizer`."""
+        return gguf_tokenizer.read_tokenizer(self._get, self.location, self.config.max_position_embeddings)
 
 
 def _half_split(array: np.ndarray, head_dim: int) -> np.ndarray:
