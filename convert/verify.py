@@ -72,8 +72,9 @@ def verify(opened: OpenedModel, directory: Path, dtype: str | None = None) -> Ve
     Raises:
         UserError: the two differ.
     """
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
     dtype = dtype or opened.base.dtype
     num_layers = _layers_that_fit(opened, directory, dtype)
     if num_layers < 1:

@@ -396,10 +396,10 @@ def cut_characters(tokenizer: Any, tokens: Sequence[int], texts: dict[int, str])
 
 def byte_name(token: str) -> str:
     """A token that holds part of a character, by its bytes as SentencePiece names them: `<0xE6><0x9D>`."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    # Byte-level BPE writes every byte as a character of its own.
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    # Byte-level BPE writes every byte as one character: itself if it can be printed, else one from 256 on.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printed]
+    byte_of = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
     if not all(character in byte_of for character in token) or token.startswith("<0x"):
         return token
     return "".join(f"<0x{byte_of[character]:02X}>" for character in token)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imae_jax import runtime
+from imae_jax.chat_template import ChatTemplateError
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
-from imae_jax.prompts import apply_template, resolve_format
+from imae_jax.prompts import resolve_format
 
 from .runs import HARNESS_FILE
 from .summaries import HARNESS_COLUMNS, harness_rows
@@ -117,7 +118,7 @@ class IMAEJaxLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Of requests that the harness caches: they hold what the chat template made of a task."""
-        name = self.tokenizer.name_or_path or self.lm.base.reference
+        name = self.lm.base.reference
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
         return f"{Path(name).name}-{template[:16]}"
 
@@ -143,19 +144,17 @@ class IMAEJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        import jinja2
-
         def render(messages: list[dict[str, str]]) -> str:
-            return apply_template(
-                self.tokenizer,
+            return self.tokenizer.apply_chat_template(
                 messages,
+                tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
 
         try:
             return render(chat_history)
-        except jinja2.TemplateError:
+        except ChatTemplateError:
             # Some templates have no place for a system message.
             return render([message for message in chat_history if message["role"] != "system"])
 
@@ -166,7 +165,7 @@ class IMAEJaxLM(TemplateLM):
             if string.startswith(self.tokenizer.decode([self.prefix_token_id])):
                 add_special_tokens = False
         chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **chosen)
+        return self.tokenizer(string, **chosen)["input_ids"]
 
     def loglikelihood(
         self, requests: "list[Instance]", disable_tqdm: bool = False
@@ -323,7 +322,7 @@ class IMAEJaxLM(TemplateLM):
 
         models, method = self._generated
         # Special tokens do not appear in the text: they are looked for by their ids.
-        special = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        special = self.tokenizer.special_ids
         stop_ids = {special[string] for string in generation.stop if string in special}
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
@@ -339,7 +338,7 @@ class IMAEJaxLM(TemplateLM):
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
             if all(any(string in text for string in generation.stop) for text in texts):
                 break
         return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]

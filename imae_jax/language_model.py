@@ -15,6 +15,7 @@ from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
+from imae_jax.tokenizer import Tokenizer
 
 CHUNK_SIZE, STREAMED_CHUNK_SIZE = 32, 4
 WINDOW = 2048
@@ -72,7 +73,7 @@ class LanguageModel:
 
     Attributes:
         model: the Flax model, with units where the reference has them.
-        tokenizer: a transformers fast tokenizer.
+        tokenizer: of the checkpoint; see `imae_jax.tokenizer`.
         eos_token_ids: tokens that end a text.
         base: where the base came from.
         imae: `imae_config.json` of an IMAE directory, else None.
@@ -81,7 +82,7 @@ class LanguageModel:
     """
 
     model: Llama
-    tokenizer: Any
+    tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
     base: BaseReference
     imae: dict[str, Any] | None = None
@@ -152,7 +153,8 @@ class LanguageModel:
                 model's chat template.
             sampler: greedy by default.
             max_new_tokens: upper bound per prompt.
-            stop: strings that end a text; they are not part of it.
+            stop: strings that end a text; they are not part of it. The one that is complete first counts. A
+                special token, which is no part of any text, ends it where it is drawn.
             seed: of the sampler.
 
         Returns:
@@ -228,14 +230,11 @@ class LanguageModel:
         chunk_size: int = CHUNK_SIZE,
     ) -> Iterator[list[Completion]]:
         """Every prompt's next piece of text, and whether it is the last one."""
-        _check_texts("stop", stop)
-        if not all(stop):
-            raise UserError("a stop string is empty: leave it out")
+        ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
         ids = self.encode_prompts(prompts, format)
         rows: list[list[int]] = [[] for _ in prompts]
         shown, closed = [0] * len(prompts), [False] * len(prompts)
-        ends_text = set(self.eos_token_ids)
         # What may be the beginning of a stop string is held back.
         held_back = max(map(len, stop), default=1) - 1
 
@@ -243,13 +242,15 @@ class LanguageModel:
             new = []
             for i, row in enumerate(rows):
                 ended = bool(row) and row[-1] in ends_text
-                text = "" if closed[i] else self._new_text(ids[i], row)
-                ends = [place for place in (text.find(string) for string in stop) if place >= 0]
-                if ends:
-                    text, closed[i] = text[: min(ends)], True
-                elif not (last or ended):
-                    # A character of several tokens is still incomplete.
-                    text = text[: max(len(text) - held_back, 0)].rstrip("\ufffd")
+                finished = last or ended
+                text = "" if closed[i] else self.tokenizer.continuation(ids[i], row, finished=finished)
+                # The first that is complete, so that nothing depends on where chunks end.
+                places = [(text.find(string) + len(string), text.find(string)) for string in stop]
+                places = [place for place in places if place[1] >= 0]
+                if places:
+                    text, closed[i] = text[: min(places)[1]], True
+                elif not finished:
+                    text = text[: max(len(text) - held_back, 0)]
                 new.append(Completion(text[shown[i] :], ended or closed[i]))
                 shown[i] = max(shown[i], len(text))
             return new
@@ -261,7 +262,7 @@ class LanguageModel:
             method=method,
             sampler=sampler,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=sorted(ends_text),
             seed=seed,
             chunk_size=chunk_size,
         ):
@@ -274,12 +275,12 @@ class LanguageModel:
         yield pieces(last=True)
 
     def encode_prompts(self, prompts: Sequence[str], format: str) -> list[list[int]]:
-        """Token ids of prompts in a format; see `generate`."""
+        """Token ids of prompts to be continued, in a format; see `generate`."""
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompts", prompts)
         if not prompts:
             return []
-        texts = [render(self.tokenizer, prompt, format) for prompt in prompts]
+        texts = [render(self.tokenizer, prompt, format, generating=True) for prompt in prompts]
         return self.tokenizer(texts, add_special_tokens=adds_special_tokens(format))["input_ids"]
 
     def score(
@@ -354,14 +355,25 @@ class LanguageModel:
             means[i] = np.concatenate(scores).mean(dtype=np.float64)
         return np.exp(-np.asarray(means)).tolist()
 
-    def _new_text(self, prompt: list[int], new: list[int]) -> str:
-        """The text of new tokens; alone, SentencePiece would drop their leading space."""
-        before, whole = (
-            self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new)
-        )
-        if whole.startswith(before):
-            return whole[len(before) :]
-        return self.tokenizer.decode(new, skip_special_tokens=True)
+
+def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
+    """Ids of the stop strings that are special tokens.
+
+    Raises:
+        UserError: a stop string that is empty, or that no text can contain.
+    """
+    _check_texts("stop", stop)
+    if not all(stop):
+        raise UserError("a stop string is empty: leave it out")
+    special = tokenizer.special_ids
+    for string in stop:
+        part = next((token for token in special if token in string and string not in special), None)
+        if part is not None:
+            raise UserError(
+                f"the stop string {string!r} contains the special token {part!r}, which is in no text: give "
+                "the token alone"
+            )
+    return {special[string] for string in stop if string in special}
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:

@@ -14,9 +14,6 @@ def set_up() -> None:
     Programs go to `$JAX_COMPILATION_CACHE_DIR`, else to `~/.cache/imae_jax/xla`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # transformers says on import that it found no torch, which is as intended here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -27,7 +24,7 @@ def set_up() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of this library and of what its numbers depend on, and the kind of device."""
-    names = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
+    names = ("jax", "jaxlib", "flax", "optax", "tokenizers", "numpy")
     import jax
 
     device = {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind}

@@ -24,9 +24,9 @@ def right_answers(rows: Path, out: Path) -> None:
 
 def matched_pairs(rows: Path, out: Path, tokenizer: str) -> None:
     """Keeps the rows whose answers' numbers of tokens differ at most by `LENGTH_RATIO`."""
-    from transformers import AutoTokenizer
+    from imae_jax.convert.hf_tokenizer import read_tokenizer
 
-    encode = AutoTokenizer.from_pretrained(tokenizer)
+    encode = read_tokenizer(Path(tokenizer))
 
     def ratio(row):
         lengths = [

@@ -10,7 +10,6 @@ benchmark.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import chex
 import jax
@@ -25,6 +24,7 @@ from imae_jax.decode.sampling import argmax
 from imae_jax.decode.streams import Caches, Models
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
+from imae_jax.tokenizer import Tokenizer
 
 ROW_LENGTH = 256
 PREFIX_BUCKET = 64
@@ -59,7 +59,7 @@ class Continuation:
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     continuations: Sequence[str],
     *,
@@ -68,7 +68,7 @@ def encode(
     """Tokenizes every prompt together with its continuation.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: of the model.
         prompts, continuations: of equal length.
         add_special_tokens: whether the tokenizer may add its own (BOS); off for chat templates, which
             hold them already.
