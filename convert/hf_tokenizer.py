@@ -2,9 +2,9 @@
 
 **What begins and ends a text.** `add_bos_token` of `tokenizer_config.json`, true or false, decides whether
 texts begin with the BOS token; where it is absent or null, or the checkpoint has no BOS token, the
-post-processor of `tokenizer.json` decides. A flag replaces what the post-processor puts there, so that BOS never
-comes twice. `add_eos_token` does the same at the end. A SentencePiece model without flags adds BOS, and no EOS. What class
-`tokenizer_class` names, and what a version of transformers makes of it, does not count.
+post-processor of `tokenizer.json` decides. A flag replaces what the post-processor puts there, so that BOS
+never comes twice. `add_eos_token` does the same at the end. A SentencePiece model without flags adds BOS, and
+no EOS. What class `tokenizer_class` names, and what a version of transformers makes of it, does not count.
 """
 
 import json

@@ -84,7 +84,7 @@ def read_model(path: Path, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's own, which differs among its implementations.
         raise UserError(f"{path} is no SentencePiece model ({first_line(error)}): {_HINT}") from error
-    trainer, rules, kind = proto.trainer_spec, proto.normalizer_spec, proto.ModelProto.SentencePiece
+    trainer, rules, kind = proto.trainer_spec, proto.normalizer_spec, type(proto).SentencePiece
     if trainer.model_type not in (UNIGRAM, BPE) or not proto.pieces or trainer.treat_whitespace_as_suffix:
         raise UserError(f"{path} is no SentencePiece model of kind BPE or unigram: {_HINT}")
     pieces = [piece.piece for piece in proto.pieces]
