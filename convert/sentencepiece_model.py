@@ -105,7 +105,8 @@ def read_model(path: Path, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[
     if rules.precompiled_charsmap:
         clean.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        clean += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        replaced = {r"\A +| +\Z": "", " {2,}": " "}
+        clean += [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced.items()]
     tokenizer = build(
         model,
         prefix=rules.add_dummy_prefix,

@@ -235,22 +235,14 @@ class LanguageModel:
         ids = self.encode_prompts(prompts, format)
         rows: list[list[int]] = [[] for _ in prompts]
         shown, closed = [0] * len(prompts), [False] * len(prompts)
-        # What may be the beginning of a stop string is held back.
-        held_back = max(map(len, stop), default=1) - 1
 
         def pieces(last: bool) -> list[Completion]:
             new = []
             for i, row in enumerate(rows):
                 ended = bool(row) and row[-1] in ends_text
-                finished = last or ended
-                text = "" if closed[i] else self.tokenizer.continuation(ids[i], row, finished=finished)
-                # The first that is complete, so that nothing depends on where chunks end.
-                places = [(text.find(string) + len(string), text.find(string)) for string in stop]
-                places = [place for place in places if place[1] >= 0]
-                if places:
-                    text, closed[i] = text[: min(places)[1]], True
-                elif not finished:
-                    text = text[: max(len(text) - held_back, 0)]
+                text = ""
+                if not closed[i]:
+                    text, closed[i] = text_so_far(self.tokenizer, ids[i], row, stop, finished=last or ended)
                 new.append(Completion(text[shown[i] :], ended or closed[i]))
                 shown[i] = max(shown[i], len(text))
             return new
@@ -354,6 +346,31 @@ class LanguageModel:
         for i, scores in score(models, self.config, groups, method, where=lambda i, _: f"text {i}"):
             means[i] = np.concatenate(scores).mean(dtype=np.float64)
         return np.exp(-np.asarray(means)).tolist()
+
+
+def text_so_far(
+    tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], stop: Sequence[str], *, finished: bool
+) -> tuple[str, bool]:
+    """The text of new tokens up to a stop string, as far as no further token changes it.
+
+    Args:
+        tokenizer: of the model.
+        prompt, new: token ids.
+        stop: strings that end a text; the one that is complete first counts.
+        finished: whether no token follows.
+
+    Returns:
+        The text, and whether a stop string ended it.
+    """
+    text = tokenizer.continuation(prompt, new, finished=finished)
+    found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
+    if found:
+        return text[: min(found)[1]], True
+    if not finished:
+        # The end may be the beginning of a stop string.
+        held_back = max(map(len, stop), default=1) - 1
+        text = text[: max(len(text) - held_back, 0)]
+    return text, False
 
 
 def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:

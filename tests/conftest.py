@@ -32,16 +32,17 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
-from transformers import PreTrainedTokenizerFast
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import save_hf
+from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.errors import UserError
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Llama, Weights, forward, project
+from imae_jax.tokenizer import Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -150,7 +151,7 @@ def smollm2() -> LanguageModel:
 def smollm2_hf_dir(smollm2, tmp_path_factory) -> Path:
     """SmolLM2 as this project exports it to HuggingFace's format."""
     directory = tmp_path_factory.mktemp("smollm2")
-    save_hf(smollm2.model, smollm2.tokenizer, directory)
+    save_hf(smollm2.model, smollm2.tokenizer, directory, eos_token_ids=smollm2.eos_token_ids)
     return directory
 
 
@@ -186,7 +187,7 @@ def tiny(tmp_path_factory):
             parameter.data = parameter.data.to(getattr(torch, dtype))
         directory = tmp_path_factory.mktemp(kind)
         hf.save_pretrained(directory, max_shard_size=max_shard_size)
-        word_tokenizer(hf.config.vocab_size).save_pretrained(directory)
+        write_tokenizer(word_tokenizer(hf.config.vocab_size), directory)
         return TinyCheckpoint(hf, directory)
 
     return make
@@ -230,14 +231,15 @@ def hf_logits(hf, tokens: np.ndarray, **kwargs) -> np.ndarray:
         return hf(torch.as_tensor(np.asarray(tokens)), **kwargs).logits.float().numpy()
 
 
-def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocab_size: int, chat_template: str | None = None) -> Tokenizer:
     """A tokenizer whose text for token 7 is "t7"."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer.add_special_tokens(list(special.values()))
+    templates = {} if chat_template is None else {"default": chat_template}
+    return Tokenizer(tokenizer, special, templates, config=special | {"chat_template": chat_template})
 
 
 def tiny_llama(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY, error_of, with_changes, word_tokenizer, write_questions
 
+from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.decode import Sampler
 from imae_jax.evaluate.answer_metrics import NO_COMMENT, is_refusal, likeness, repetition
@@ -282,11 +283,11 @@ def test_what_cannot_be_answered_is_refused(answered, tmp_path, capfd, monkeypat
 
 
 def test_chat_form_ends_with_the_turn(answered, tmp_path):
-    tokenizer = word_tokenizer(TINY.vocab_size)
-    tokenizer.chat_template = (
+    template = (
         "{% for m in messages %}t3 {{ m.content }} t4 {% endfor %}{% if add_generation_prompt %}t8{% endif %}"
     )
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(word_tokenizer(TINY.vocab_size, template), tmp_path / "tokenizer")
     out = tmp_path / "out"
     command = with_out(answered[0], out, methods="base", temperature=0)
     arguments = ("--protocol", "tqa-v1/chat", "--tokenizer", tmp_path / "tokenizer", "--limit", 3)

@@ -30,7 +30,7 @@ CHAT = "Name two planets that are larger than the Earth."
 @pytest.fixture(scope="module")
 def prompts(smollm2):
     chat = smollm2.tokenizer.apply_chat_template(
-        [{"role": "user", "content": CHAT}], add_generation_prompt=True, return_dict=True
+        [{"role": "user", "content": CHAT}], add_generation_prompt=True
     )
     return [*smollm2.tokenizer(QUESTIONS)["input_ids"], chat["input_ids"]]
 

@@ -24,7 +24,6 @@ from conftest import (
     with_random_units,
     write_rows,
 )
-from transformers import PreTrainedTokenizerFast
 
 from imae_jax.anti_expert import MODES
 from imae_jax.config import AntiExpertConfig
@@ -35,6 +34,7 @@ from imae_jax.evaluate import inspector
 from imae_jax.evaluate.inspector import MODE_NAMES, Excerpt, Inspection, inspect, main, render_page
 from imae_jax.llama import Taps
 from imae_jax.sharding import make_mesh
+from imae_jax.tokenizer import Tokenizer
 from imae_jax.train import data
 from imae_jax.train.config import load_config
 from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
@@ -57,7 +57,7 @@ def models(tmp_path_factory) -> Path:
     byte_level = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="</s>")
+    tokenizer = Tokenizer(byte_level, {"eos_token": "</s>"})
     model = tiny_llama(dataclasses.replace(TINY, vocab_size=len(vocab)))
     root = tmp_path_factory.mktemp("models")
     (root / "base").mkdir()
@@ -195,7 +195,7 @@ def test_texts_of_tokens_as_sentencepiece_writes_them():
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     model.decoder = decoders.Sequence(steps)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+    tokenizer = Tokenizer(model, {"unk_token": "<unk>"})
     texts = inspector.token_texts(tokenizer, [[i] for i in range(5)])
     assert texts == [" a", " b", "\ufffd", "\ufffd", "\ufffd"]
     shown = inspector.cut_characters(tokenizer, [0, 2, 3, 4, 1, 2], dict(enumerate(texts)))

@@ -64,11 +64,17 @@ def instances(kind: str, *arguments: tuple, task: str = "task") -> list:
 
 
 def backend(hf, tokenizer, **kwargs):
-    """lm-eval's own model; it changes its tokenizer."""
+    """lm-eval's own model, with the same tokenizer in transformers."""
     import_torch()
     from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
 
-    return HFLM(pretrained=hf, tokenizer=copy.deepcopy(tokenizer), batch_size=3, **kwargs)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens,
+    )
+    return HFLM(pretrained=hf, tokenizer=theirs, batch_size=3, **kwargs)
 
 
 # Requests by hand, on tiny models with a context of 64
@@ -184,8 +190,10 @@ def test_special_tokens_end_a_text(units):
     long = {"max_gen_toks": 24}
     (plain,) = IMAEJaxLM(units, "expert").generate_until(instances("generate_until", (words(5), long)))
     word = plain.split()[2]
-    special = dataclasses.replace(units, tokenizer=copy.deepcopy(units.tokenizer))
-    special.tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    backend = copy.deepcopy(units.tokenizer.backend_tokenizer)
+    backend.add_special_tokens([word])
+    tokenizer = dataclasses.replace(units.tokenizer, backend_tokenizer=backend)
+    special = dataclasses.replace(units, tokenizer=tokenizer)
     (text,) = IMAEJaxLM(special, "expert").generate_until(
         instances("generate_until", (words(5), long | {"until": [word]}))
     )

@@ -24,6 +24,7 @@ from imae_jax.decode import Continuation, encode, score, windows
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _projection_chunks
+from imae_jax.tokenizer import Tokenizer
 
 LENGTH = 48
 
@@ -236,13 +237,12 @@ def test_merged_boundaries_are_reported(smollm2, prompt, continuation, merged):
 def test_special_tokens_are_added_once(smollm2):
     """With a tokenizer that adds BOS, a prompt's tokens include it; chat templates bring their own."""
     from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
 
     backend = type(smollm2.tokenizer.backend_tokenizer).from_str(smollm2.tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = Tokenizer(backend)
     (plain,) = encode(smollm2.tokenizer, ["A:"], [" Rome."])
     (with_bos,) = encode(tokenizer, ["A:"], [" Rome."])
     assert with_bos == Continuation((1, *plain.tokens), plain.start + 1)

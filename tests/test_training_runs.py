@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from imae_jax.convert import load_model
 from imae_jax.errors import UserError
+from imae_jax.tokenizer import Tokenizer
 from imae_jax.train import data, loop, token_filter
 from imae_jax.train.__main__ import main
 from imae_jax.train.checkpoint import Checkpoints, read_trainable
@@ -135,11 +136,10 @@ def test_all_rows_of_a_question_are_held_out_together(checkpoint, tmp_path):
 def test_rows_without_tokens_are_skipped_and_counted(smollm2, caplog):
     """A tokenizer whose normalizer drops some characters, as SentencePiece's do."""
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer.from_str(smollm2.tokenizer.backend_tokenizer.to_str())
     backend.normalizer = tokenizers.normalizers.Replace("\u200b", "")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer = Tokenizer(backend, {"eos_token": "<|im_end|>"})
     rows = [
         data.Row("Why?", "Because.", "\u200b\u200b"),
         data.Row("\u200b", "Because.", "No."),
