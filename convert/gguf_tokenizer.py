@@ -127,7 +127,7 @@ def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokeni
     }
     if get("tokenizer.chat_template"):
         templates["default"] = get("tokenizer.chat_template")
-    config = {**special, "model_max_length": max_length}
+    config: dict[str, Any] = {"model_max_length": max_length}
     if templates:
         config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     if list(templates) == ["default"]:

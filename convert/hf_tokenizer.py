@@ -92,12 +92,13 @@ def _read(directory: Path) -> Tokenizer:
     changed |= _set_ends(backend, special, flags)
     if text is not None and not changed:
         files.append(directory / TOKENIZER_FILE)
+    special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
     return Tokenizer(
         backend,
-        {name: token for name, token in special.items() if backend.token_to_id(token) is not None},
+        special,
         _chat_templates(directory, config),
         config.get("clean_up_tokenization_spaces") is True,
-        config | {name: special.get(name) for name in NAMES},
+        config | dict.fromkeys(NAMES),
         tuple(files),
     )
 
@@ -246,7 +247,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_FILE))
     # Left to them, some versions would undo what tokenizer.json says.
     pre_tokenizer = _described(tokenizer.backend_tokenizer.pre_tokenizer)
-    config = dict(tokenizer.config) | {
+    config = {
+        **tokenizer.config,
+        **tokenizer.special_tokens,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": pre_tokenizer.get("add_prefix_space", False),
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,

@@ -36,7 +36,7 @@ class Tokenizer:
         chat_templates: by name; the one that is used is `default`.
         clean_up_tokenization_spaces: whether decoded text loses blanks before punctuation, as the checkpoint
             asks.
-        config: what `tokenizer_config.json` of an export holds.
+        config: what else `tokenizer_config.json` of an export holds.
         files: of the checkpoint, for an export to copy.
     """
 

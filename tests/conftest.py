@@ -239,7 +239,7 @@ def word_tokenizer(vocab_size: int, chat_template: str | None = None) -> Tokeniz
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.add_special_tokens(list(special.values()))
     templates = {} if chat_template is None else {"default": chat_template}
-    return Tokenizer(tokenizer, special, templates, config=special | {"chat_template": chat_template})
+    return Tokenizer(tokenizer, special, templates, config={"chat_template": chat_template})
 
 
 def tiny_llama(
