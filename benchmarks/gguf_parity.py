@@ -4,8 +4,8 @@
 
 llama.cpp multiplies quantized weights by activations that it rounds to 8 bits. So that both compute the same,
 it gets the file's weights dequantized to float32, in a temporary file of 4 bytes a weight, and a float32
-cache; with `--as-stored` it runs on the file itself. Where texts part, this library's two largest logits
-there are shown: a small margin is rounding's. Needs llama-cpp-python (`pip install llama-cpp-python`).
+cache; with `--as-stored` it runs on the file itself. Where texts part, the margin of this library's likeliest
+token there is shown: a small one is rounding's. Needs llama-cpp-python (`pip install llama-cpp-python`).
 """
 
 import dataclasses

@@ -169,6 +169,45 @@ def test_configs_round_trip(kind, old):
     assert LlamaConfig.from_hf(fields) == config
 
 
+@pytest.mark.parametrize(
+    ("fields", "window", "sliding_layers"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 28}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"] * 3}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, 5, (False, True, True)),
+        ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "mistral"}, 4096, (True, True, True)),
+        (
+            {"model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2},
+            5,
+            (True, False, True),
+        ),
+        ({"model_type": "gemma3_text", "sliding_window": 5}, 5, (True, True, True)),
+    ],
+    ids=str,
+)
+def test_windows_are_those_of_transformers(fields, window, sliding_layers):
+    """Of published configs' forms, old and new."""
+    from transformers import AutoConfig
+
+    hf = {name: value for name, value in TINY.to_hf().items() if name != "rope_parameters"}
+    hf |= {"model_type": "qwen2"} | fields
+    config = LlamaConfig.from_hf(hf)
+    assert (config.sliding_window, config.sliding_layers) == (window, sliding_layers)
+    theirs = AutoConfig.for_model(**hf)
+    assert LlamaConfig.from_hf(theirs.to_dict()) == config
+    assert config.lowest_layers(1).sliding_layers == (sliding_layers[:1] if any(sliding_layers[:1]) else ())
+    LlamaConfig.from_hf(config.lowest_layers(1).to_hf())
+
+
+def test_linear_scaling_reaches_as_far_as_the_config_says():
+    """`max_position_embeddings` is the length after scaling, unless `max_sequence_length` is more."""
+    hf = TINY.to_hf() | {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert LlamaConfig.from_hf(hf).context_length == 64
+    assert LlamaConfig.from_hf(hf | {"max_sequence_length": 256}).context_length == 256
+
+
 # What is refused
 
 
@@ -277,6 +316,45 @@ DAMAGES = {
     "config is a list": (write("config.json", "[]"), ["config.json", "object"]),
     "unknown model_type": (config(model_type="mamba"), ["'mamba'", "llama", "qwen2"]),
     "no model_type": (config(model_type=...), ["model_type"]),
+    "multimodal": (config(model_type="gemma3", text_config={}), ["'gemma3'", "multimodal"]),
+    "softcapping": (
+        config(model_type="gemma3_text", final_logit_softcapping=30.0),
+        ["final_logit_softcapping"],
+    ),
+    "bidirectional": (
+        config(model_type="gemma3_text", use_bidirectional_attention=True),
+        ["use_bidirectional_attention"],
+    ),
+    "window of a Llama": (config(sliding_window=5), ["sliding_window 5", "llama"]),
+    "Mistral with layer types": (
+        config(model_type="mistral", sliding_window=5, layer_types=["full_attention"] * 3),
+        ["layer_types", "mistral"],
+    ),
+    "layers that slide without a window": (
+        config(model_type="qwen2", layer_types=["full_attention"] + ["sliding_attention"] * 2),
+        ["sliding_window"],
+    ),
+    "chunked attention": (
+        config(model_type="qwen2", layer_types=["chunked_attention"] * 3),
+        ["'chunked_attention'"],
+    ),
+    "too few layer types": (
+        config(
+            model_type="qwen2", use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention"]
+        ),
+        ["layer_types", "3 layers"],
+    ),
+    "no pattern": (config(model_type="gemma3_text", sliding_window_pattern=0), ["sliding_window_pattern"]),
+    "llama3 without a length": (
+        config(
+            rope_parameters=ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        ),
+        ["original_max_position_embeddings", "llama3"],
+    ),
+    "linear without a factor": (
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}),
+        ["factor", "linear"],
+    ),
     "yarn": (config(rope_parameters=ROPE | {"rope_type": "yarn"}), ["'yarn'", "llama3"]),
     "longrope": (config(rope_parameters=ROPE | {"rope_type": "longrope"}), ["'longrope'"]),
     "partial rotation": (

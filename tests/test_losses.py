@@ -46,7 +46,7 @@ def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
             u = {name: array[layer] for name, array in units.items()}
             a = torch.softmax(h @ u["gate"] + u["gate_bias"], dim=-1)[..., :1]
             gates.append(a[0, :, 0])
-            inner = torch.nn.functional.silu((a * h) @ u["w_gate"]) * ((a * h) @ u["w_up"])
+            inner = mlp.act_fn((a * h) @ u["w_gate"]) * ((a * h) @ u["w_up"])
             return type(mlp).forward(mlp, h) + strength * inner @ u["w_down"]
 
         return run
