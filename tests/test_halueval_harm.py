@@ -250,16 +250,19 @@ def test_means_that_are_infinite_stay_so():
 
 
 def test_scores_that_are_not_finite_are_refused_or_shown(scored, tiny_imae, tmp_path, capfd):
-    """Infinity less infinity is no score. -inf is one, as of a mask, with which no metric is a number."""
+    """An overflow is no score. A mask of -inf is one, with which no metric is a number."""
     command, out = [*map(str, scored[0]), "--quiet"], tmp_path / "out"
     command[command.index("--out") + 1] = str(out)
-    command[command.index("--methods") + 1] = method = "in-model-contrast:beta=3e38"
+    place = command.index("--methods") + 1
+    command[place] = method = "in-model-contrast:beta=3e38"
     model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30)), "--methods", method]
     assert "window 0 of the text" in error_of(capfd, harm, *model, "--out", tmp_path / "harm")
-    assert truthfulqa(command) == 0
-    assert "| NaN | " in (out / "table.md").read_text()
+    assert "question 0, answer 0" in error_of(capfd, truthfulqa, *command)
+    command[place] = "base,in-model-contrast:alpha=0.9,implausible=-inf"
+    assert truthfulqa([*command, "--overwrite"]) == 0
+    assert "| – | " in (out / "table.md").read_text()
     assert report([str(out), "--out", str(tmp_path / "report")]) == 0
-    assert "| NaN | " in (tmp_path / "report" / "report.md").read_text()
+    assert "| – | " in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):

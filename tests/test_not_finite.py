@@ -135,6 +135,7 @@ def test_scores_that_are_no_numbers_are_refused():
     @dataclasses.dataclass(frozen=True)
     class Ruling(Method):
         value: float
+        rules_out: bool = False
         name: str = "ruling"
         streams: tuple = (Stream(),)
 
@@ -146,9 +147,10 @@ def test_scores_that_are_no_numbers_are_refused():
         decode.generate(model, model.config, [PROMPT], method=Ruling(np.nan), max_new_tokens=2)
     decode.generate(model, model.config, [PROMPT], method=Ruling(-np.inf), max_new_tokens=2)
     groups = [[Continuation((5, 6, 7, 60), 2)]]
-    with user_error("group 0, continuation 0"):
-        list(decode.score(model, model.config, groups, Ruling(np.nan), row_length=16))
-    ((_, (scores,)),) = decode.score(model, model.config, groups, Ruling(-np.inf), row_length=16)
+    for method in (Ruling(np.nan, True), Ruling(np.inf, True), Ruling(-np.inf)):
+        with user_error("group 0, continuation 0"):
+            list(decode.score(model, model.config, groups, method, row_length=16))
+    ((_, (scores,)),) = decode.score(model, model.config, groups, Ruling(-np.inf, True), row_length=16)
     assert np.isfinite(scores[0])
     assert scores[1] == -np.inf
 

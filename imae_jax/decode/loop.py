@@ -193,8 +193,8 @@ def _scores(models, method, hidden):
         scores = method.unnormalized_scores(logits)
     # Of a method of one's own, an axis too many would be drawn from in silence.
     chex.assert_equal_shape([scores, *(stream.final for stream in logits)])
-    # Tokens that a method rules out have -inf.
-    return scores, streams.finite(logits) & ~jnp.isnan(scores).any(axis=-1)
+    # Tokens that a method rules out have -inf, but not all of them; NaN passes through the maximum.
+    return scores, streams.finite(logits) & jnp.isfinite(scores.max(axis=-1))
 
 
 def _with_token(seen, token):

@@ -222,10 +222,15 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
 
 
 def _check_finite(models, method, groups, results, where: Where) -> None:
-    """Raises a `UserError` that names a continuation with a score that is NaN."""
-    bad = [
-        (i, j) for i, each in results.items() for j, (scores, *_) in enumerate(each) if np.isnan(scores).any()
-    ]
+    """Raises a `UserError` that names a continuation whose scores are not finite, but for masks of -inf."""
+    methods = method.methods if isinstance(method, Joint) else (method,)
+    masked = np.array([each.rules_out for each in methods])
+
+    def is_bad(scores: np.ndarray) -> bool:
+        scores = scores.reshape(-1, len(methods))
+        return not (np.isfinite(scores) | ((scores == -np.inf) & masked)).all()
+
+    bad = [(i, j) for i, each in results.items() for j, (scores, *_) in enumerate(each) if is_bad(scores)]
     if not bad:
         return
     # An overflow passes to what lies in the same row through weights of 0: the one to name overflows alone.

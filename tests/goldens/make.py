@@ -6,6 +6,7 @@ Nothing is shared with this library but the questions, the primer and the export
 an answer, the formulas position by position.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -85,6 +86,7 @@ def sums_of(model, tokenizer, prompt, answer):
     sums = dict.fromkeys(SCORES, 0.0)
     for place in range(start, len(tokens)):
 
+        @functools.cache
         def early(layer, at=place - 1):
             return model.lm_head(hidden[layer][0, at])
 

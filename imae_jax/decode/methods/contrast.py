@@ -46,6 +46,10 @@ class Contrast(Method):
     def normalized(self) -> bool:
         return self.renormalize
 
+    @property
+    def rules_out(self) -> bool:
+        return self.implausible == float("-inf")
+
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         alpha, implausible = self.alpha, self.implausible
         if alpha is None:

@@ -121,6 +121,11 @@ class Method(abc.ABC):
         """Whether the scores are log-probabilities, but for tokens that are masked."""
         return True
 
+    @property
+    def rules_out(self) -> bool:
+        """Whether -inf is a score, of tokens that are masked; else it is an overflow."""
+        return False
+
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         """The method with every setting filled in for a model and a task.
 
