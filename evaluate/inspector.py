@@ -21,13 +21,23 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.anti_expert import MODES
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.config import LlamaConfig
+from imae_jax.decode.scoring import batch_size
 from imae_jax.decode.streams import not_finite_error
+from imae_jax.distributed import to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.language_model import LanguageModel
 from imae_jax.llama import Taps, Weights, forward, project
+from imae_jax.sharding import use_mesh
 
 from . import pages
 
@@ -168,12 +178,16 @@ def inspect(
     weights = lm.model.weights()
     found = [Inspection.empty(len(excerpt.tokens), lm.config) for excerpt in excerpts]
     for batch in progress(_batches(excerpts, window)):
+        with use_mesh(lm.mesh):
+            size = batch_size(len(batch))
         longest = max(part.length for part in batch)
-        tokens = np.zeros((len(batch), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+        tokens = np.zeros((size, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+        lengths = np.zeros(size, np.int32)
         for row, part in enumerate(batch):
             tokens[row, : part.length] = excerpts[part.excerpt].tokens[part.start : part.end]
-        lengths = np.array([part.length for part in batch], np.int32)
-        values = map(np.asarray, _run_modes(weights, tokens, lengths, config=lm.config))
+            lengths[row] = part.length
+        with use_mesh(lm.mesh):
+            values = map(to_host, _run_modes(weights, tokens, lengths, config=lm.config))
         gates, log_probs, top_tokens, top_log_probs = values
         for row, part in enumerate(batch):
             target, first = found[part.excerpt], slice(part.first, part.end)
@@ -541,6 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Writes an HTML page of an IMAE model's gates and predictions on every token of texts.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text",
@@ -568,6 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
     args = parser.parse_args(argv)
+    join_processes(args)
     if args.rows is not None and args.data is None:
         raise UserError("--rows goes with --data RUN")
     rows = None if args.rows is None else _row_numbers(args.rows)
@@ -575,8 +591,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--format goes with --text FILE.jsonl: other texts are taken as they are")
     texts = None if args.text is None else read_texts(args.text)
     check_output(args.html, overwrite=args.overwrite)
-
-    runtime.set_up()
     from tqdm import tqdm
 
     from imae_jax.convert import load_model
@@ -609,8 +623,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "commit": git and git["commit"] + (" with changes" if git["dirty"] else ""),
     }
     shown = {name: value for name, value in settings.items() if value is not None}
-    write_text(args.html, render_page(lm.tokenizer, excerpts, inspections, model=args.model, settings=shown))
-    print(f"wrote {args.html}: {count} tokens, {args.html.stat().st_size / 1e6:.1f} MB")
+    page = render_page(lm.tokenizer, excerpts, inspections, model=args.model, settings=shown)
+    write_text(args.html, page)
+    print(f"wrote {args.html}: {count} tokens, {len(page.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.iti import Directions, write_directions
+from imae_jax.decode.scoring import batch_size
 from imae_jax.decode.streams import not_finite_error
+from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 from imae_jax.language_model import LanguageModel
 from imae_jax.layers import precision
 from imae_jax.llama import Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
+from imae_jax.sharding import use_mesh
 
 from .questions import Question, load_data
 
@@ -47,15 +56,19 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = la
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     weights, config = lm.model.weights(), lm.config
     found = np.empty((len(rows), config.num_layers, config.num_heads, config.head_dim), np.float32)
-    for start in progress(range(0, len(rows), BATCH_SIZE)):
-        chosen = order[start : start + BATCH_SIZE]
+    with use_mesh(lm.mesh):
+        size = batch_size(BATCH_SIZE)
+    for start in progress(range(0, len(rows), size)):
+        chosen = order[start : start + size]
         longest = max(len(rows[i]) for i in chosen)
-        tokens = np.zeros((BATCH_SIZE, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
-        last = np.zeros(BATCH_SIZE, np.int32)
+        tokens = np.zeros((size, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+        last = np.zeros(size, np.int32)
         for place, i in enumerate(chosen):
             tokens[place, : len(rows[i])] = rows[i]
             last[place] = len(rows[i]) - 1
-        found[chosen] = _last_heads(weights, tokens, last, config=config)[: len(chosen)]
+        with use_mesh(lm.mesh):
+            heads = to_host(_last_heads(weights, tokens, last, config=config))
+        found[chosen] = heads[: len(chosen)]
         bad = next((i for i in chosen if not np.isfinite(found[i]).all()), None)
         if bad is not None:
             models, method = lm.prepare("base", generating=False)
@@ -178,19 +191,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Finds ITI's directions by cross-validation over questions: OUT/fold0.safetensors, …",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("--data", default="demo", help="TruthfulQA.csv, demo (embedded questions) or hub")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of folds and validation splits")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    join_processes(args)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
     questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
         raise UserError(f"--folds {args.folds} of {len(questions)} questions: give 2 to half their number")
     with new_directory(args.out, marker=FOLDS_FILE, overwrite=args.overwrite) as out:
-        runtime.set_up()
         from tqdm import tqdm
 
         from imae_jax.convert import load_model

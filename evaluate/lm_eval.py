@@ -20,7 +20,14 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.chat_template import ChatTemplateError
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.prompts import resolve_format
@@ -417,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Tasks of the LM Evaluation Harness: writes OUT/lm_eval.json.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("--method", default="base", help="base, expert, anti-expert, a number or any method")
     parser.add_argument("--tasks", required=True, help="comma-separated tasks, groups or tags of lm-eval")
     parser.add_argument("--out", required=True, help="directory to write")
@@ -435,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    join_processes(args)
     for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -444,7 +453,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
 
     with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
-        runtime.set_up()
         _find_huggingface_evaluate()
         from imae_jax.convert import load_model
         from imae_jax.decode import parse_method

@@ -28,7 +28,7 @@ import numpy as np
 from imae_jax import runtime
 from imae_jax.cli import until_end
 from imae_jax.convert.identity import note
-from imae_jax.distributed import locked
+from imae_jax.distributed import barrier, is_main, locked
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
@@ -36,6 +36,8 @@ from .questions import SPLITS
 from .tables import Table
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from imae_jax.decode import Continuation, Method
     from imae_jax.language_model import Completion, LanguageModel
 
@@ -318,13 +320,15 @@ class Run:
     def __init__(self, out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool):
         self.out, self.lines = out, {}
         settings = jsonable(settings)
+        barrier("arguments checked")  # What one process makes, no other may take for an older run.
         if resume and out.exists():
             self._check(settings)
             self._read()
-        else:
+        elif is_main():
             with new_directory(out, marker=_marker(out), overwrite=overwrite) as new:
                 (new / RUN_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
                 (new / SCORES_FILE).touch()
+        barrier("run begins")
         self.resumed = len(self.lines)
 
     def _check(self, settings: dict[str, Any]) -> None:
@@ -476,12 +480,13 @@ class Run:
         """Yields what adds the line of a method and item, there at once even if the process is killed."""
         path = self.out / SCORES_FILE
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") if is_main() else contextlib.nullcontext() as file:
 
                 def append(label: str, number: int, fields: dict[str, Any]) -> None:
                     entry = {"index": number, "method": label, **fields}
-                    file.write(dumps(entry) + "\n")
-                    file.flush()
+                    if file is not None:
+                        file.write(dumps(entry) + "\n")
+                        file.flush()
                     self.lines[label, number] = jsonable(entry)
 
                 yield append
@@ -507,6 +512,8 @@ class Run:
             plots: matplotlib figures by the name of their file.
             index: the items' numbers.
         """
+        if not is_main():
+            return
         lines = [line for label in results["methods"] for line in self.of(label, index)]
         write_text(self.out / SCORES_FILE, "".join(dumps(line) + "\n" for line in lines))
         write_outputs(self.out, tables, plots)
@@ -603,9 +610,14 @@ def called(program: str, arguments: Sequence[str] | None) -> str:
     return shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def environment() -> dict[str, Any]:
-    """What figures depend on besides the settings."""
+def environment(mesh: "Mesh | None" = None) -> dict[str, Any]:
+    """What figures depend on besides the settings.
+
+    Args:
+        mesh: devices that the model is spread over.
+    """
     return {
+        "mesh": mesh and dict(mesh.shape),
         "versions": runtime.versions(),
         "git": runtime.git_state(),
         "machine": platform.machine(),

@@ -16,8 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+    model_arguments,
+)
 from imae_jax.errors import UserError
 
 from . import plots, stats
@@ -266,19 +272,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="TruthfulQA multiple choice: writes scores, results, tables and plots into OUT.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     add_run_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument(
         "--harm", type=Path, metavar="RESULTS", help="directory of evaluate.harm, to show beside the scores"
     )
     args = parser.parse_args(argv)
+    join_processes(args)
 
     protocol = get_protocol(args.protocol)
     methods = parse_methods(args.methods)
     check_arguments(args, methods)
     inputs = read_inputs(args, protocol)
-
-    runtime.set_up()
     from imae_jax.convert import load_model
 
     lm = load_model(args.model, **model_arguments(args))
@@ -322,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "baseline": baseline,
         "statistics": stats.describe(args.seed),
         "command": called(parser.prog, argv),
-        **environment(),
+        **environment(lm.mesh),
         "resumed_lines": run.resumed,
         "harm": args.harm,
         "methods": {

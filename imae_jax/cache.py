@@ -72,7 +72,8 @@ class KVCache:
             return self
 
         def repeat(x):
-            return jnp.repeat(x if x.ndim == 4 else x[None], repeats, axis=0)
+            x = jnp.repeat(x if x.ndim == 4 else x[None], repeats, axis=0)
+            return constrain(x, "batch", "act_heads", "length", None)
 
         return dataclasses.replace(
             self,

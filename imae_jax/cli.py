@@ -86,6 +86,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
             except (Exception, KeyboardInterrupt) as error:
+                if _is_one_of_several() and not isinstance(error, Stopped):
+                    from imae_jax.distributed import end_together
+
+                    with end_together():
+                        raise
                 return report(error)
         return 0
 
@@ -95,6 +100,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 def until_end(context: contextlib.AbstractContextManager) -> None:
     """Enters a context that is left when the command that runs ends."""
     _until_end.get().enter_context(context)
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # What has not imported it has joined no others.
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def report(error: BaseException, process: str = "") -> int:
@@ -210,7 +220,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = 
     """Adds `--model` and what goes with it; `model_arguments` reads them.
 
     Args:
-        quantizable: False for commands that write weights.
+        quantizable: False for commands that write weights, which run on one device.
     """
     parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert.references")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
@@ -218,12 +228,63 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = 
     parser.add_argument("--tokenizer", help="directory or hub id of another tokenizer than the model's own")
     if quantizable:
         parser.add_argument("--int8", help="weights as 8-bit integers: units, base or all")
+        parser.add_argument(
+            "--mesh",
+            default="auto",
+            metavar="SIZES",
+            help="devices along data, fsdp and tensor, such as fsdp=2,tensor=4: tensor and fsdp spread the "
+            "model, data and fsdp the rows (default: all devices, with the largest tensor that divides the "
+            "model; on a CPU one)",
+        )
     parser.add_argument("--base", help="where the base of an IMAE directory or adapter is now")
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `imae_jax.convert.load_model` besides the reference."""
-    return {name: getattr(args, name, None) for name in ("dtype", "revision", "tokenizer", "base", "int8")}
+    names = ("dtype", "revision", "tokenizer", "base", "int8", "mesh")
+    return {name: getattr(args, name, None) for name in names}
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """How several processes that run the same command find each other; `join_processes` reads them."""
+    many = parser.add_argument_group("many processes")
+    many.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the run's other processes through the cluster's environment (TPU pods; in an srun step of "
+        "several tasks this is the default)",
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    many.add_argument("--num-processes", type=int, metavar="N")
+    many.add_argument("--process-id", type=int, metavar="I", help="from 0")
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="after which the others end if a process no longer answers (default: 60)",
+    )
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins this process with the others of its run; must come before anything else touches a device.
+
+    From then on the main one alone talks, and an error of one ends it at once (see `command`).
+    """
+    from imae_jax import distributed, runtime
+
+    runtime.set_up()
+    distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        heartbeat_timeout=args.heartbeat_timeout,
+    )
+    if not distributed.is_main():
+        args.quiet = True
+        logging.disable(logging.WARNING)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -75,7 +75,7 @@ def is_main() -> bool:
 
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block succeeds.
 
+    Of several processes the main one makes it; what the others write is thrown away.
+
     On an error, Ctrl-C or (in commands) SIGTERM nothing is left, and an existing `path` stays as it was.
 
     Args:
@@ -32,8 +34,14 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
     Raises:
         UserError: `path` exists and may not be replaced, or it cannot be written.
     """
+    from imae_jax.distributed import is_main
+
     path = Path(path)
     check_new_directory(path, marker=marker, overwrite=overwrite)
+    if not is_main():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -167,7 +175,11 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file under a temporary name, then renames it; of several processes the main one does."""
+    from imae_jax.distributed import is_main
+
+    if not is_main():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imae_jax import runtime
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
+    add_process_arguments,
     add_sampling_arguments,
     command,
+    join_processes,
     model_arguments,
     until_end,
 )
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Continues prompts with a model, in one mode or method or in several side by side.",
     )
     add_model_arguments(parser)
+    add_process_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="may be given repeatedly")
     source.add_argument(
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
     args = parser.parse_args(argv)
+    join_processes(args)
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.compare is not None and args.mode is not None:
@@ -89,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: give at least 1")
 
-    runtime.set_up()
     from imae_jax.convert import load_model
     from imae_jax.decode import Sampler, parse_method, split_methods
     from imae_jax.distributed import locked
@@ -111,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.out is not None:
         model = {"reference": args.model, **model_arguments(args)}
+        del model["mesh"]  # It changes no text.
         _continue_file(lm, model, args.prompts, args.out, methods[0], args.batch_size, options)
         return
 
@@ -150,6 +153,8 @@ def _continue_file(
     """
     from tqdm import tqdm
 
+    from imae_jax.distributed import is_main
+
     lines = read_text(source, "file of prompts").split("\n")
     settings = {"model": model, "method": method.settings(), **options}
     settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
@@ -179,6 +184,8 @@ def _continue_file(
             for number, text in zip(batch, texts, strict=True)
             if number not in done
         ]
+        if not is_main():
+            continue
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:

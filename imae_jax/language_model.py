@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from imae_jax.config import LlamaConfig
@@ -15,6 +16,7 @@ from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
+from imae_jax.sharding import mesh_of
 from imae_jax.tokenizer import Tokenizer
 
 CHUNK_SIZE, STREAMED_CHUNK_SIZE = 32, 4
@@ -95,6 +97,11 @@ class LanguageModel:
     @property
     def config(self) -> LlamaConfig:
         return self.model.config
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices over which the model is spread, and on which it generates and scores; None for one."""
+        return mesh_of(self.model.embed.get_value())
 
     def prepare(self, method: str | Method, *, generating: bool) -> tuple[Models, Method]:
         """A method, resolved for this model and task, and all that it runs on.

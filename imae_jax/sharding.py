@@ -3,6 +3,8 @@
 Weights and activations have different names, so that a rule for one never moves the other.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+AUTO = "auto"
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -59,6 +62,71 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def model_mesh(
+    mesh: Mesh | str | None, config: LlamaConfig, anti_expert: AntiExpertConfig | None
+) -> Mesh | None:
+    """The mesh for a model.
+
+    Args:
+        mesh: None is the default device alone; `fsdp=2,tensor=4` names sizes, where those left out are 1, and
+            `data` what the others leave; `auto` takes all devices, with the largest `tensor` that divides the
+            model and the devices of a process. Of a CPU, whose devices are virtual and share its memory, it
+            takes one. A mesh is taken as it is.
+        config, anti_expert: sizes of the model.
+
+    Returns:
+        None where there is one device.
+
+    Raises:
+        UserError: no such axis, or sizes that do not multiply to the number of devices.
+    """
+    if mesh is None or isinstance(mesh, Mesh):
+        return mesh
+    devices = jax.device_count()
+    if mesh != AUTO:
+        sizes = _parse_sizes(mesh)
+    elif jax.default_backend() == "cpu" and jax.process_count() == 1:
+        return None
+    else:
+        local = jax.local_device_count()
+        widths = _sharded_widths(config, anti_expert)["tensor"].values()
+        sizes = {"tensor": math.gcd(local, *widths)}
+    sizes.setdefault("data", max(1, devices // math.prod(sizes.values())))
+    made = make_mesh(**sizes)
+    return made if devices > 1 else None
+
+
+def _parse_sizes(text: str) -> dict[str, int]:
+    """`fsdp=2,tensor=4` as a dict."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or name in sizes or not (size.isascii() and size.isdigit()) or int(size) < 1:
+            raise UserError(
+                f"mesh {text!r}: {part.strip()!r} is no axis with its size: give, for example, "
+                f"fsdp=2,tensor=4, each of {', '.join(MESH_AXES)} once at most"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh over which an array is spread; None for one device."""
+    placement = getattr(array, "sharding", None)
+    return placement.mesh if isinstance(placement, NamedSharding) else None
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """A context whose compiled functions run on a mesh; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def row_shards() -> int:
+    """Over how many shards the ambient mesh spreads the rows of a batch: what should divide their number."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"]) if not mesh.empty else 1
+
+
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
     """The partition of an array whose axes have these logical names (None: replicated)."""
     unknown = [name for name in names if name is not None and name not in RULES]
@@ -72,10 +140,22 @@ def sharding(mesh: Mesh, *names: str | None) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation to its layout under the ambient mesh (`jax.set_mesh`); else a no-op."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation to its layout under the ambient mesh (`jax.set_mesh`); else a no-op.
+
+    An axis that the mesh does not divide, such as that of a single row, is left whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names))
+
+    def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+    partition = (
+        axes if divides(size, axes) else None for size, axes in zip(x.shape, spec(names), strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*partition))
 
 
 def on_shards(
@@ -111,6 +191,17 @@ def check_divisible(
     config: LlamaConfig, anti_expert: AntiExpertConfig | None, mesh_shape: Mapping[str, int]
 ) -> None:
     """Raises a `UserError` that names the width which a mesh axis does not divide."""
+    for axis, sizes in _sharded_widths(config, anti_expert).items():
+        for name, size in sizes.items():
+            if size % mesh_shape[axis]:
+                raise UserError(
+                    f"{name} {size} is not divisible by the mesh's {axis} axis of "
+                    f"{mesh_shape[axis]}: choose {axis} so that it divides {size}"
+                )
+
+
+def _sharded_widths(config: LlamaConfig, anti_expert: AntiExpertConfig | None) -> dict[str, dict[str, int]]:
+    """What a mesh axis must divide, by axis and name."""
     widths = {
         "tensor": {
             "num_heads": config.num_heads,
@@ -122,10 +213,4 @@ def check_divisible(
     }
     if anti_expert is not None:
         widths["tensor"]["anti-expert intermediate_size"] = anti_expert.intermediate_size
-    for axis, sizes in widths.items():
-        for name, size in sizes.items():
-            if size % mesh_shape[axis]:
-                raise UserError(
-                    f"{name} {size} is not divisible by the mesh's {axis} axis of "
-                    f"{mesh_shape[axis]}: choose {axis} so that it divides {size}"
-                )
+    return widths

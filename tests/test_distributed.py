@@ -1,5 +1,6 @@
 """Several processes on this machine (gloo collectives) are one run: same losses, a common end."""
 
+import json
 import os
 import signal
 import socket
@@ -31,13 +32,13 @@ def free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(count: int, settings: list[str]) -> list[subprocess.Popen]:
+def start(count: int, settings: list[str], module: str = "imae_jax.train") -> list[subprocess.Popen]:
     """The processes of a run, which share `DEVICES` virtual devices."""
     address = free_address()
     devices = f"--xla_force_host_platform_device_count={DEVICES // count}"
     # Every process compiles: what it compiles to is not what these tests are about.
     environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", "imae_jax.train", *settings]
+    command = [sys.executable, "-m", module, *settings]
     together = ["--coordinator", address, "--num-processes", str(count), "--process-id"] if count > 1 else []
     return [
         subprocess.Popen(
@@ -124,6 +125,65 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
     for code, _, error in finish(processes):
         assert code == 128 + signal.SIGTERM, error
         assert "saved in" in error
+
+
+def test_processes_evaluate_as_one(scored, tmp_path):
+    """Rows and weights lie across processes; process 0 writes and talks. A run goes on, on both."""
+    command, expected = [*map(str, scored[0])], scored[1]
+    out = tmp_path / "out"
+    command[command.index("--out") + 1] = str(out)
+    command += ["--mesh", "data=4"]
+
+    def run(*arguments):
+        results = finish(start(2, [*command, *arguments], "imae_jax.evaluate.truthfulqa"))
+        assert [code for code, _, _ in results] == [0, 0], results
+        assert ["MC1" in output for _, output, _ in results] == [True, False]
+        assert results[1][2] == ""
+        lines, of_one = (
+            [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
+            for path in (out, expected)
+        )
+        assert len(lines) == len(of_one) > 0
+        for line, one in zip(lines, of_one, strict=True):
+            assert (line["index"], line["method"]) == (one["index"], one["method"])
+            scores, expected_scores = (x["true"] + x["false"] for x in (line, one))
+            # Raw contrasts hold masks of -1000.
+            np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-3)
+        return json.loads((out / "results.json").read_text())
+
+    assert run("--quiet")["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    (out / "results.json").unlink()
+    lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    assert run("--quiet", "--resume")["resumed_lines"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_processes_generate_as_one(checkpoint, tmp_path):
+    command = ["--model", str(checkpoint.directory), "--max-new-tokens", "4"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"t{i} t5"}) + "\n" for i in range(3, 6)))
+    outputs = []
+    for count, mesh in ((1, []), (2, ["--mesh", "tensor=2"])):
+        results = finish(start(count, [*command, *mesh, "--prompt", "t5 t6"], "imae_jax.generate"))
+        assert all(code == 0 for code, _, _ in results), results
+        assert [output for _, output, _ in results[1:]] == [""] * (count - 1)
+        out = tmp_path / f"{count}.jsonl"
+        files = ["--prompts", str(prompts), "--out", str(out)]
+        results += finish(start(count, [*command, *mesh, *files], "imae_jax.generate"))
+        assert all(code == 0 for code, _, _ in results), results
+        outputs.append((results[0][1], out.read_text()))
+    assert outputs[0] == outputs[1]
+
+
+def test_an_error_of_an_evaluation_ends_all_processes(scored):
+    command = [*map(str, scored[0]), "--overwrite", "--mesh", "tensor=3"]
+    results = finish(start(2, command, "imae_jax.evaluate.truthfulqa"))
+    for i, (code, _, error) in enumerate(results):
+        assert code == 2
+        assert (
+            f"error: process {i} of 2: mesh data=1 fsdp=1 tensor=3 needs 3 devices but there are 4" in error
+        )
 
 
 def test_addresses_go_together(settings):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, command
+from imae_jax.cli import ArgumentParser, add_process_arguments, command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,23 +36,7 @@ def train_command(argv: Sequence[str]) -> None:
         help="separate LLM trained on hallucinations, for the token filter (same as "
         "filter.anti_expert_llm=MODEL)",
     )
-    many = parser.add_argument_group("many processes")
-    many.add_argument(
-        "--distributed",
-        action="store_true",
-        help="find the run's other processes through the cluster's environment (TPU pods; in an srun step of "
-        "several tasks this is the default)",
-    )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    many.add_argument("--num-processes", type=int, metavar="N")
-    many.add_argument("--process-id", type=int, metavar="I", help="from 0")
-    many.add_argument(
-        "--heartbeat-timeout",
-        type=int,
-        default=60,
-        metavar="SECONDS",
-        help="after which the others end if a process no longer answers (default: 60)",
-    )
+    add_process_arguments(parser)
     parser.add_argument(
         "settings",
         nargs="*",

@@ -15,8 +15,10 @@ from imae_jax.decode.methods import Method
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.sampling import Sampler
 from imae_jax.decode.streams import Models
+from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
+from imae_jax.sharding import row_shards, use_mesh
 
 PROMPT_BUCKET = 32
 """Prompts are padded to multiples of this, so that few lengths are compiled."""
@@ -124,27 +126,31 @@ def stream_tokens(
         raise UserError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
     if not prompts:
         return
-    tokens, mask = _pad(prompts, padding_side)
     _check_prompts(prompts, max_new_tokens, config, models.context_length)
 
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
-    eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
-    state = _prefill(
-        models,
-        jnp.asarray(tokens),
-        jnp.asarray(mask),
-        eos,
-        jax.random.key(seed),
-        method=method,
-        sampler=sampler,
-        capacity=tokens.shape[1] + num_chunks * chunk_size,
-    )
+    eos = np.asarray(list(eos_token_ids) or [-1], np.int32)
+    with use_mesh(models.mesh):
+        # Every device gets as many rows as any other; nobody reads the copies.
+        copies = [prompts[0]] * (-len(prompts) % row_shards())
+        tokens, mask = _pad([*prompts, *copies], padding_side)
+        state = _prefill(
+            models,
+            tokens,
+            mask,
+            eos,
+            np.int32(seed),
+            method=method,
+            sampler=sampler,
+            capacity=tokens.shape[1] + num_chunks * chunk_size,
+        )
     open_rows = np.ones(len(prompts), bool)
     eos_set, left = set(eos_token_ids), max_new_tokens
     drawn_before: list[np.ndarray] = []
 
-    def cut(drawn: np.ndarray, not_finite: np.ndarray) -> list[list[int]]:
+    def cut(drawn: jax.Array, state: DecodeState) -> list[list[int]]:
         nonlocal left
+        drawn, not_finite = (to_host(x)[: len(prompts)] for x in (drawn, state.not_finite))
         drawn_before.append(drawn)
         for i in np.flatnonzero(open_rows & (not_finite < max_new_tokens)):
             step, new = int(not_finite[i]), np.concatenate(drawn_before, axis=1)[i]
@@ -159,17 +165,20 @@ def stream_tokens(
             open_rows[i] &= end is None
         return new
 
-    yield cut(np.asarray(state.token)[:, None], np.asarray(state.not_finite))
+    yield cut(state.token[:, None], state)
     for _ in range(num_chunks):
         if not open_rows.any():
             return
-        state, drawn = _decode_chunk(models, state, eos, method=method, sampler=sampler, length=chunk_size)
-        yield cut(np.asarray(drawn).T, np.asarray(state.not_finite))
+        with use_mesh(models.mesh):
+            state, drawn = _decode_chunk(
+                models, state, eos, method=method, sampler=sampler, length=chunk_size
+            )
+        yield cut(drawn, state)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
-def _prefill(models, tokens, mask, eos, key, *, method, sampler, capacity):
-    B, T = tokens.shape
+def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
+    (B, T), key = tokens.shape, jax.random.key(seed)
     caches = streams.empty_caches(models, method, B, capacity)
     last = T - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
     answer = jnp.arange(T) == last[:, None]
@@ -218,7 +227,8 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
         not_finite = jnp.minimum(state.not_finite, not_finite)
         return DecodeState(caches, token, done, state.key, state.step + 1, seen, not_finite), token
 
-    return jax.lax.scan(step, state, length=length)
+    state, drawn = jax.lax.scan(step, state, length=length)
+    return state, drawn.T
 
 
 def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,10 @@ from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods import Method
 from imae_jax.decode.sampling import argmax
 from imae_jax.decode.streams import Caches, Models
+from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
+from imae_jax.sharding import row_shards, use_mesh
 from imae_jax.tokenizer import Tokenizer
 
 ROW_LENGTH = 256
@@ -133,7 +135,7 @@ def score(
         method: what scores.
         row_length: tokens per row; a group's tree that is longer is cut, a longer continuation gets a
             row of its own.
-        rows_per_batch: rows computed at once; default by platform.
+        rows_per_batch: rows computed at once, more where a mesh does not divide them; default by platform.
         where: what continuation j of group i is called in errors.
 
     Yields:
@@ -173,11 +175,13 @@ def _score(
         return
     check_groups(models, groups)
     prefix = _common_prefix(c for group in groups for c in group)
-    prefix_caches = _prefix_caches(models, method, prefix)
-    batch_rows = rows_per_batch or ROWS_PER_BATCH.get(jax.default_backend(), 1)
+    with use_mesh(models.mesh):
+        prefix_caches, shards = _prefix_caches(models, method, prefix), row_shards()
+        batch_rows = batch_size(rows_per_batch)
 
-    for window_start in range(0, len(groups), GROUPS_PER_WINDOW):
-        window = range(window_start, min(window_start + GROUPS_PER_WINDOW, len(groups)))
+    window_size = GROUPS_PER_WINDOW * shards
+    for window_start in range(0, len(groups), window_size):
+        window = range(window_start, min(window_start + window_size, len(groups)))
         pieces = _pieces({i: groups[i] for i in window}, len(prefix), row_length)
         rows = _fill_rows(pieces, row_length)
         of_nodes: dict[int, tuple[np.ndarray, ...]] = {}
@@ -188,9 +192,10 @@ def _score(
             batch_arrays = [row.arrays(length) for row in batch]
             batch_arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
             *arrays, parents = (np.stack(a) for a in zip(*batch_arrays, strict=True))
-            chunks = _projection_chunks(parents, streams.projections(method))
-            values = _score_nodes(models, prefix_caches, *arrays, *chunks, method=method, greedy=greedy)
-            for row, *row_values in zip(batch, *map(np.asarray, values), strict=False):
+            chunks = _projection_chunks(parents, streams.projections(method), shards)
+            with use_mesh(models.mesh):
+                values = _score_nodes(models, prefix_caches, *arrays, *chunks, method=method, greedy=greedy)
+            for row, *row_values in zip(batch, *map(to_host, values), strict=False):
                 offset = 0
                 for tree in row.trees:
                     part = slice(offset, offset + len(tree.tokens))
@@ -203,6 +208,18 @@ def _score(
                 results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
         _check_finite(models, method, groups, results, where)
         yield from results.items()
+
+
+def batch_size(rows: int | None = None) -> int:
+    """How many rows are computed at once on the ambient mesh, a multiple of `row_shards`.
+
+    Args:
+        rows: at least; default: for each shard what suits the platform.
+    """
+    shards = row_shards()
+    if rows is None:
+        return ROWS_PER_BATCH.get(jax.default_backend(), 1) * shards
+    return -(-rows // shards) * shards
 
 
 def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
@@ -373,7 +390,7 @@ def _fill_prefix(models, tokens, mask, *, method):
     return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
 
 
-def _projection_chunks(parents: np.ndarray, projections: int) -> tuple[np.ndarray, ...]:
+def _projection_chunks(parents: np.ndarray, projections: int, shards: int = 1) -> tuple[np.ndarray, ...]:
     """Cuts the scored nodes of a batch into chunks of few enough positions to project at once.
 
     Only parents of scored nodes are projected, and siblings share their parent's logits.
@@ -381,6 +398,7 @@ def _projection_chunks(parents: np.ndarray, projections: int) -> tuple[np.ndarra
     Args:
         parents: int32 [B, T], -1 at nodes that are not scored.
         projections: to the vocabulary, at every position.
+        shards: over which the mesh spreads the positions of a chunk.
 
     Returns:
         The number of chunks in use, and for each chunk the positions to project [C, P], numbered through
@@ -388,7 +406,7 @@ def _projection_chunks(parents: np.ndarray, projections: int) -> tuple[np.ndarra
         Unused nodes have the place B · T.
     """
     size = parents.size
-    P = min(max(1, POSITIONS_PER_PROJECTION // projections), size)
+    P = min(max(1, POSITIONS_PER_PROJECTION // projections) * shards, size)
     Q = 2 * P
     row_starts = np.arange(len(parents))[:, None] * parents.shape[1]
     flat = np.where(parents < 0, -1, parents + row_starts).ravel()

@@ -7,12 +7,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
 from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Taps, Weights, final_norm, forward, project
+from imae_jax.sharding import constrain, mesh_of, use_mesh
 
 LENGTH_BUCKET = 64
 
@@ -37,6 +39,11 @@ class Models:
         if isinstance(model, Models):
             return model
         return cls((model.weights() if isinstance(model, Llama) else model,), (config,))
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Over which the weights are spread; None for one device."""
+        return mesh_of(self.weights[0].base["embed"])
 
     @property
     def max_positions(self) -> int:
@@ -168,6 +175,7 @@ def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) ->
             if hidden[i].exits is not None:
                 parts.append(hidden[i].exits)
         projected = project(models.weights[model], jnp.concatenate(parts))
+        projected = constrain(projected, None, "batch", "act_vocab")
         start = 0
         for i in group:
             end = start + 1 + len(method.streams[i].exits)
@@ -206,21 +214,22 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
     0 is the embedding's output.
     """
     length, found = len(tokens), []
-    rows = jnp.pad(jnp.asarray([tokens], jnp.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
-    mask = jnp.arange(rows.shape[1])[None] < length
+    rows = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
+    mask = np.arange(rows.shape[1])[None] < length
     for stream in method.streams:
         config = models.configs[stream.model]
-        hidden_layers = _forward(
-            models.weights[stream.model],
-            config,
-            rows,
-            attention_mask=mask,
-            strength=stream.strength or None,
-            gate_threshold=stream.gate_threshold or None,
-            adapter=stream.adapter or None,
-            shift=jnp.full(rows.shape, stream.shift) if stream.shift else None,
-            taps=Taps(hidden_layers=tuple(range(config.num_layers + 1))),
-        ).hidden_layers
+        with use_mesh(models.mesh):
+            hidden_layers = _forward(
+                models.weights[stream.model],
+                config,
+                rows,
+                attention_mask=mask,
+                strength=stream.strength or None,
+                gate_threshold=stream.gate_threshold or None,
+                adapter=stream.adapter or None,
+                shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
+                taps=Taps(hidden_layers=tuple(range(config.num_layers + 1))),
+            ).hidden_layers
         bad = (layer for layer, x in enumerate(hidden_layers) if not jnp.isfinite(x[:, :length]).all())
         found.append(next(bad, None))
     return min((layer for layer in found if layer is not None), default=None)
