@@ -347,4 +347,4 @@ def test_reports_and_comparisons_take_answers(answered, tmp_path, capfd):
     (damaged / "results.json").write_text(json.dumps(kept))
     (damaged / "scores.jsonl").write_text((out / "scores.jsonl").read_text())
     assert report([str(damaged), "--out", str(tmp_path / "other")]) == 2
-    assert "files of another form than expected" in capfd.readouterr().err
+    assert "is of another form than expected (it has no generation)" in capfd.readouterr().err

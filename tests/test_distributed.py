@@ -17,6 +17,7 @@ from test_training_runs import HELD_OUT, evaluations
 
 from imae_jax import distributed
 from imae_jax.convert import load_model
+from imae_jax.files import locked
 
 DEVICES = 4
 ICD = [
@@ -184,6 +185,17 @@ def test_an_error_of_an_evaluation_ends_all_processes(scored):
         assert (
             f"error: process {i} of 2: mesh data=1 fsdp=1 tensor=3 needs 3 devices but there are 4" in error
         )
+
+
+def test_a_second_run_is_refused_in_all_its_processes(settings, tmp_path):
+    """By the main one, which alone takes the lock."""
+    with locked(tmp_path / "run"):
+        for i, (code, _, error) in enumerate(finish(start(2, settings))):
+            assert code == 2
+            assert error.splitlines()[-1].startswith(
+                f"error: process {i} of 2: {tmp_path / 'run'} is being written"
+            )
+    assert not (tmp_path / "run").exists()
 
 
 def test_addresses_go_together(settings):
