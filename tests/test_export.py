@@ -281,7 +281,7 @@ def test_saved_again_by_transformers(exported, tmp_path):
         assert_bitwise(a, e)
 
 
-@pytest.mark.parametrize("kind", ["gqa", "qwen2"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "gemma3"])
 def test_units_attached_to_a_base(exported, imae_dir, tiny, kind):
     from transformers import AutoModelForCausalLM
 
@@ -740,8 +740,8 @@ def test_a_wrong_tensor_is_found(imae_dir, exported, tmp_path, change, dtype):
 
 def test_verification_is_float64(imae_dir, exported):
     """Only RoPE's tables are float32: rounding is far below the limit, and below what float32 gives."""
-    for dtype in ("float32", "float16"):
-        found = verify.verify(open_model(str(imae_dir("gqa", dtype))), exported("gqa", dtype))
+    for kind, dtype in (("gqa", "float32"), ("gemma3", "float32"), ("gqa", "float16")):
+        found = verify.verify(open_model(str(imae_dir(kind, dtype))), exported(kind, dtype))
         assert max(found.difference.values()) < verify.MAX_DIFFERENCE / 50
     assert set(found.kl) == set(MODES)
     assert 0 < max(found.kl.values()) < 1e-5
