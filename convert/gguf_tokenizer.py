@@ -14,10 +14,11 @@ from imae_jax.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
-# What ends a text, a turn or a message, whatever keys and types a file has for it (llama.cpp's list).
+# What ends a turn or a message, whatever keys and types a file has for it: llama.cpp's list but for tokens
+# that end documents, which are a file's `eos` where its model ends texts with them.
 END_TOKENS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
-    *("<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
 )
 
 # How byte-level BPE models cut text before merging, by `tokenizer.ggml.pre` (llama.cpp's names): the patterns

@@ -151,7 +151,7 @@ def smollm2() -> LanguageModel:
 def smollm2_hf_dir(smollm2, tmp_path_factory) -> Path:
     """SmolLM2 as this project exports it to HuggingFace's format."""
     directory = tmp_path_factory.mktemp("smollm2")
-    save_hf(smollm2.model, smollm2.tokenizer, directory, eos_token_ids=smollm2.eos_token_ids)
+    save_hf(smollm2.model, smollm2.tokenizer, directory)
     return directory
 
 
