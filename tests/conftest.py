@@ -130,6 +130,13 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Each holds several memory maps, of which a process may have 65,530: XLA crashes without a word above."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory with the benchmark's data and the reference scores, beside the checkout."""

@@ -39,11 +39,11 @@ def contrast(strong, weak, alpha=0.0, renormalize=False):
 
 
 def dola(final, early, **settings):
-    p, divergences = final.softmax(-1), []
+    log_p, divergences = final.log_softmax(-1), []
     for layer in EVEN:
-        q = early(layer).softmax(-1)
-        m = (p + q) / 2
-        divergences.append(sum(kl_div(x.log(), m, reduction="sum") for x in (p, q)) / 2)
+        log_q = early(layer).log_softmax(-1)
+        m = (log_p.exp() + log_q.exp()) / 2
+        divergences.append(sum(kl_div(x, m, reduction="sum") for x in (log_p, log_q)) / 2)
     return contrast(final, early(EVEN[int(torch.stack(divergences).argmax())]), **settings)
 
 
