@@ -132,7 +132,7 @@ FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Each holds several memory maps, of which a process may have 65,530: XLA crashes without a word above."""
+    """Each holds several memory maps, of which a process may have 65,530; above, XLA crashes."""
     yield
     jax.clear_caches()
 
