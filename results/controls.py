@@ -58,7 +58,7 @@ def existing_file(value: str) -> Path:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(prog="results/controls.py", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for function in (right_answers, matched_pairs, truthful_primer):
         subparser = commands.add_parser(function.__name__.replace("_", "-"))
