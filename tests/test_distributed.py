@@ -55,9 +55,14 @@ def start(count: int, settings: list[str], module: str = "imae_jax.train") -> li
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of every process."""
+    """Exit code, stdout and stderr of every process; the library of CPUs' collectives prints there, too."""
+    ended = []
     try:
-        return [(*p.communicate(timeout=TIMEOUT)[::-1], p.returncode)[::-1] for p in processes]
+        for process in processes:
+            output, error = process.communicate(timeout=TIMEOUT)
+            ours = [line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]")]
+            ended.append((process.returncode, "".join(ours), error))
+        return ended
     finally:
         for process in processes:
             process.kill()
