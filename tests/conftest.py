@@ -17,6 +17,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import shutil
@@ -130,11 +131,14 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def forget_compiled_programs():
-    """Each holds several memory maps, of which a process may have 65,530; above, XLA crashes."""
+    """Each holds several memory maps, of which a process may have 65,530; above, XLA fails or crashes."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
