@@ -303,11 +303,14 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
         path = Path(resource.reference)
         directions = read_directions(path, lm.config)
 
+        def placed(array, *axes):
+            return array if lm.mesh is None else place(array, sharding(lm.mesh, *axes))
+
         def shifts(method):
             stack = directions.shifts(method.heads)
-            if lm.mesh is not None:
-                stack = place(stack, sharding(lm.mesh, "layers", "heads", "head_dim"))
-            return {"shifts": stack if model.stacked else tuple(stack)}
+            if model.stacked:
+                return {"shifts": placed(stack, "layers", "heads", "head_dim")}
+            return {"shifts": tuple(placed(layer, "heads", "head_dim") for layer in stack)}
 
         return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     if resource.kind == "anti_expert_llm":

@@ -310,7 +310,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("command", [generate_command, truthfulqa])
+@pytest.mark.parametrize("command", [generate_command, truthfulqa], ids=["generate", "truthfulqa"])
 def test_bad_meshes(paths, tmp_path, capfd, command, case):
     mesh, part = BAD[case]
     arguments = ["--prompt", "t5"] if command is generate_command else ["--out", str(tmp_path / "out")]
