@@ -50,10 +50,12 @@ def test_probes_are_at_their_optimum():
         margin = np.where(y, 1, -1) * (x[p] @ w + b)
         return 0.5 * w @ w + np.logaddexp(0, -margin).sum()
 
+    # The line search sees no change of an objective of 40 below its rounding, 2e-6: with a curvature of 15 that
+    # is a gradient of sqrt(2 · 15 · 2e-6).
     for p in range(4):
         error = 1 / (1 + np.exp(-(x[p] @ w[p] + b[p]))) - y
-        np.testing.assert_allclose(x[p].T @ error + w[p], 0, atol=1e-4)
-        assert error.sum() == pytest.approx(0, abs=1e-4)
+        np.testing.assert_allclose(x[p].T @ error + w[p], 0, atol=8e-3)
+        assert error.sum() == pytest.approx(0, abs=8e-3)
         for _ in range(5):
             step = random.normal(0, 0.05, 8)
             assert objective(p, w[p] + step[:7], b[p] + step[7]) > objective(p, w[p], b[p])

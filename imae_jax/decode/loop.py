@@ -200,10 +200,10 @@ def _scores(models, method, hidden):
     logits = streams.logits_of(models, method, hidden)
     with jax.named_scope(method.name):
         scores = method.unnormalized_scores(logits)
-    # Of a method of one's own, an axis too many would be drawn from in silence.
-    chex.assert_equal_shape([scores, *(stream.final for stream in logits)])
-    # Tokens that a method rules out have -inf, but not all of them; NaN passes through the maximum.
-    return scores, streams.finite(logits) & jnp.isfinite(scores.max(axis=-1))
+        # Of a method of one's own, an axis too many would be drawn from in silence.
+        chex.assert_equal_shape([scores, *(stream.final for stream in logits)])
+        # Tokens that a method rules out have -inf, but not all of them; NaN passes through the maximum.
+        return scores, streams.finite(logits) & jnp.isfinite(scores.max(axis=-1))
 
 
 def _with_token(seen, token):
