@@ -50,8 +50,8 @@ def test_probes_are_at_their_optimum():
         margin = np.where(y, 1, -1) * (x[p] @ w + b)
         return 0.5 * w @ w + np.logaddexp(0, -margin).sum()
 
-    # The line search sees no change of an objective of 40 below its rounding, 2e-6: with a curvature of 15 that
-    # is a gradient of sqrt(2 · 15 · 2e-6).
+    # The line search sees no change of an objective of 40 below its rounding, 2e-6: with a curvature of 15
+    # that is a gradient of sqrt(2 · 15 · 2e-6).
     for p in range(4):
         error = 1 / (1 + np.exp(-(x[p] @ w[p] + b[p]))) - y
         np.testing.assert_allclose(x[p].T @ error + w[p], 0, atol=8e-3)
