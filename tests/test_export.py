@@ -890,7 +890,7 @@ def test_models_larger_than_memory(tiny, tmp_path):
     }
     save_file(units, tmp_path / "units.safetensors")
     unit_source = SafetensorsSource(tmp_path, ["units.safetensors"])
-    base = dataclasses.asdict(lm.base)
+    base = dataclasses.asdict(lm.identified())
     write_imae_dir(tmp_path / "imae", unit_source, lm.config, AntiExpertConfig(8), base=base, training={})
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     room = 64 * 2**20

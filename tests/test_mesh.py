@@ -314,14 +314,14 @@ BAD = {
 def test_bad_meshes(paths, tmp_path, capfd, command, case):
     mesh, part = BAD[case]
     arguments = ["--prompt", "t5"] if command is generate_command else ["--out", str(tmp_path / "out")]
-    status = command(["--model", paths["model"], "--mesh", mesh, *arguments])
-    assert part in error_of(capfd, status)
+    assert part in error_of(capfd, command, "--model", paths["model"], "--mesh", mesh, *arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_width_that_tensor_does_not_divide(tiny, capfd):
-    status = generate_command(["--model", str(tiny("gqa").directory), "--mesh", "tensor=8", "--prompt", "t5"])
-    assert "num_heads 4 is not divisible by the mesh's tensor axis of 8" in error_of(capfd, status)
+    command = ["--model", tiny("gqa").directory, "--mesh", "tensor=8", "--prompt", "t5"]
+    error = error_of(capfd, generate_command, *command)
+    assert "num_heads 4 is not divisible by the mesh's tensor axis of 8" in error
 
 
 def test_a_second_model_that_tensor_does_not_divide(tiny, on_many):
