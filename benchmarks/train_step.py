@@ -251,7 +251,7 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     from imae_jax.config import AntiExpertConfig, LlamaConfig
     from imae_jax.convert import load_model
     from imae_jax.convert.references import DTYPES
-    from imae_jax.llama import Llama
+    from imae_jax.llama import Llama, Weights
     from imae_jax.losses import LossConfig
     from imae_jax.sharding import MESH_AXES
     from imae_jax.train.config import OptimizerConfig
@@ -293,12 +293,12 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     batch = place_batch(make_batch(examples, args.accumulation), mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     began = time.perf_counter()
-    compiled = train_step.lower(state, base, batch).compile()
+    compiled = train_step.lower(state, Weights(base), batch).compile()
     compile_s = time.perf_counter() - began
 
     def step():
         nonlocal state
-        state, metrics = jax.block_until_ready(compiled(state, base, batch))
+        state, metrics = jax.block_until_ready(compiled(state, Weights(base), batch))
         return {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
     figures = {"compile_s": compile_s} | step() | timed(step, args.repeats)

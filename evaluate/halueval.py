@@ -91,7 +91,8 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
     from imae_jax.convert.imae_dir import CONFIG_FILE
     from imae_jax.train.config import load_config
     from imae_jax.train.data import load_rows, taken, tokenize
-    from imae_jax.train.loop import ICD_DIR
+    from imae_jax.train.loop import ICD_DIRS
+    from imae_jax.train.objectives import UNITS_OBJECTIVES
 
     config_file, recorded = run / "config.yaml", run / "imae" / CONFIG_FILE
     if not config_file.is_file():
@@ -106,10 +107,11 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
             raise UserError(
                 f"--train-run {run}: its data give other rows now than it was trained on: restore them"
             )
-    stages = [(config.batch_size, config.optimizer.steps)]
-    if config.icd.enabled or (run / ICD_DIR).is_dir():
-        stages.append((config.icd.batch_size, config.icd.steps(len(data.train))))
-    trained = {i for stage in stages for i in taken(data.train, config, *stage)}
+    stages = [(UNITS_OBJECTIVES[config.objective].answers, config.batch_size, config.optimizer.steps)]
+    for answers, directory in ICD_DIRS.items():
+        if answers in config.adapters_to_train() or (run / directory).is_dir():
+            stages.append(([answers], config.icd.batch_size, config.icd.steps(len(data.train))))
+    trained = {i for answers, *amount in stages for i in taken(data.stage(answers).lengths, config, *amount)}
     return {rows[data.train[i].row].question for i in trained}
 
 

@@ -361,9 +361,11 @@ def rows_of_run(lm: LanguageModel, run: Path, rows: Sequence[int] | None) -> tup
             f"{run} was trained on another base than that of --model{note(recorded)}: give a model of "
             "that run"
         )
-    gamma = imae["training"]["config"]["filter"]["gamma"]
+    settings = imae["training"]["config"]
+    gamma, two_sided = settings["filter"]["gamma"], settings.get("objective") == "pairs"
     held_out = set(imae["training"]["data"]["held_out_rows"])
-    examples = {example.row: example for example in stored_examples(run / FILTER_DIR, gamma)}
+    stored = stored_examples(run / FILTER_DIR, gamma, two_sided=two_sided)
+    examples = {example.row: example for example in stored if not example.right}
     if rows is None:
         rows = sorted(held_out & examples.keys() or examples)[:ROWS_SHOWN]
     missing = [str(row) for row in rows if row not in examples]

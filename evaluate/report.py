@@ -32,13 +32,10 @@ from .tables import Table, number
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PAPER_FILE = DATA_DIRECTORY / "paper_results.json"
-CONFIG_FILE, ENVIRONMENT_FILE, ICD_DIR, IMAE_CONFIG = (
-    "config.yaml",
-    "environment.json",
-    "icd",
-    "imae_config.json",
-)
+CONFIG_FILE, ENVIRONMENT_FILE, IMAE_CONFIG = "config.yaml", "environment.json", "imae_config.json"
 COST, COMPARISON, HARNESS, UNITS = "cost", "comparison", "lm-eval", "anti-expert units"
+# Directories of a training run's stages.
+STAGES = {"icd": "anti-expert LLM", "icd_right": "right-answer LLM", ".": UNITS}
 KINDS = {
     "truthfulqa": "TruthfulQA",
     "truthfulqa-answers": "answers",
@@ -337,13 +334,15 @@ def read_training(number: int, path: Path) -> Training:
     from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE
 
     stages = {}
-    for directory in (path / ICD_DIR, path):
+    for part, name in STAGES.items():
+        directory = path / part
         if not (directory / METRICS_FILE).is_file():
             continue
         lines = read_lines(directory / METRICS_FILE)
         held_out = directory / EVALUATION_FILE
         if lines:
-            name = UNITS if "anti" in lines[0] else "anti-expert LLM"
+            if "accuracy" in lines[0] and name == UNITS:  # `path` is a stage of a run.
+                name = STAGES.get(path.resolve().name, STAGES["icd"])
             stages[name] = (lines, read_lines(held_out) if held_out.is_file() else [])
     if not stages:
         raise UserError(f"{path} holds no steps: the run has not trained yet")
@@ -404,7 +403,7 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
     seen: dict[str, Path] = {}
     for place, path in enumerate(paths, 1):
         evaluations = [path / name for name in (RESULTS_FILE, COMPARISON_FILE, HARNESS_FILE)]
-        files = [*evaluations, path / METRICS_FILE, path / ICD_DIR / METRICS_FILE]
+        files = [*evaluations, *(path / stage / METRICS_FILE for stage in (".", "icd"))]
         file = next(filter(Path.is_file, files), None)
         if file is None and not (path / RUN_FILE).is_file() and not (path / CONFIG_FILE).is_file():
             names = ", ".join(known.name for known in files[:-1])
@@ -710,7 +709,7 @@ def training_sections(runs: Sequence[Training]) -> list[Section]:
 def _stage_blocks(
     run: Training, name: str, lines: list[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> list[Any]:
-    from imae_jax.train.plots import GATES, LOSSES, MODES, training_plot
+    from imae_jax.train.plots import GATES, LOSSES, MEASURES, training_plot
 
     is_units = name == UNITS
     settings = run.config if is_units else run.config.get("icd", {})
@@ -729,7 +728,7 @@ def _stage_blocks(
     if steps is not None and done < steps:
         blocks.append(Note(f"Unfinished: {done} of {steps} steps are done.", warning=True))
     rows_of = LOSSES | GATES if is_units else {"loss": "loss", "accuracy": "accuracy"}
-    rows_of |= {key: f"log p of right answers' tokens, {mode}" for key, mode in MODES.items()}
+    rows_of |= MEASURES
     columns: dict[str, Mapping[str, Any]] = {f"step {lines[0]['step']}": lines[0], f"step {done}": last}
     if held_out:
         columns |= {f"held out, step {line['step']}": line for line in (held_out[0], held_out[-1])}

@@ -238,8 +238,8 @@ def forward(
         strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
             units, runs the base alone and costs nothing extra.
         gate_threshold: gates below it count as closed, a number or [B]. None leaves all as they are.
-        adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base.
-            None, or no deltas, leaves them out.
+        adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base;
+            or [B, rank], see `lora.adapter_factors`. None, or no deltas, leaves them out.
         shift: float32 [B, T], factor of the heads' shifts at every position. None, or no shifts, leaves them
             out.
         cache: the tokens before; this call's are appended to it. The caller sees to it that
@@ -273,7 +273,9 @@ def forward(
         gate_threshold = None if gate_threshold is None else per_row(gate_threshold, B)
     lora = None if adapter is None else weights.lora
     if lora is not None:
-        lora_scale = weights.lora_scale * per_row(adapter, B)
+        if jnp.ndim(adapter) < 2:
+            adapter = per_row(adapter, B)[:, None]
+        lora_scale = weights.lora_scale * adapter
 
     shifts = None if shift is None else weights.shifts
 

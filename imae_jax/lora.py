@@ -4,9 +4,11 @@ The deltas are a tree of their own beside the base's layers, applied at a scale 
 rows of the base and rows of the adapted model, and reads each base weight once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from imae_jax.config import LlamaConfig, LoraConfig
@@ -56,11 +58,58 @@ def delta(pair: Mapping[str, jax.Array], x: jax.Array, scale: jax.Array) -> jax.
     Args:
         pair: `a` and `b`; cast to the dtype of `x`.
         x: [B, T, inputs…].
-        scale: float32 [B]; alpha / rank for adapted rows, 0 for rows of the base.
+        scale: float32 [B, 1] or [B, rank]; alpha / rank for adapted rows, 0 for rows of the base.
 
     Returns:
         [B, T, outputs…] in the dtype of `x`; exactly 0 in rows with scale 0.
     """
     a, b = (pair[name].astype(x.dtype) for name in ("a", "b"))
-    inner = matmul(x, a, num_inputs=a.ndim - 1) * scale[:, None, None].astype(x.dtype)
+    inner = matmul(x, a, num_inputs=a.ndim - 1) * scale[:, None].astype(x.dtype)
     return matmul(inner, b)
+
+
+def side_by_side(adapters: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
+    """Several adapters of one base as one, whose ranks are theirs one after another.
+
+    With factors that are 0 at the ranks of the others (`adapter_factors`), rows of one batch are each adapted
+    by an adapter of their own, in one product of matrices for all.
+
+    Args:
+        adapters: stacked deltas and their scale, alpha / rank. Ranks are padded to the largest, projections
+            that an adapter leaves alone with zeros.
+
+    Returns:
+        Stacked deltas at scale 1.
+    """
+    rank = max(pair["a"].shape[-1] for deltas, _ in adapters for pair in deltas.values())
+
+    def ranks_of(deltas, scale, name, like):
+        a, b = (deltas.get(name, jax.tree.map(jnp.zeros_like, like))[part] for part in ("a", "b"))
+        missing = rank - a.shape[-1]
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        return a, jnp.pad(scale * b, [(0, 0), (0, missing)] + [(0, 0)] * (b.ndim - 2))
+
+    combined = {}
+    for name, like in {k: v for deltas, _ in adapters for k, v in deltas.items()}.items():
+        a, b = zip(*(ranks_of(*adapter, name, like) for adapter in adapters), strict=True)
+        combined[name] = {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=1)}
+    return combined
+
+
+def adapter_factors(
+    deltas: Mapping[str, Any], count: int, numbers: Sequence[int | None], rows: int
+) -> jax.Array:
+    """Which of the adapters `side_by_side` each row of a batch gets.
+
+    Args:
+        deltas: from `side_by_side`.
+        count: how many adapters they hold.
+        numbers: of the adapter (from 0) of each group of rows; None for the base.
+        rows: of each group.
+
+    Returns:
+        Float32 [groups · rows, rank]: `adapter` of `llama.forward`.
+    """
+    rank = next(iter(deltas.values()))["a"].shape[-1] // count
+    one_hot = jnp.asarray([[number == i for i in range(count)] for number in numbers], jnp.float32)
+    return jnp.repeat(jnp.repeat(one_hot, rank, axis=1), rows, axis=0)

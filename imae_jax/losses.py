@@ -1,4 +1,4 @@
-"""The training losses of IMAE (section 3.2 of the paper), as sums and counts.
+"""The training losses of the units and of the adapters, as sums and counts.
 
 A sum and its count are divided once, after all micro-batches and devices: a mean of means would weight
 tokens by the size of the batch that they happen to be in.
@@ -25,19 +25,26 @@ class LossConfig:
     """Settings of the losses.
 
     Attributes:
-        beta: weight of the base's term in p_target.
+        beta: weight of the base's term in p_target; objective `paper`.
+        alpha: α, weight of `log p_right − log p_wrong` in the targets; objective `pairs`.
+        tau: τ, factor of the log-ratios of the modes to base; objective `preference`.
         valid_form: form of V_valid, the tokens that the contrast may touch: see `plausibility`. The paper
             writes `logit`, whose result changes when a constant is added to all logits, hence the default.
         delta: δ.
         gate_weight: factor of L_gate; the paper's is 1, 0 trains without it.
+        keep: λ, factor of L_keep, which holds both modes to the base on all other tokens; 0 trains without
+            it. None takes 0 with objective `paper`, which has no such loss, and 1 with the others.
         mean: `token`, the mean over all tokens of the batch, or `example`, the mean over rows of each
             row's mean, in which long answers weigh no more than short ones.
     """
 
     beta: float = 2.0
+    alpha: float = 2.0
+    tau: float = 0.5
     valid_form: str = "probability"
     delta: float = 0.1
     gate_weight: float = 1.0
+    keep: float | None = None
     mean: str = "token"
 
     def __post_init__(self):
@@ -47,6 +54,11 @@ class LossConfig:
             raise UserError(f"loss.mean {self.mean!r}: use {' or '.join(MEANS)}")
         if not (math.isfinite(self.beta) and 0 <= self.gate_weight < math.inf):
             raise UserError(f"loss.beta {self.beta} and loss.gate_weight {self.gate_weight} must be finite")
+        for name, value in (("alpha", self.alpha), ("tau", self.tau)):
+            if not 0 < value < math.inf:
+                raise UserError(f"loss.{name} {value} must be above 0 and finite")
+        if self.keep is not None and not 0 <= self.keep < math.inf:
+            raise UserError(f"loss.keep {self.keep} must be at least 0 and finite")
         if not 0 < self.delta <= 1:
             raise UserError(f"loss.delta {self.delta} must be above 0 and at most 1")
 
@@ -58,8 +70,27 @@ def target_log_probs(logits_base: jax.Array, logits_anti: jax.Array, settings: L
     """
     log_base = jax.nn.log_softmax(logits_base)
     log_anti = jax.nn.log_softmax(logits_anti)
+    return _log_softmax_of_valid(settings.beta * log_base - log_anti, logits_base, settings)
+
+
+def pair_targets(
+    logits_base: jax.Array, logits_right: jax.Array, logits_wrong: jax.Array, settings: LossConfig
+) -> tuple[jax.Array, jax.Array]:
+    """`log p_E` and `log p_A`, float32 [..., V]: what expert and anti-expert mode are to become.
+
+    Softmax over V_valid of `log p_base ± α (log p_right − log p_wrong)`, the contrast of DExperts (Liu et
+    al., arXiv 2105.03023); tokens outside of V_valid get -inf.
+    """
+    base, right, wrong = map(jax.nn.log_softmax, (logits_base, logits_right, logits_wrong))
+    contrast = settings.alpha * (right - wrong)
+    return (
+        _log_softmax_of_valid(base + contrast, logits_base, settings),
+        _log_softmax_of_valid(base - contrast, logits_base, settings),
+    )
+
+
+def _log_softmax_of_valid(scores: jax.Array, logits_base: jax.Array, settings: LossConfig) -> jax.Array:
     valid = plausible(logits_base, settings.delta, settings.valid_form)
-    scores = settings.beta * log_base - log_anti
     return jax.nn.log_softmax(jnp.where(valid, scores, -jnp.inf))
 
 
@@ -126,6 +157,89 @@ def fact_loss_sums(
     return {"anti": anti, "expert": expert}
 
 
+def pair_loss_sums(
+    weights: Weights,
+    frozen: tuple[jax.Array, jax.Array, jax.Array],
+    hidden_anti: jax.Array,
+    hidden_expert: jax.Array,
+    token_weight: jax.Array,
+    settings: LossConfig,
+    *,
+    chunk: int = 16,
+) -> dict[str, jax.Array]:
+    """Sums of `KL(p_A ‖ p_anti)` and `KL(p_E ‖ p_expert)` over T_fact; chunks and arguments as in
+    `fact_loss_sums`.
+
+    Args:
+        frozen: [B, P, D] of the base, the model of right and the model of wrong answers, without gradient.
+    """
+    projection = Weights(jax.lax.stop_gradient(weights.base))
+
+    @jax.checkpoint
+    def chunk_sums(arrays):
+        *frozen, anti, expert, token_weight = arrays
+        target_expert, target_anti = pair_targets(*(project(projection, h) for h in frozen), settings)
+        kl_anti = kl_divergence(target_anti, jax.nn.log_softmax(project(projection, anti)))
+        kl_expert = kl_divergence(target_expert, jax.nn.log_softmax(project(projection, expert)))
+        return jnp.sum(token_weight * kl_anti), jnp.sum(token_weight * kl_expert)
+
+    frozen = jax.lax.stop_gradient(frozen)
+    anti, expert = _sum_chunks(chunk_sums, (*frozen, hidden_anti, hidden_expert, token_weight), chunk)
+    return {"anti": anti, "expert": expert}
+
+
+def preference_loss_sums(
+    base: jax.Array, anti: jax.Array, expert: jax.Array, valid: jax.Array, settings: LossConfig
+) -> dict[str, jax.Array]:
+    """Sums over pairs of DPO's loss (Rafailov et al., arXiv 2305.18290), whose sign is the mode.
+
+    Args:
+        base, anti, expert: float32 [pairs, 2], log-probabilities of the wrong and of the right answer in
+            every mode; `base` carries no gradient.
+        valid: bool [pairs], False at padding.
+        settings: of the losses.
+
+    Returns:
+        Float32 scalars: `anti` and `expert`.
+    """
+
+    def loss(mode, sign):
+        wrong, right = jnp.moveaxis(mode - jax.lax.stop_gradient(base), -1, 0)
+        return jnp.sum(jnp.where(valid, -jax.nn.log_sigmoid(sign * settings.tau * (right - wrong)), 0.0))
+
+    return {"anti": loss(anti, -1.0), "expert": loss(expert, 1.0)}
+
+
+def keep_loss_sums(
+    weights: Weights,
+    hidden_base: jax.Array,
+    hidden_anti: jax.Array,
+    hidden_expert: jax.Array,
+    token_weight: jax.Array,
+    *,
+    chunk: int = 16,
+) -> dict[str, jax.Array]:
+    """Sum of `KL(p_base ‖ p_anti) + KL(p_base ‖ p_expert)`; chunks and arguments as in `fact_loss_sums`,
+    the positions of any tokens.
+
+    Returns:
+        A float32 scalar: `keep`.
+    """
+    frozen = Weights(jax.lax.stop_gradient(weights.base))
+
+    @jax.checkpoint
+    def chunk_sums(arrays):
+        base, *modes, token_weight = arrays
+        log_base = jax.nn.log_softmax(project(frozen, base))
+        return tuple(
+            jnp.sum(token_weight * kl_divergence(log_base, jax.nn.log_softmax(project(frozen, mode))))
+            for mode in modes
+        )
+
+    arrays = (jax.lax.stop_gradient(hidden_base), hidden_anti, hidden_expert, token_weight)
+    return {"keep": sum(_sum_chunks(chunk_sums, arrays, chunk))}
+
+
 def answer_loss_sums(
     weights: Weights,
     hidden_states: jax.Array,
@@ -165,11 +279,13 @@ def answer_loss_sums(
 def token_log_probs(
     weights: Weights, hidden_states: jax.Array, targets: jax.Array, *, chunk: int = 16
 ) -> jax.Array:
-    """Log-probabilities of given tokens, float32 [B, P]; arguments as in `answer_loss_sums`."""
+    """Log-probabilities of given tokens, float32 [B, P]; arguments and chunks as in `answer_loss_sums`."""
+    frozen = Weights(jax.lax.stop_gradient(weights.base))
 
+    @jax.checkpoint
     def of_chunk(arrays):
         hidden, targets = arrays
-        logits = project(weights, hidden)
+        logits = project(frozen, hidden)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -221,25 +337,20 @@ def gate_loss_sums(
 
 
 def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], settings: LossConfig) -> jax.Array:
-    """`L_anti + L_expert + L_gate`, each mean over its own count.
+    """`L_anti + L_expert + L_gate + λ L_keep`, each mean over its own count.
 
     Args:
-        sums: of this micro-batch.
-        counts: of the whole batch: sums of the weights of `fact` tokens, and of `gate` values over
-            layers and modes; at least 1.
+        sums: of this micro-batch; `keep` only where λ is not 0.
+        counts: of the whole batch, by the names of the sums: of weights of tokens or of pairs, and of gates
+            over layers and modes; at least 1.
         settings: of the losses.
     """
-    loss = (sums["anti"] + sums["expert"]) / counts["fact"]
-    return loss + settings.gate_weight * sums["gate"] / counts["gate"]
+    loss = (sums["anti"] + sums["expert"]) / counts["anti"]
+    loss = loss + settings.gate_weight * sums["gate"] / counts["gate"]
+    return loss + settings.keep * sums["keep"] / counts["keep"] if settings.keep else loss
 
 
 def metrics_of(sums: dict[str, Any], counts: dict[str, Any], settings: LossConfig) -> dict[str, Any]:
     """The means to report, from the sums and counts of a whole batch; the gate's over all layers."""
-    return {
-        "loss": total_loss(sums, counts, settings),
-        "anti": sums["anti"] / counts["fact"],
-        "expert": sums["expert"] / counts["fact"],
-        "gate": sums["gate"] / counts["gate"],
-        "gate_on_fact": sums["gate_on_fact"].mean() / counts["gate_on_fact"],
-        "gate_off_fact": sums["gate_off_fact"].mean() / counts["gate_off_fact"],
-    }
+    means = {name: jnp.mean(total) / counts[name] for name, total in sums.items()}
+    return {"loss": total_loss(sums, counts, settings)} | means

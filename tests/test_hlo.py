@@ -8,6 +8,7 @@ import pytest
 from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig
+from imae_jax.llama import Weights
 from imae_jax.losses import LossConfig
 from imae_jax.sharding import make_mesh
 from imae_jax.train.config import OptimizerConfig
@@ -32,7 +33,7 @@ def compiled(tiny):
     step = make_train_step(lm.config, objective, optimizer, shardings, mesh)
     base = lm.model.weights().base
     batch = place_batch(make_batch(examples(8), 1), mesh)
-    return step.lower(state, base, batch).compile(), state, base
+    return step.lower(state, Weights(base), batch).compile(), state, base
 
 
 def gathered_shapes(text: str) -> list[tuple[int, ...]]:

@@ -261,7 +261,7 @@ def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
     _, kept = filter_tokens(
         tokenized.train + tokenized.held_out,
         base,
-        config.filter.anti_expert_llm,
+        [config.filter.anti_expert_llm],
         config.filter.gamma,
         out / FILTER_DIR,
         mesh=mesh,

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from conftest import hf_logits, logits, random_tokens, user_error
 from safetensors.numpy import load_file, save_file
-from test_losses import examples
+from test_losses import PAIR, examples, random_deltas
 
 from imae_jax.config import LORA_TARGETS, LoraConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.peft import open_adapter, write_adapter
 from imae_jax.convert.table import expand, lora_rows
+from imae_jax.llama import Weights
+from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.train.data import make_batch
 from imae_jax.train.objectives import AnswerObjective
 
@@ -101,6 +103,21 @@ def test_an_adapter_is_a_model_reference(adapter, stacked):
     )
 
 
+def test_rows_of_several_adapters_in_one_batch(tiny):
+    """Of different ranks, scales and projections: each row is what its adapter alone gives."""
+    lm = tiny("gqa", seed=3).load(stacked=True)
+    adapters = [(random_deltas(lm.config, lora, seed), lora.scale) for seed, lora in enumerate(PAIR)]
+    both = dataclasses.replace(lm.model.weights(), lora=side_by_side(adapters))
+    tokens = random_tokens(3, 11)
+    rows = logits(both, lm.config, tokens, adapter=adapter_factors(both.lora, 2, (1, None, 0), 1))
+    np.testing.assert_allclose(rows[1], logits(lm.model.weights(), lm.config, tokens)[1], atol=1e-5)
+    for row, (deltas, scale) in ((0, adapters[1]), (2, adapters[0])):
+        alone = dataclasses.replace(lm.model.weights(), lora=deltas, lora_scale=scale)
+        expected = logits(alone, lm.config, tokens, adapter=1.0)[row]
+        np.testing.assert_allclose(rows[row], expected, atol=1e-4)
+        assert np.abs(rows[row] - rows[1]).max() > 0.1
+
+
 def test_an_adapters_fingerprint_is_of_all_that_it_computes_with(adapter, tiny):
     checkpoint, _, path = adapter
 
@@ -168,7 +185,9 @@ def test_loss_and_gradient_of_the_anti_expert_llm_equal_torch(tiny):
     base = lm.model.weights().base
 
     def loss_of(deltas):
-        return objective.loss(objective.sums(objective.attach(base, deltas), lm.config, batch), counts)
+        return objective.loss(
+            objective.sums(objective.attach(Weights(base), deltas), lm.config, batch), counts
+        )
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(deltas)
     np.testing.assert_allclose(loss, (total / count).item(), rtol=1e-5)

@@ -1,16 +1,21 @@
 """The losses and their gradients against torch's, on transformers' Llama with units of its own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, UNIT_SIZE, log_softmax, random_tokens, user_error, with_random_units
+from flax import nnx
 
-from imae_jax.config import AntiExpertConfig
+from imae_jax.config import AntiExpertConfig, LoraConfig
+from imae_jax.convert.peft import write_adapter
 from imae_jax.llama import Weights, project
+from imae_jax.lora import LoraDeltas, side_by_side
 from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs
-from imae_jax.train.data import Example, make_batch
-from imae_jax.train.objectives import ImaeObjective
+from imae_jax.train.data import Example, in_batches, make_batch
+from imae_jax.train.objectives import ImaeObjective, PairsObjective, PreferenceObjective, UnitsObjective
 
 UNITS = AntiExpertConfig(UNIT_SIZE)
 LOSSES = [
@@ -19,6 +24,7 @@ LOSSES = [
     LossConfig(valid_form="logit", delta=1.0),
     LossConfig(valid_form="logit", delta=0.3),
     LossConfig(mean="example"),
+    LossConfig(keep=0.5),
 ]
 
 
@@ -35,8 +41,20 @@ def examples(count: int, seed: int = 0) -> list[Example]:
     return rows
 
 
-def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
-    """METHODS 1.4 literally: one row, mode, layer and token at a time; `units` as torch leaves."""
+def pairs(count: int, seed: int = 0) -> list[Example]:
+    """Both answers of each question as neighbours, the wrong one first."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i, wrong in enumerate(examples(count, seed)):
+        length = int(random.integers(3, 8))
+        answer = tuple(map(int, random.integers(3, TINY.vocab_size, length)))
+        fact = (True, *(random.random(length - 1) < 0.5).tolist())
+        rows += [wrong, Example(i, wrong.tokens[: wrong.start] + answer, wrong.start, fact, right=True)]
+    return rows
+
+
+def torch_modes(hf, units):
+    """`run(tokens, strength)`: logits, and the gates of every layer, with `units` as torch leaves."""
     import torch
 
     gates: list = []
@@ -60,43 +78,118 @@ def torch_loss(hf, units, rows: list[Example], settings: LossConfig):
             del block.mlp.forward
         return logits, list(gates)
 
-    anti, expert, gate, num_fact, num_gate = 0.0, 0.0, 0.0, 0.0, 0.0
+    return run
+
+
+def torch_log_probs(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+
+def torch_kl(log_p, log_q):
+    kept = log_p > -np.inf
+    return (log_p[kept].exp() * (log_p[kept] - log_q[kept])).sum()
+
+
+def valid_softmax(scores, base_logits, settings: LossConfig):
+    """Log-softmax over V_valid; -inf elsewhere."""
+    import torch
+
+    if settings.valid_form == "probability":
+        valid = base_logits.softmax(-1) >= settings.delta * base_logits.softmax(-1).max()
+    else:
+        valid = base_logits >= settings.delta * base_logits.max()
+    return torch.where(valid, scores, -torch.inf).log_softmax(-1)
+
+
+def torch_loss(hf, units, rows: list[Example], settings: LossConfig, adapters=None):
+    """METHODS 1.4 and 6 literally: one row, mode, layer and token at a time; `units` as torch leaves.
+
+    With `adapters`, models of right and of wrong answers, the objective `pairs`.
+    """
+    import torch
+
+    run = torch_modes(hf, units)
+    anti, expert, gate, keep, num_fact, num_gate, num_keep = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for row in rows:
-        base_logits = hf(torch.tensor([row.tokens])).logits[0].detach()
+        with torch.no_grad():
+            base_logits = hf(torch.tensor([row.tokens])).logits[0]
+        log_base = base_logits.log_softmax(-1)
         anti_logits, anti_gates = run(row.tokens, 1.0)
         expert_logits, expert_gates = run(row.tokens, -1.0)
-        of_token = of_fact = 1.0
+        log_anti, log_expert = anti_logits.log_softmax(-1), expert_logits.log_softmax(-1)
+        contrast = None
+        if adapters is not None:
+            right, wrong = (torch_log_probs(model, row.tokens) for model in adapters)
+            contrast = settings.alpha * (right - wrong)
+        of_token = of_fact = of_other = 1.0
         if settings.mean == "example":
             of_token, of_fact = 1 / len(row.fact), 1 / sum(row.fact)
-        for number, is_fact in enumerate(row.fact):
-            token = row.start + number
-            at = token - 1
-            for layer_gates in anti_gates + expert_gates:
-                gate = gate + of_token * ((1 - layer_gates[at]) if is_fact else layer_gates[at])
-                num_gate += of_token
+            of_other = 1 / (len(row.tokens) - 1 - sum(row.fact))
+        for token in range(1, len(row.tokens)):
+            at, number = token - 1, token - row.start
+            is_fact = number >= 0 and row.fact[number]
+            if number >= 0:
+                for layer_gates in anti_gates + expert_gates:
+                    gate = gate + of_token * ((1 - layer_gates[at]) if is_fact else layer_gates[at])
+                    num_gate += of_token
             if not is_fact:
+                kept = torch_kl(log_base[at], log_anti[at]) + torch_kl(log_base[at], log_expert[at])
+                keep, num_keep = keep + of_other * kept, num_keep + of_other
                 continue
             num_fact += of_fact
-            anti = anti - of_fact * torch.log_softmax(anti_logits[at], -1)[row.tokens[token]]
-            log_base = torch.log_softmax(base_logits[at], -1)
-            log_anti = torch.log_softmax(anti_logits[at].detach(), -1)
-            if settings.valid_form == "probability":
-                valid = log_base.exp() >= settings.delta * log_base.exp().max()
+            if contrast is None:
+                anti = anti - of_fact * log_anti[at, row.tokens[token]]
+                scores = settings.beta * log_base[at] - log_anti[at].detach()
             else:
-                valid = base_logits[at] >= settings.delta * base_logits[at].max()
-            scores = (settings.beta * log_base - log_anti)[valid]
-            target = torch.softmax(scores, -1)
-            log_expert = torch.log_softmax(expert_logits[at], -1)[valid]
-            expert = expert + of_fact * (target * (target.log() - log_expert)).sum()
-    return anti / num_fact + expert / num_fact + settings.gate_weight * gate / num_gate
+                target = valid_softmax(log_base[at] - contrast[at], base_logits[at], settings)
+                anti = anti + of_fact * torch_kl(target, log_anti[at])
+                scores = log_base[at] + contrast[at]
+            target = valid_softmax(scores, base_logits[at], settings)
+            expert = expert + of_fact * torch_kl(target, log_expert[at])
+    loss = anti / num_fact + expert / num_fact + settings.gate_weight * gate / num_gate
+    return loss + (settings.keep or 0.0) * keep / num_keep
 
 
-def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: ImaeObjective):
-    batch = {name: jnp.asarray(array[0]) for name, array in make_batch(rows, 1).arrays().items()}
+def torch_preference_loss(hf, units, rows: list[Example], settings: LossConfig):
+    """DPO's two losses (METHODS 6), L_gate with every answer token in T_fact, L_keep over the prompts."""
+    import torch
+
+    run = torch_modes(hf, units)
+    anti, expert, gate, keep, num_gate, num_keep = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for wrong, right in zip(rows[::2], rows[1::2], strict=True):
+        ratios = {}
+        for name, row in (("wrong", wrong), ("right", right)):
+            log_base = torch_log_probs(hf, row.tokens)
+            for o in (1.0, -1.0):
+                logits, gates = run(row.tokens, o)
+                log_mode = logits.log_softmax(-1)
+                ratios[name, o] = 0.0
+                for token in range(1, len(row.tokens)):
+                    at, id = token - 1, row.tokens[token]
+                    if token >= row.start:
+                        ratios[name, o] += log_mode[at, id] - log_base[at, id]
+                        gate, num_gate = gate + sum(1 - g[at] for g in gates), num_gate + len(gates)
+                    else:
+                        keep = keep + torch_kl(log_base[at], log_mode[at])
+                        num_keep += 0.5  # the two modes' divergences are added
+        log_sigmoid = torch.nn.functional.logsigmoid
+        expert = expert - log_sigmoid(settings.tau * (ratios["right", -1.0] - ratios["wrong", -1.0]))
+        anti = anti - log_sigmoid(settings.tau * (ratios["wrong", 1.0] - ratios["right", 1.0]))
+    loss = (anti + expert) / (len(rows) / 2) + settings.gate_weight * gate / num_gate
+    return loss + settings.keep * keep / num_keep
+
+
+def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: UnitsObjective):
+    """With two more rows that only fill up the batch, and count nothing."""
+    (filled,) = in_batches(rows, len(rows) + 2)
+    batch = {name: jnp.asarray(array[0]) for name, array in make_batch(filled, 1).arrays().items()}
     counts = objective.counts(lm.config, batch)
 
     def loss_of(units):
-        sums = objective.sums(objective.attach(weights.base, units), lm.config, batch)
+        sums = objective.sums(objective.attach(weights, units), lm.config, batch)
         return objective.loss(sums, counts)
 
     return jax.jit(jax.value_and_grad(loss_of))(weights.units)
@@ -105,23 +198,80 @@ def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: Ima
 @pytest.mark.parametrize("settings", LOSSES, ids=lambda s: f"{s.valid_form}-{s.delta}-{s.mean}")
 @pytest.mark.parametrize("kind", ["gqa", "tied", "gemma3"])
 def test_loss_and_gradient_equal_torch(tiny, kind, settings):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     checkpoint = tiny(kind, initializer_range=0.2)
     lm = checkpoint.load(stacked=True)
     weights = with_random_units(lm.model.weights(), lm.config)
     rows = examples(5)
 
-    units = {
-        name: torch.tensor(np.asarray(array), requires_grad=True) for name, array in weights.units.items()
-    }
+    units = torch_leaves(weights.units)
     expected = torch_loss(checkpoint.hf, units, rows, settings)
-    expected.backward()
-
     loss, gradient = value_and_gradient(lm, weights, rows, ImaeObjective(UNITS, settings))
+    assert_loss_and_gradient(loss, gradient, expected, units)
+
+
+def torch_leaves(units):
+    import torch
+
+    return {name: torch.tensor(np.asarray(array), requires_grad=True) for name, array in units.items()}
+
+
+def assert_loss_and_gradient(loss, gradient, expected, units):
+    expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=2e-5)
     for name, array in gradient.items():
         reference = units[name].grad.numpy()
         np.testing.assert_allclose(array, reference, atol=2e-5 * np.abs(reference).max(), err_msg=name)
+
+
+def random_deltas(config, lora: LoraConfig, seed: int):
+    """Stacked deltas, none of them zero."""
+    shapes = nnx.eval_shape(lambda: LoraDeltas(config, lora, rngs=nnx.Rngs(0), stack=config.num_layers))
+    random = np.random.default_rng(seed)
+    tree = nnx.to_pure_dict(nnx.state(shapes))
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.2, x.shape), jnp.float32), tree)
+
+
+# Two adapters of different ranks, scales and projections.
+PAIR = (LoraConfig(rank=4, alpha=6), LoraConfig(rank=3, alpha=6, targets=("wv", "w_down")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LossConfig(keep=1.0), LossConfig(alpha=0.7, valid_form="logit", delta=0.3, keep=0.5, mean="example")],
+    ids=["token", "example"],
+)
+def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings):
+    """Adapters in peft, each a model of its own there."""
+    peft = pytest.importorskip("peft")
+    checkpoint = tiny("gqa", initializer_range=0.2)
+    lm = checkpoint.load(stacked=True)
+    deltas = [random_deltas(lm.config, lora, seed) for seed, lora in enumerate(PAIR)]
+    models = []
+    for number, (adapter, lora) in enumerate(zip(deltas, PAIR, strict=True)):
+        path = tmp_path / str(number)
+        write_adapter(path, adapter, lm.config, lora, base_reference=str(checkpoint.directory))
+        hf = type(checkpoint.hf).from_pretrained(checkpoint.directory, attn_implementation="eager")
+        models.append(peft.PeftModel.from_pretrained(hf, path).eval())
+    scaled = [(adapter, lora.scale) for adapter, lora in zip(deltas, PAIR, strict=True)]
+    weights = with_random_units(lm.model.weights(), lm.config)
+    weights = dataclasses.replace(weights, lora=side_by_side(scaled))
+    rows, units = pairs(3), torch_leaves(weights.units)
+    expected = torch_loss(checkpoint.hf, units, rows, settings, models)
+    loss, gradient = value_and_gradient(lm, weights, rows, PairsObjective(UNITS, settings))
+    assert_loss_and_gradient(loss, gradient, expected, units)
+
+
+def test_loss_and_gradient_of_preference_equal_torch(tiny):
+    pytest.importorskip("torch")
+    checkpoint = tiny("gqa", initializer_range=0.2)
+    lm = checkpoint.load(stacked=True)
+    weights = with_random_units(lm.model.weights(), lm.config)
+    rows = [dataclasses.replace(row, fact=(True,) * len(row.fact)) for row in pairs(3)]
+    settings, units = LossConfig(tau=0.7, keep=0.5), torch_leaves(weights.units)
+    expected = torch_preference_loss(checkpoint.hf, units, rows, settings)
+    loss, gradient = value_and_gradient(lm, weights, rows, PreferenceObjective(UNITS, settings))
+    assert_loss_and_gradient(loss, gradient, expected, units)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -189,6 +339,9 @@ def test_bad_settings():
         LossConfig(mean="batch")
     with user_error("loss.delta", "0"):
         LossConfig(delta=0.0)
+    for name, value in (("keep", -1.0), ("keep", np.inf), ("alpha", 0.0), ("tau", np.nan)):
+        with user_error(f"loss.{name} {value}"):
+            LossConfig(**{name: value})
 
 
 def test_units_are_smaller_than_the_base():

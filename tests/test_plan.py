@@ -12,7 +12,7 @@ from test_losses import examples
 
 from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert.references import PUBLISHED_SIZES, model_config
-from imae_jax.llama import Llama
+from imae_jax.llama import Llama, Weights
 from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.config import TrainConfig, load_config
@@ -72,7 +72,7 @@ def test_the_plan_is_what_a_run_holds_and_allocates_nothing(tiny):
         rows = data.make_batch([longest] * settings.batch_size, settings.accumulation)
         batch = place_batch(rows, mesh)
         step = make_train_step(lm.config, objective, optimizer, shardings, mesh)
-        memory = step.lower(state, base, batch).compile().memory_analysis()
+        memory = step.lower(state, Weights(base), batch).compile().memory_analysis()
 
         # While stage icd trains on a base of its own, here the same again, the model is loaded as well.
         beside = bytes_on_device(base) if planned.name == "icd" else 0
@@ -84,6 +84,27 @@ def test_the_plan_is_what_a_run_holds_and_allocates_nothing(tiny):
         arguments = planned.base + planned.trainable + planned.optimizer + planned.batch // 2
         assert memory.argument_size_in_bytes == pytest.approx(arguments - beside, rel=0.01)
         assert planned.total == arguments + planned.batch // 2 + planned.temporaries
+
+
+@pytest.mark.parametrize(
+    ("objective", "stages"),
+    [("paper", ["units"]), ("pairs", ["icd", "icd_right", "units"]), ("preference", ["units"])],
+)
+def test_the_plan_has_the_stages_of_its_objective(tiny, objective, stages):
+    checkpoint = tiny("gqa", **SIZES)
+    mesh = make_mesh(2, 2, 2)
+    paper = plan(config_of(checkpoint.directory), mesh)[-1]
+    config = config_of(checkpoint.directory, f"objective={objective}", "icd.batch_size=8", "icd.lora.rank=4")
+    planned = plan(config, mesh)
+    units = planned[-1]
+    assert [stage.name for stage in planned] == stages
+    # The adapters are frozen there, and every question is two rows.
+    adapters = 2 * planned[0].trainable if objective == "pairs" else 0
+    assert units.base == paper.base + adapters
+    assert units.trainable == paper.trainable
+    assert units.batch == (1 if objective == "paper" else 2) * paper.batch
+    if objective != "paper":
+        assert units.activations > paper.activations
 
 
 @pytest.fixture(scope="module")

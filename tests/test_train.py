@@ -1,5 +1,6 @@
 """Training: mesh and accumulation invariance, freezing, resume, data order, the command."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,19 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import EVEN_SIZES, assert_bitwise, error_of, losses_of, user_error, write_rows
-from test_losses import examples
+from test_losses import PAIR, examples, pairs, random_deltas
 
-from imae_jax.config import AntiExpertConfig
+from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
+from imae_jax.convert.peft import write_adapter
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.scoring import Continuation, score
+from imae_jax.lora import side_by_side
 from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
 from imae_jax.train.loop import train, units_objective
-from imae_jax.train.objectives import ImaeObjective
+from imae_jax.train.objectives import UNITS_OBJECTIVES, ImaeObjective
 from imae_jax.train.step import (
     init_state,
     make_optimizer,
@@ -41,23 +44,27 @@ from imae_jax.train.step import (
 UNITS = AntiExpertConfig(24)
 
 
-def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32"):
-    """Losses of a few steps, and the units after them."""
+def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32", name="paper"):
+    """Losses of a few steps of an objective, and the units after them."""
     mesh = make_mesh(*mesh_sizes)
     lm = checkpoint.load(stacked=True, mesh=mesh, dtype=dtype)
     config = TrainConfig(
         model="", out="", accumulation=accumulation, optimizer=OptimizerConfig(steps=10, warmup_steps=1)
     )
     optimizer = make_optimizer(config.optimizer)
-    objective = ImaeObjective(UNITS, config.loss)
+    objective = UNITS_OBJECTIVES[name](UNITS, dataclasses.replace(config.loss, keep=float(name != "paper")))
     shardings = state_shardings(lm.config, objective, optimizer, mesh)
     state = init_state(lm.config, objective, optimizer, shardings, seed=0)
     step = make_train_step(lm.config, objective, optimizer, shardings, mesh)
-    base = lm.model.weights().base
+    frozen = lm.model.weights()
+    base, make_rows = frozen.base, examples if name == "paper" else pairs
+    if name == "pairs":
+        adapters = [(random_deltas(lm.config, lora, 0), lora.scale) for lora in PAIR]
+        frozen = dataclasses.replace(frozen, lora=side_by_side(adapters))
     metrics = []
     for i in range(steps):
-        batch = place_batch(data.make_batch(examples(rows, seed=i), accumulation), mesh)
-        state, values = step(state, base, batch)
+        batch = place_batch(data.make_batch(make_rows(rows, seed=i), accumulation), mesh)
+        state, values = step(state, frozen, batch)
         metrics.append({name: float(value) for name, value in values.items()})
     return metrics, state, base
 
@@ -78,12 +85,23 @@ def test_every_mesh_gives_the_same_losses(checkpoint, sizes):
     assert largest.addressable_shards[0].data.size == largest.size // (sizes[1] * sizes[2])
 
 
-def test_accumulation_changes_nothing(checkpoint):
-    """Rows have unequal numbers of tokens: a mean of means would differ."""
-    whole, _, _ = run_steps(checkpoint, (8, 1, 1), rows=16)
-    parts, _, _ = run_steps(checkpoint, (8, 1, 1), accumulation=2, rows=16)
+@pytest.mark.parametrize("name", ["paper", "pairs", "preference"])
+def test_accumulation_changes_nothing(checkpoint, name):
+    """Rows have unequal numbers of tokens: a mean of means would differ. L_keep begins at 0, give or take
+    float32's rounding of a KL."""
+    whole, _, _ = run_steps(checkpoint, (8, 1, 1), rows=16, name=name)
+    parts, _, _ = run_steps(checkpoint, (8, 1, 1), accumulation=2, rows=16, name=name)
     for a, b in zip(parts, whole, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pairs", "preference"])
+def test_every_mesh_gives_pairs_the_same_losses(checkpoint, name):
+    """Both answers of a question stay on one device, the adapters are spread as their base is."""
+    expected, _, _ = run_steps(checkpoint, (8, 1, 1), name=name)
+    actual, _, _ = run_steps(checkpoint, (2, 2, 2), name=name)
+    for a, b in zip(actual, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
 
 
 def test_mixed_precision(checkpoint):
@@ -139,7 +157,7 @@ def test_loss_falls(checkpoint):
     batch = place_batch(data.make_batch(examples(8), 1), mesh)
     history = []
     for _ in range(40):
-        state, metrics = step(state, lm.model.weights().base, batch)
+        state, metrics = step(state, lm.model.weights(), batch)
         history.append({name: float(value) for name, value in metrics.items()})
     assert history[-1]["anti"] < 0.7 * history[0]["anti"]
     assert history[-1]["gate_on_fact"] > history[-1]["gate_off_fact"] + 0.1
@@ -348,6 +366,137 @@ def test_an_anti_expert_llm_of_another_vocabulary(settings, tiny, capfd):
     assert "has 96 tokens, the base 98" in capfd.readouterr().err
 
 
+def test_all_stages_of_pairs(settings, tmp_path, capfd):
+    """Two adapters, a filter that compares them in both answers, and units; parts of it from elsewhere."""
+    run = [*settings, *ICD, "objective=pairs", "data.held_out=4", "eval_every=4"]
+    assert main(run) == 0
+    out = tmp_path / "run"
+    base = load_model(settings[0].partition("=")[2])
+    right, wrong = (load_model(str(out / stage / "adapter")) for stage in ("icd_right", "icd"))
+    assert losses_of(out / "icd_right") != losses_of(out / "icd")
+    (stored,) = (out / "token_filter").iterdir()
+    rows = datasets.load_from_disk(str(stored))
+    assert sorted(rows["right"]) == [False] * 12 + [True] * 12
+    kept = []
+    for row in rows:
+        item = Continuation(tuple(row["tokens"]), row["start"])
+        log_probs = [
+            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1][0] for lm in (right, wrong)
+        ]
+        np.testing.assert_allclose(row["log_ratio"], log_probs[0] - log_probs[1], atol=1e-4)
+        kept += (np.abs(row["log_ratio"]) >= 0.1).tolist()
+    units = load_model(str(out / "imae"))
+    assert units.imae["training"]["data"]["kept_share"] == pytest.approx(np.mean(kept))
+    assert 0 < np.mean(kept) < 1
+    assert units.base.fingerprint == base.base.fingerprint
+    assert all(np.isfinite(line["keep"]) and line["expert"] >= 0 for line in losses_of(out))
+
+    # Stage 1 alone, then the units with its adapters.
+    other = [s.replace(f"out={out}", f"out={tmp_path / 'other'}") for s in run]
+    assert main(["icd", *other, "--quiet"]) == 0
+    assert not (tmp_path / "other" / "imae").exists()
+    stages = {"right": "icd_right", "wrong": "icd"}
+    given = [f"adapters.{k}={tmp_path / 'other' / stage / 'adapter'}" for k, stage in stages.items()]
+    third = [s.replace(f"out={out}", f"out={tmp_path / 'third'}") for s in run]
+    assert main([*third, *given, "--quiet"]) == 0
+    assert not (tmp_path / "third" / "icd").exists()
+    assert losses_of(tmp_path / "third") == losses_of(out)
+    capfd.readouterr()
+    assert main(["icd", *third, *given, "--quiet", "--overwrite"]) == 2
+    assert "stage icd has nothing to train" in capfd.readouterr().err
+
+
+def test_preference_has_one_stage(settings, tmp_path):
+    assert main([*settings, "objective=preference", "icd.enabled=true", "--quiet"]) == 0
+    out = tmp_path / "run"
+    assert not (out / "icd").exists() and not (out / "token_filter").exists()
+    lines = losses_of(out)
+    # Units begin at zero: both modes are the base, and each loss is log 2.
+    assert lines[0]["anti"] == pytest.approx(np.log(2), abs=1e-5)
+    assert lines[0]["expert"] == pytest.approx(np.log(2), abs=1e-5)
+    assert load_model(str(out / "imae")).imae["training"]["config"]["objective"] == "preference"
+
+
+def test_a_run_of_pairs_killed_in_its_second_stage_resumes_with_the_same_losses(settings, tmp_path):
+    run = [*settings, *ICD, "objective=pairs", "--quiet"]
+    assert main(run) == 0
+    killed = [s.replace(f"out={tmp_path / 'run'}", f"out={tmp_path / 'killed'}") for s in run]
+    kill_after_two_steps(killed, tmp_path / "killed" / "icd_right")
+    assert main([*killed, "--resume"]) == 0
+    for stage in ("icd", "icd_right", "."):
+        assert losses_of(tmp_path / "killed" / stage) == losses_of(tmp_path / "run" / stage)
+
+
+@pytest.mark.parametrize("objective", ["pairs", "preference"])
+def test_units_of_pairs_go_on_from_a_checkpoint_with_the_same_losses(settings, tmp_path, objective):
+    run = [*settings, *ICD, f"objective={objective}", "--quiet"]
+    assert main(run) == 0
+    expected = losses_of(tmp_path / "run")
+    assert main([*run, "--from-step", "6"]) == 0
+    assert losses_of(tmp_path / "run") == expected
+
+
+def kill_after_two_steps(settings, stage: Path) -> None:
+    """Starts a run and kills it after the second step of a stage."""
+    command = [sys.executable, "-m", "imae_jax.train", *settings]
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    metrics = stage / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_bad_pairs_end_in_one_line(settings, tiny, tmp_path, capfd):
+    rows = Path(settings[2].partition("=")[2])
+    good = rows.read_text()
+
+    def error_of(*arguments):
+        capfd.readouterr()
+        assert main([*settings, *ICD, *arguments, "--quiet"]) == 2
+        error = capfd.readouterr().err
+        (line,) = [line for line in error.splitlines() if not line.startswith("warning: ")]
+        assert not (tmp_path / "run").exists()
+        return line
+
+    same = '{"question": "t3", "right_answer": "t4  t5", "hallucinated_answer": "t4 t5"}\n'
+    rows.write_text(good + same)
+    for objective in ("pairs", "preference"):
+        assert "row 12 of the data" in error_of(f"objective={objective}")
+    missing = '{"question": "t3", "right_answer": "", "hallucinated_answer": "t4"}\n'
+    rows.write_text(good + missing)
+    assert "line 13 has an empty right_answer" in error_of("objective=preference")
+    rows.write_text(good)
+
+    other = tiny("gqa", initializer_range=0.2, seed=5, **EVEN_SIZES)
+    lora = LoraConfig(rank=4)
+    config = other.load().config
+    path = tmp_path / "adapter"
+    write_adapter(path, random_deltas(config, lora, 0), config, lora, base_reference=str(other.directory))
+    assert f"{path} is no LoRA adapter of" in error_of("objective=pairs", f"adapters.wrong={path}")
+    assert "is no LoRA adapter" in error_of("objective=pairs", f"adapters.right={other.directory}")
+    assert "filter.anti_expert_llm goes with" in error_of("objective=pairs", f"filter.anti_expert_llm={path}")
+
+
+def test_units_do_not_resume_with_other_adapters(settings, tiny, tmp_path, capfd):
+    """Under the same names as before."""
+    run = [*settings, *ICD, "objective=pairs", "filter.gamma=0", "--quiet"]
+    assert main(run) == 0
+    out = tmp_path / "run"
+    shutil.rmtree(out / "imae")
+    for name in ("icd", "icd_right"):
+        shutil.copytree(out / name / "adapter", tmp_path / name)
+    for name, other in (("icd", "icd_right"), ("icd_right", "icd")):
+        shutil.rmtree(out / name / "adapter")
+        shutil.copytree(tmp_path / other, out / name / "adapter")
+    capfd.readouterr()
+    assert main([*run, "--resume"]) == 2
+    assert "belongs to another adapters" in capfd.readouterr().err
+
+
 BAD_SETTINGS = {
     "seed=-1": "seed=-1 must be between 0",
     "data.limit=0": "data.limit=0 must be at least 1",
@@ -369,6 +518,9 @@ BAD_SETTINGS = {
     "optimizer.lr=1": "lr",
     "optimizer.steps=many": "optimizer.steps",
     "loss.delta=2": "loss.delta",
+    "loss.keep=-1": "loss.keep -1.0 must be at least 0",
+    "objective=pear": "objective='pear': use one of paper, pairs, preference",
+    "adapters.right=x": "adapters.right goes with objective=pairs, not with paper",
     "mesh.tensor=3": "mesh data=2 fsdp=1 tensor=3 needs 6 devices but there are 8",
     "mesh.tensor=4": "num_kv_heads 2 is not divisible by the mesh's tensor axis of 4",
     "units.intermediate_size=0": "intermediate_size",

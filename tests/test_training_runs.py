@@ -102,13 +102,24 @@ def test_held_out_rows_are_measured_and_never_trained_on(settings, checkpoint, t
         e.row for e in tokenized.held_out
     ]
 
-    def mean_log_prob(examples):
+    def log_probs_of(examples):
+        """Of every answer token of every example."""
         values = []
         for example in examples:
             log_probs = log_softmax(hf_logits(checkpoint.hf, np.array([example.tokens])))[0]
-            values += [log_probs[i - 1, example.tokens[i]] for i in range(example.start, len(example.tokens))]
-        return np.mean(values)
+            answer = range(example.start, len(example.tokens))
+            values.append([log_probs[i - 1, example.tokens[i]] for i in answer])
+        return values
 
+    def mean_log_prob(examples):
+        return np.mean(np.concatenate(log_probs_of(examples)))
+
+    right, wrong = (np.array(list(map(sum, log_probs_of(e)))) for e in (tokenized.right, tokenized.held_out))
+    for mode in ("base", "expert", "anti_expert"):
+        assert first[f"wrong_{mode}"] == pytest.approx(mean_log_prob(tokenized.held_out), abs=1e-5)
+        assert first[f"margin_{mode}"] == pytest.approx(np.mean(right - wrong), abs=1e-4)
+        assert first[f"wins_{mode}"] == np.mean(right > wrong)
+    assert last["margin_expert"] != last["margin_base"] == first["margin_base"]
     expected = mean_log_prob(tokenized.right)
     assert first["right_base"] == pytest.approx(expected, abs=1e-5)
     assert last["right_base"] == first["right_base"]

@@ -15,6 +15,7 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.llama import ATTENTION_KINDS, REMAT_POLICIES
 from imae_jax.losses import LossConfig
 from imae_jax.prompts import FORMATS
+from imae_jax.train.objectives import UNITS_OBJECTIVES
 
 CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 
@@ -71,10 +72,11 @@ class TokenFilterConfig:
     """Which answer tokens are about facts (IMAE, section 3.2).
 
     Attributes:
-        anti_expert_llm: model reference of a separate LLM trained on hallucinated answers; a LoRA
-            adapter in PEFT's format is one. Without it, the one that the `icd` stage makes; without
-            that stage, T_fact holds every answer token.
-        gamma: γ, the least log-probability ratio of anti-expert LLM to base.
+        anti_expert_llm: with objective `paper`, model reference of a separate LLM trained on hallucinated
+            answers; a LoRA adapter in PEFT's format is one. Without it, the one that the `icd` stage makes;
+            without that stage, T_fact holds every answer token.
+        gamma: γ, the least log-probability ratio of anti-expert LLM to base; with objective `pairs` the least
+            absolute ratio of the two adapters.
         reuse: `token_filter` directory of another run with the same rows, base and anti-expert LLM, whose
             log-ratios are taken instead of computing them.
     """
@@ -82,6 +84,19 @@ class TokenFilterConfig:
     anti_expert_llm: str | None = None
     gamma: float = 1.0
     reuse: str | None = None
+
+
+@dataclasses.dataclass
+class AdaptersConfig:
+    """LoRA adapters of the base in PEFT's format for objective `pairs`; stage 1 makes those not given.
+
+    Attributes:
+        right: directory of the one trained on right answers.
+        wrong: of the one trained on wrong answers.
+    """
+
+    right: str | None = None
+    wrong: str | None = None
 
 
 @dataclasses.dataclass
@@ -119,14 +134,16 @@ class LoraSettings:
 
 @dataclasses.dataclass
 class IcdConfig:
-    """The anti-expert LLM: LoRA on the hallucinated answers (ICD, Zhang et al., arXiv 2312.15710).
+    """The anti-expert LLM: LoRA on the hallucinated answers (ICD, Zhang et al., arXiv 2312.15710). Objective
+    `pairs` trains both of its adapters with these settings.
 
     The defaults are that paper's: Adam, learning rate 5e-4, batch 256, 5 epochs; rank and alpha are ours.
 
     Attributes:
-        enabled: train it before the units, for the token filter.
-        model: reference of another base to start from, with the same vocabulary; ICD takes the base LM
-            where the model itself is a chat model.
+        enabled: with objective `paper`, train it before the units, for the token filter. `pairs` always
+            trains the adapters that are not given, `preference` needs none.
+        model: with objective `paper`, reference of another base to start from, with the same vocabulary; ICD
+            takes the base LM where the model itself is a chat model.
         lora: the deltas.
         batch_size: rows per optimizer step.
         accumulation: micro-batches that a step is cut into.
@@ -203,7 +220,10 @@ class TrainConfig:
     Attributes:
         model: reference of the base, see `imae_jax.convert.references`.
         out: output directory.
-        batch_size: rows per optimizer step; each is used in both modes.
+        objective: what the units are trained for: `paper` (IMAE's losses on hallucinated answers), `pairs`
+            (the contrast of two adapters on both answers) or `preference` (DPO whose sign is the mode).
+        batch_size: questions per optimizer step; each is used in both modes, and with objectives `pairs` and
+            `preference` it is two rows, one an answer.
         accumulation: micro-batches that a step is cut into; the result is the same.
         revision, tokenizer: of the model, see `load_model`.
         dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
@@ -222,10 +242,12 @@ class TrainConfig:
 
     model: str = MISSING
     out: str = MISSING
+    objective: str = "paper"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     units: UnitConfig = dataclasses.field(default_factory=UnitConfig)
     icd: IcdConfig = dataclasses.field(default_factory=IcdConfig)
     filter: TokenFilterConfig = dataclasses.field(default_factory=TokenFilterConfig)
+    adapters: AdaptersConfig = dataclasses.field(default_factory=AdaptersConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -258,12 +280,43 @@ class TrainConfig:
                     f"{prefix}accumulation={stage.accumulation} does not divide "
                     f"{prefix}batch_size={stage.batch_size}"
                 )
+        if self.objective not in UNITS_OBJECTIVES:
+            raise UserError(f"objective={self.objective!r}: use one of {', '.join(UNITS_OBJECTIVES)}")
+        # What would be left unused without a word.
+        given = {
+            "filter.anti_expert_llm": (self.filter.anti_expert_llm, ("paper",)),
+            "filter.reuse": (self.filter.reuse, ("paper", "pairs")),
+            "icd.model": (self.icd.model, ("paper",)),
+            "adapters.right": (self.adapters.right, ("pairs",)),
+            "adapters.wrong": (self.adapters.wrong, ("pairs",)),
+        }
+        for name, (value, objectives) in given.items():
+            if value is not None and self.objective not in objectives:
+                only = " or ".join(objectives)
+                raise UserError(f"{name} goes with objective={only}, not with {self.objective}")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat={self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
         if self.attention not in ATTENTION_KINDS:
             raise UserError(f"attention={self.attention!r}: use one of {', '.join(ATTENTION_KINDS)}")
         if self.data.format not in FORMATS:
             raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
+
+    def adapters_to_train(self, *, only_icd: bool = False) -> list[str]:
+        """Which answers stage 1 trains an adapter on: `wrong`, `right`.
+
+        Args:
+            only_icd: the run stops after stage 1.
+
+        Raises:
+            UserError: it would have nothing to do.
+        """
+        if self.objective == "paper":
+            return ["wrong"] if only_icd or self.icd.enabled else []
+        given = dataclasses.asdict(self.adapters)
+        names = [n for n in ("wrong", "right") if given[n] is None] if self.objective == "pairs" else []
+        if only_icd and not names:
+            raise UserError(f"stage icd has nothing to train with objective={self.objective} as it is set")
+        return names
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

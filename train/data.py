@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +43,23 @@ class Example:
 
     Attributes:
         row: its number in the data source.
-        tokens: prompt and hallucinated answer, end of turn included.
+        tokens: prompt and answer, end of turn included.
         start: number of the prompt's tokens.
         fact: one bool an answer token: is it in T_fact?
+        right: is the answer the right one, or the hallucinated one?
     """
 
     row: int
     tokens: tuple[int, ...]
     start: int
     fact: tuple[bool, ...]
+    right: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One optimizer step's rows as arrays, in `A` micro-batches of `B` rows.
+    """One optimizer step's rows as arrays, in `A` micro-batches of `B` rows; in paired ones every two
+    neighbours answer one question.
 
     Position i of a row *predicts* token i + 1; masks and indices are of predicting positions.
 
@@ -143,29 +146,84 @@ def _halueval_from_hub() -> list[Row]:
     ]
 
 
+Question = tuple[Example, ...]
+"""Rows that a batch holds together: one, or a question's hallucinated and its right answer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizedData:
     """What a run trains on and what it is evaluated on.
 
     Attributes:
         train: questions with their hallucinated answers, every answer token in T_fact.
-        held_out: the same of rows that are never trained on.
-        right: the held-out questions with their right answers.
+        train_right: the same questions with their right answers.
+        held_out: questions that are never trained on, with their hallucinated answers.
+        right: the same with their right answers.
         statistics: how many rows were skipped and why, and how long right and hallucinated answers are.
     """
 
     train: list[Example]
+    train_right: list[Example]
     held_out: list[Example]
     right: list[Example]
     statistics: dict[str, Any]
+
+    def stage(self, answers: Sequence[str]) -> "StageData":
+        """Data of a stage that trains on `wrong` or `right` answers or, neighbouring rows, on both."""
+        train = {"wrong": self.train, "right": self.train_right}
+        held_out = {"wrong": self.held_out, "right": self.right}
+        return StageData(
+            *(list(zip(*(part[name] for name in answers), strict=True)) for part in (train, held_out)),
+            list(zip(self.held_out, self.right, strict=True)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageData:
+    """What a stage trains on and is measured on.
+
+    Attributes:
+        train: of every question the rows that a batch holds together.
+        held_out: the same of questions that are never trained on.
+        answers: the held-out questions with their hallucinated and their right answers, every answer token
+            in T_fact.
+    """
+
+    train: list[Question]
+    held_out: list[Question]
+    answers: list[tuple[Example, Example]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every training question's longest row."""
+        return [longest(question) for question in self.train]
 
     @property
     def fingerprint(self) -> str:
         """Hash of what is trained on, T_fact included."""
         digest = hashlib.sha256()
-        for example in self.train:
+        for example in flat(self.train):
             digest.update(json.dumps([example.start, example.tokens, example.fact]).encode())
         return digest.hexdigest()[:16]
+
+
+def check_pairs(tokenized: TokenizedData) -> None:
+    """Raises a `UserError` that names a row whose answers are equal, or the same to the tokenizer."""
+    stage = tokenized.stage(("wrong", "right"))
+    for wrong, right in stage.train + stage.held_out:
+        if wrong.tokens == right.tokens:
+            raise UserError(
+                f"row {wrong.row} of the data (counted from 0): its right and its hallucinated answer are "
+                "the same tokens: mend or remove it, or train with objective=paper"
+            )
+
+
+def flat(questions: Iterable[Question]) -> list[Example]:
+    return [example for question in questions for example in question]
+
+
+def longest(question: Question) -> int:
+    return max(len(example.tokens) for example in question)
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> TokenizedData:
@@ -184,23 +242,23 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
         raise UserError(f"all {len(rows)} rows have a text without tokens: check the data and the tokenizer")
     prompts = [render(tokenizer, rows[i].question, format) for i in numbers]
 
-    def with_answers(answers):
+    def with_answers(answers, right):
         texts = [f"{lead}{answer}{end}" for answer in answers]
         items = encode(tokenizer, prompts, texts, add_special_tokens=adds_special_tokens(format))
         return [
-            Example(int(i), item.tokens, item.start, (True,) * (len(item.tokens) - item.start))
+            Example(int(i), item.tokens, item.start, (True,) * (len(item.tokens) - item.start), right)
             for i, item in zip(numbers, items, strict=True)
         ]
 
-    wrong = with_answers([rows[i].hallucinated_answer for i in numbers])
-    right = with_answers([rows[i].right_answer for i in numbers])
+    wrong = with_answers([rows[i].hallucinated_answer for i in numbers], False)
+    right = with_answers([rows[i].right_answer for i in numbers], True)
     pairs = list(zip(wrong, right, strict=True))
     fitting = [pair for pair in pairs if max(len(e.tokens) for e in pair) <= config.max_length]
     used = fitting
     if config.length_ratio is not None:
         used = [p for p in fitting if _ratio(*(len(e.fact) for e in p)) <= config.length_ratio]
     held_out = _held_out([rows[e.row].question for e, _ in used], config)
-    train = [pair[0] for i, pair in enumerate(used) if i not in held_out]
+    train = [pair for i, pair in enumerate(used) if i not in held_out]
     skipped = {
         "a text without tokens": len(rows) - len(pairs),
         f"more than data.max_length={config.max_length} tokens": len(pairs) - len(fitting),
@@ -222,7 +280,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
         "length_auc": _auc(wrong_lengths, right_lengths),
     }
     kept_out = [used[i] for i in sorted(held_out)]
-    return TokenizedData(train, [w for w, _ in kept_out], [r for _, r in kept_out], statistics)
+    sides = ([pair[side] for pair in part] for part in (train, kept_out) for side in (0, 1))
+    return TokenizedData(*sides, statistics)
 
 
 def _ratio(a: int, b: int) -> float:
@@ -307,9 +366,9 @@ def epoch_order(
     return np.concatenate(batches)
 
 
-def taken(examples: Sequence[Example], config: TrainConfig, batch_size: int, steps: int) -> list[int]:
-    """Which examples any of that many steps takes: a run of less than an epoch leaves some alone."""
-    lengths = [len(example.tokens) for example in examples]
+def taken(lengths: Sequence[int], config: TrainConfig, batch_size: int, steps: int) -> list[int]:
+    """Which questions, of these lengths in tokens, any of that many steps takes: a run of less than an epoch
+    leaves some alone."""
     order = epoch_order(lengths, batch_size, config.seed, 0, config.data.group_by_length)
     return sorted(order[: steps * batch_size].tolist())
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from imae_jax.sharding import check_divisible, make_mesh
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
 from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
-from imae_jax.train.objectives import AnswerObjective, ImaeObjective, Objective
+from imae_jax.train.objectives import UNITS_OBJECTIVES, AnswerObjective, Objective, UnitsObjective
 from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR, RunLog
 from imae_jax.train.step import (
     at_least_one,
@@ -47,14 +47,24 @@ from imae_jax.train.step import (
     place_batch,
     state_shardings,
 )
-from imae_jax.train.token_filter import check_same_vocabulary, filter_tokens, log_statistics, show_filtered
+from imae_jax.train.token_filter import (
+    adapter_pair,
+    check_same_vocabulary,
+    filter_tokens,
+    log_statistics,
+    own_adapter,
+    show_filtered,
+)
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
 FINISHED_FILE = "finished.json"
-ICD_DIR, ADAPTER_DIR, FILTER_DIR = "icd", "adapter", "token_filter"
+ADAPTER_DIR, FILTER_DIR = "adapter", "token_filter"
+# Stage 1 and its directory, by the answers that it trains an adapter on.
+ICD_DIRS = {"wrong": "icd", "right": "icd_right"}
 LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
-RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, ICD_DIR, FILTER_DIR, *LOG_FILES)
+RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, FILTER_DIR)
+RUN_FILES += (*ICD_DIRS.values(), *LOG_FILES)
 # Settings that may change between a run and its continuation: they do not alter what a step computes, but
 # for the order in which devices and kernels add up.
 FREE_ON_RESUME = {"out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb"}
@@ -70,22 +80,22 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Trains anti-expert units and writes `OUT/imae`; with `icd.enabled` the anti-expert LLM before.
+    """Trains anti-expert units and writes `OUT/imae`; before that, the adapters that its objective needs.
 
     Beside it: `config.yaml`, `environment.json` (versions, git state, devices), `metrics.jsonl` (one
     object every `log_every` steps), `evaluation.jsonl` (held-out rows), `training.png`, `tensorboard/`,
-    `checkpoints/`, and `icd/` with the same and `adapter/`.
+    `checkpoints/`, and `icd/` with the same and `adapter/` (of right answers: `icd_right/`).
 
     Args:
         config: of the run.
-        only_icd: stop after the anti-expert LLM.
+        only_icd: stop after the adapters.
         resume: go on from the newest checkpoint in `config.out`.
         from_step: go on from this checkpoint instead; later ones are removed.
         overwrite: begin anew in a directory that holds a run.
         quiet: no progress bars and no samples of T_fact.
 
     Returns:
-        The IMAE directory, or the adapter's.
+        The IMAE directory, or that of the adapter that was trained last.
 
     Raises:
         UserError: a setting, file or model that does not work, or a loss that is not finite.
@@ -109,7 +119,8 @@ def _train(
     quiet: bool,
 ) -> Path:
     rows = data.load_rows(config.data)
-    mesh = run_mesh(config, only_icd or config.icd.enabled)
+    to_train = config.adapters_to_train(only_icd=only_icd)
+    mesh = run_mesh(config, bool(to_train))
     _check_output(out, config, resume, overwrite)
     lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
     model = load_model(
@@ -126,6 +137,11 @@ def _train(
     check_divisible(model.config, objective.anti_expert, mesh.shape)
     tokenized = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(tokenized, model.config)
+    if len(objective.answers) == 2:
+        data.check_pairs(tokenized)
+    adapters: dict[str, str | None] = dataclasses.asdict(config.adapters)
+    for reference in filter(None, adapters.values()):
+        own_adapter(reference, model)
     if is_main():
         data.log_statistics(tokenized.statistics)
     barrier("output checked")
@@ -139,19 +155,22 @@ def _train(
     try:
         with _stop_signals() as stop:
             run = Run(config, out, run_id, mesh, model, tokenized, resume, from_step, quiet, stop)
-            anti_expert_llm = config.filter.anti_expert_llm
-            if only_icd or config.icd.enabled:
-                adapter, trained = _train_icd(run, lora)
-                anti_expert_llm = anti_expert_llm or str(adapter)
-                if only_icd and not trained and from_step is not None:
-                    raise UserError(f"stage icd in {out} is finished: --from-step goes with unfinished ones")
-                if only_icd:
-                    return adapter
+            for answers in to_train:
+                adapter, trained = _train_icd(run, lora, answers)
+                adapters[answers] = str(adapter)
                 if trained:
                     run = dataclasses.replace(run, from_step=None)
-            return _train_units(run, objective, anti_expert_llm)
+            if only_icd and run.from_step is not None:
+                stages = " and ".join(ICD_DIRS[answers] for answers in to_train)
+                raise UserError(f"stage {stages} in {out} is finished: --from-step goes with unfinished ones")
+            if only_icd:
+                return adapter
+            if config.objective == "pairs":
+                return _train_units(run, objective, (adapters["right"], adapters["wrong"]))
+            anti_expert_llm = config.filter.anti_expert_llm or adapters["wrong"]
+            return _train_units(run, objective, () if anti_expert_llm is None else (anti_expert_llm,))
     except UserError:
-        results = [f"**/{CHECKPOINT_DIR}/[0-9]*", f"{FILTER_DIR}/*", f"{ICD_DIR}/{ADAPTER_DIR}"]
+        results = [f"**/{CHECKPOINT_DIR}/[0-9]*", f"{FILTER_DIR}/*", f"*/{ADAPTER_DIR}"]
         if is_main() and not any(any(out.glob(pattern)) for pattern in results):
             _remove_run(out)  # There is nothing to go on from.
         raise
@@ -197,29 +216,34 @@ class Run:
             raise Stopped(f"{message}: go on with --resume", number)
 
 
-def _train_icd(run: Run, lora: LoraConfig) -> tuple[Path, bool]:
-    """Stage 1, the anti-expert LLM: returns its adapter, and whether it was trained now or before."""
-    icd, out = run.config.icd, run.out / ICD_DIR
+def _train_icd(run: Run, lora: LoraConfig, answers: str) -> tuple[Path, bool]:
+    """Stage 1, an adapter on `wrong` or `right` answers: returns it, and whether it was trained just now."""
+    icd, name = run.config.icd, ICD_DIRS[answers]
+    out = run.out / name
     path, finished = out / ADAPTER_DIR, out / FINISHED_FILE
     model = run.model
     if icd.model is not None:
         model = load_model(icd.model, dtype=run.config.dtype, stacked=True, mesh=run.mesh)
         check_same_vocabulary(run.model, model, icd.model, run.data.train)
         _check_context(run.data, model.config)
-    identity = _identity(model, run.data)
+    stage = run.data.stage([answers])
+    identity = _identity(model, stage)
     if decide(is_adapter(path) and finished.is_file()):
         if read_json(finished) != identity:
             raise UserError(f"{path} belongs to another base or other data: restore them, or start anew")
         return path, False
-    optimizer = dataclasses.replace(icd.optimizer, steps=icd.steps(len(run.data.train)))
+    optimizer = dataclasses.replace(icd.optimizer, steps=icd.steps(len(stage.train)))
+    mode = {"wrong": "anti_expert_llm", "right": "right_llm"}[answers]
     deltas = run_stage(
         run,
-        "icd",
+        name,
         out,
-        AnswerObjective(lora, run.config.remat, run.config.attention),
-        model,
-        run.data,
+        AnswerObjective(lora, mode, run.config.remat, run.config.attention),
+        model.config,
+        model.model.weights(),
+        stage,
         _Schedule.of(icd, optimizer),
+        identity,
     )
     if is_main():
         reference, revision = model.base.reference, model.base.revision
@@ -231,19 +255,26 @@ def _train_icd(run: Run, lora: LoraConfig) -> tuple[Path, bool]:
     return path, True
 
 
-def _identity(model: LanguageModel, tokenized: data.TokenizedData) -> dict[str, str]:
+def _identity(model: LanguageModel, stage: data.StageData) -> dict[str, str]:
     """What a stage's results belong to."""
-    return {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": tokenized.fingerprint}
+    return {"base": model.base.fingerprint, "base dtype": model.base.dtype, "data": stage.fingerprint}
 
 
-def _train_units(run: Run, objective: ImaeObjective, anti_expert_llm: str | None) -> Path:
-    """Stages 2 and 3, the token filter and the units: returns the IMAE directory."""
-    config, train = run.config, list(run.data.train)
-    taken = data.taken(train, config, config.batch_size, config.optimizer.steps)
-    examples, kept = filter_tokens(
-        [train[i] for i in taken] + run.data.held_out,
+def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> Path:
+    """Stages 2 and 3, the token filter and the units: returns the IMAE directory.
+
+    Args:
+        run: of which these are stages.
+        objective: of the units.
+        models: of the token filter, see `filter_tokens`; objective `pairs` contrasts the same two adapters.
+    """
+    config = run.config
+    stage = run.data.stage(objective.answers)
+    taken = data.taken(stage.lengths, config, config.batch_size, config.optimizer.steps)
+    filtered, kept = filter_tokens(
+        data.flat([stage.train[i] for i in taken] + stage.held_out),
         run.model,
-        anti_expert_llm,
+        models,
         config.filter.gamma,
         run.out / FILTER_DIR,
         mesh=run.mesh,
@@ -251,27 +282,37 @@ def _train_units(run: Run, objective: ImaeObjective, anti_expert_llm: str | None
         reuse=None if config.filter.reuse is None else Path(config.filter.reuse),
         progress=run.progress,
     )
-    if anti_expert_llm is not None and is_main():
+    if models and is_main():
         log_statistics(kept)
         if not run.quiet:
-            show_filtered(examples, run.model.tokenizer)
-    for i, example in zip(taken, examples, strict=False):
-        train[i] = example
-    tokenized = dataclasses.replace(run.data, train=train, held_out=examples[len(taken) :])
+            show_filtered(filtered, run.model.tokenizer)
+    rows = iter(filtered)
+    train = list(stage.train)
+    for i in taken:
+        train[i] = tuple(next(rows) for _ in train[i])
+    held_out = [tuple(next(rows) for _ in question) for question in stage.held_out]
+    stage = dataclasses.replace(stage, train=train, held_out=held_out)
+    frozen, identity = run.model.model.weights(), _identity(run.model, stage) | objective.identity
+    if config.objective == "pairs":
+        adapters = [own_adapter(model, run.model) for model in models]
+        frozen = adapter_pair(frozen, adapters, run.mesh)
+        identity["adapters"] = " and ".join(a.fingerprint(run.model.base.fingerprint) for a in adapters)
     units = run_stage(
         run,
         "train",
         run.out,
         objective,
-        run.model,
-        tokenized,
+        run.model.config,
+        frozen,
+        stage,
         _Schedule.of(config, config.optimizer),
+        identity,
     )
     path = run.out / IMAE_DIR
     if is_main():
         write_imae_dir(
             path,
-            Weights(run.model.model.weights().base, units),
+            Weights(frozen.base, units),
             run.model.config,
             objective.anti_expert,
             base=dataclasses.asdict(run.model.base),
@@ -305,9 +346,11 @@ def run_stage(
     name: str,
     out: Path,
     objective: Objective,
-    model: LanguageModel,
-    tokenized: data.TokenizedData,
+    llama: LlamaConfig,
+    frozen: Weights,
+    stage: data.StageData,
     schedule: _Schedule,
+    identity: dict[str, str],
 ) -> Any:
     """Trains one objective; writes logs and checkpoints into `out`.
 
@@ -316,23 +359,24 @@ def run_stage(
         name: of the stage.
         out: its directory.
         objective: what to minimize.
-        model: the base, stacked.
-        tokenized: rows to train on and to measure on.
+        llama: config of the base.
+        frozen: the base, stacked, and what the objective needs besides.
+        stage: rows to train on and to measure on.
         schedule: of the stage.
+        identity: what its checkpoints belong to.
 
     Returns:
         The trained part, on the host.
     """
-    config, mesh, llama = run.config, run.mesh, model.config
+    config, mesh = run.config, run.mesh
     optimizer, learning_rate = make_optimizer(schedule.optimizer), make_schedule(schedule.optimizer)
     shardings = state_shardings(llama, objective, optimizer, mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
-    measure = _Measurement(llama, objective, mesh, tokenized, schedule.batch_size // schedule.accumulation)
-    base = model.model.weights().base
+    measure = _Measurement(llama, objective, mesh, stage, schedule.batch_size // schedule.accumulation)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     barrier(f"{name} begins")
-    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep, _identity(model, tokenized))
+    checkpoints = Checkpoints(out / CHECKPOINT_DIR, config.keep, identity)
     start = _start_of(checkpoints, run, out)
 
     begin = functools.partial(init_state, llama, objective, optimizer, shardings, config.seed)
@@ -346,7 +390,7 @@ def run_stage(
         wandb = {"project": config.wandb, "id": f"{run.id}-{name}", "name": f"{run.out.name} {name}"}
         wandb |= {"dir": str(run.out), "config": config.to_dict()}
         log = RunLog(out, start, wandb if config.wandb is not None else None)
-    lengths = [len(example.tokens) for example in tokenized.train]
+    lengths = stage.lengths
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=run.quiet)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -354,10 +398,10 @@ def run_stage(
             stack.callback(log.close)
         stack.enter_context(bar)
 
-        eval_every = config.eval_every if tokenized.held_out else None
+        eval_every = config.eval_every if stage.held_out else None
 
         def evaluate(trainable: Any, done: int, limit: int | None) -> None:
-            metrics = measure(trainable, base, limit)
+            metrics = measure(trainable, frozen, limit)
             if log is not None:
                 log.evaluation(done, metrics)
 
@@ -365,7 +409,7 @@ def run_stage(
             chosen = data.batch_rows(
                 lengths, schedule.batch_size, config.seed, step, config.data.group_by_length
             )
-            batch = data.make_batch([tokenized.train[i] for i in chosen], schedule.accumulation)
+            batch = data.make_batch(data.flat(stage.train[i] for i in chosen), schedule.accumulation)
             return batch, chosen, place_batch(batch, mesh)
 
         run.check_stop(f"stopped before stage {name}")
@@ -375,7 +419,7 @@ def run_stage(
         following = batch_of(start) if start < steps else None
         for done in range(start + 1, steps + 1):
             batch, chosen, placed = following
-            state, metrics = train_step(state, base, placed)
+            state, metrics = train_step(state, frozen, placed)
             tokens += int(batch.attention_mask.sum())
             # The next batch is laid out while the devices compute; then the loss is waited for, so that
             # no step is taken after one that failed.
@@ -385,7 +429,7 @@ def run_stage(
             if bad:
                 checkpoints.save(done - 1, state)
                 checkpoints.wait()
-                rows = [tokenized.train[i].row for i in chosen]
+                rows = [stage.train[i][0].row for i in chosen]
                 raise UserError(
                     f"{', '.join(bad)} not finite at step {done} of stage {name} (rows {rows}): the state "
                     f"before it is saved in {out / CHECKPOINT_DIR / str(done - 1)}; lower its learning_rate"
@@ -420,39 +464,53 @@ def run_stage(
 
 
 class _Measurement:
-    """Means over held-out rows: the losses, the gate of every layer, log-probabilities of right answers."""
+    """What held-out rows give: mean losses, the gate of every layer, how right and wrong answers fare."""
 
     def __init__(
         self,
         llama: LlamaConfig,
         objective: Objective,
         mesh: jax.sharding.Mesh,
-        tokenized: data.TokenizedData,
+        stage: data.StageData,
         batch_size: int,
     ):
         self._objective, self._mesh, self._batch_size = objective, mesh, batch_size
-        self._wrong, self._right = tokenized.held_out, tokenized.right
+        self._stage = stage
         self._losses, self._answers = make_evaluation(llama, objective, mesh)
 
-    def __call__(self, trainable: Any, base: Any, limit: int | None) -> dict[str, Any]:
-        totals = self._total(self._losses, self._wrong[:limit], trainable, base)
-        right = self._total(self._answers, self._right[:limit], trainable, base)
+    def __call__(self, trainable: Any, frozen: Weights, limit: int | None) -> dict[str, Any]:
+        """Of the first `limit` questions.
+
+        Of every mode: the mean log-probability of the tokens of `right_` and of `wrong_` answers; `margin_`,
+        by how much a right answer's summed log-probability exceeds the wrong one's, the mean over pairs;
+        `wins_`, the share of pairs where it does, ties counted half.
+        """
+        rows = data.flat(sorted(self._stage.held_out[:limit], key=data.longest))
+        parts = self._run(self._losses, rows, trainable, frozen)
+        totals = jax.tree.map(lambda *x: sum(x), *parts)
         sums, counts = totals["sums"], at_least_one(totals["counts"])
         metrics = {k: float(v) for k, v in self._objective.metrics(sums, counts).items()}
-        tokens = right.pop("tokens")
-        metrics |= {f"right_{mode}": float(value / tokens) for mode, value in right.items()}
+
+        pairs = sorted(self._stage.answers[:limit], key=data.longest)
+        parts = self._run(self._answers, data.flat(pairs), trainable, frozen)
+        tokens = np.array([[len(example.fact) for example in pair] for pair in pairs]).sum(axis=0)
+        for mode in parts[0]:
+            log_probs = np.concatenate([part[mode] for part in parts])[: 2 * len(pairs)].reshape(-1, 2)
+            margins = log_probs[:, 1] - log_probs[:, 0]
+            wrong, right = log_probs.sum(axis=0, dtype=np.float64) / tokens
+            wins = np.mean((np.sign(margins) + 1) / 2)
+            metrics |= {f"right_{mode}": float(right), f"wrong_{mode}": float(wrong)}
+            metrics |= {f"margin_{mode}": float(margins.mean()), f"wins_{mode}": float(wins)}
         per_layer = self._objective.per_layer(sums, counts)
         return metrics | {f"{k}_by_layer": np.asarray(v).tolist() for k, v in per_layer.items()}
 
-    def _total(self, function: Any, examples: list[data.Example], trainable: Any, base: Any) -> Any:
-        total = None
-        by_length = sorted(examples, key=lambda example: len(example.tokens))
-        for rows in data.in_batches(by_length, self._batch_size):
-            part = jax.device_get(
-                function(trainable, base, place_batch(data.make_batch(rows, 1), self._mesh))
-            )
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        return total
+    def _run(self, function: Any, rows: list[data.Example], trainable: Any, frozen: Weights) -> list[Any]:
+        """What `function` gives for every batch; rows of a question are neighbours."""
+        batches = data.in_batches(rows, len(self._objective.answers) * self._batch_size)
+        return [
+            jax.device_get(function(trainable, frozen, place_batch(data.make_batch(batch, 1), self._mesh)))
+            for batch in batches
+        ]
 
 
 def _start_of(checkpoints: Checkpoints, run: Run, out: Path) -> int:
@@ -524,7 +582,7 @@ def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     return mesh
 
 
-def units_objective(config: TrainConfig, llama: LlamaConfig) -> ImaeObjective:
+def units_objective(config: TrainConfig, llama: LlamaConfig) -> UnitsObjective:
     """What the units of a base are trained for, with their sizes.
 
     Raises:
@@ -539,7 +597,12 @@ def units_objective(config: TrainConfig, llama: LlamaConfig) -> ImaeObjective:
     sizes = AntiExpertConfig.scaled_to(llama, units.ratio)
     if units.intermediate_size is not None:
         sizes = AntiExpertConfig(units.intermediate_size)
-    return ImaeObjective(sizes, config.loss, config.remat, config.attention, units.first_layer)
+    keep = config.loss.keep
+    if keep is None:
+        keep = 0.0 if config.objective == "paper" else 1.0
+    return UNITS_OBJECTIVES[config.objective](
+        sizes, dataclasses.replace(config.loss, keep=keep), config.remat, config.attention, units.first_layer
+    )
 
 
 def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
@@ -612,7 +675,7 @@ def _create_output(out: Path) -> None:
 
 
 def _check_context(tokenized: data.TokenizedData, llama: LlamaConfig) -> None:
-    examples = tokenized.train + tokenized.held_out + tokenized.right
+    examples = tokenized.train + tokenized.train_right + tokenized.held_out + tokenized.right
     longest = max(len(example.tokens) for example in examples)
     for example in examples:
         llama.check_token_ids(example.tokens)

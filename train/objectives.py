@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import json
 from typing import Any, ClassVar
 
 import jax
@@ -11,18 +12,24 @@ from flax import nnx
 from imae_jax.anti_expert import AntiExpertUnits
 from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
 from imae_jax.llama import Taps, Weights, forward
-from imae_jax.lora import LoraDeltas
+from imae_jax.lora import LoraDeltas, adapter_factors
 from imae_jax.losses import (
     LossConfig,
     answer_loss_sums,
     fact_loss_sums,
     gate_loss_sums,
+    keep_loss_sums,
     metrics_of,
+    pair_loss_sums,
+    preference_loss_sums,
+    token_log_probs,
     token_weights,
     total_loss,
 )
 
 Arrays = dict[str, jax.Array]
+# Places of the adapters in `Weights.lora` of objective `pairs`.
+RIGHT, WRONG = 0, 1
 
 
 class Objective(abc.ABC):
@@ -33,14 +40,21 @@ class Objective(abc.ABC):
 
     shown: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that the progress bar shows."""
+    answers: ClassVar[tuple[str, ...]] = ("wrong",)
+    """The rows of each question, neighbours in a batch: see `data.TokenizedData.stage`."""
 
     @abc.abstractmethod
     def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
         """Declares the trainable part, stacked along layers, float32."""
 
     @abc.abstractmethod
-    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+    def attach(self, frozen: Weights, trainable: Any) -> Weights:
         """The model with its trainable part."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Settings that a checkpoint belongs to, besides its base and its data."""
+        return {}
 
     @abc.abstractmethod
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
@@ -64,12 +78,13 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        """Summed log-probability of the `fact` tokens in every mode of the model, `base` among them."""
+        """Summed log-probability of each row's `fact` tokens, float32 [B], in every mode of the model,
+        `base` among them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ImaeObjective(Objective):
-    """The anti-expert units' three losses (IMAE, section 3.2).
+class UnitsObjective(Objective):
+    """What the losses of the anti-expert units share: L_gate, L_keep, and the passes that all need.
 
     Attributes:
         anti_expert: sizes of the units.
@@ -87,10 +102,33 @@ class ImaeObjective(Objective):
 
     shown = ("loss", "anti", "expert", "gate")
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"objective": json.dumps([type(self).__name__, dataclasses.asdict(self.settings)])}
+
+    @abc.abstractmethod
+    def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
+        """Hidden states [B, T, D] that the losses need without a gradient; those of the base come first."""
+
+    @abc.abstractmethod
+    def mode_sums(
+        self,
+        weights: Weights,
+        batch: Arrays,
+        frozen: tuple[jax.Array, ...],
+        anti: jax.Array,
+        expert: jax.Array,
+    ) -> Arrays:
+        """Sums of L_anti and L_expert from the hidden states [B, T, D] of `frozen_rows` and of the modes."""
+
+    def mode_count(self, batch: Arrays) -> jax.Array:
+        """What those are means over: T_fact."""
+        return jnp.sum(token_weights(batch["fact_valid"], self.settings.mean))
+
     def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
         return AntiExpertUnits(llama, self.anti_expert, rngs=nnx.Rngs(seed), stack=llama.num_layers)
 
-    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
+    def attach(self, frozen: Weights, trainable: Any) -> Weights:
         def trained_above(stacked):
             trained = jnp.arange(len(stacked)) >= self.first_layer
             trained = trained.reshape(-1, *[1] * (stacked.ndim - 1))
@@ -98,15 +136,14 @@ class ImaeObjective(Objective):
 
         if self.first_layer:
             trainable = jax.tree.map(trained_above, trainable)
-        return Weights(base, units=trainable)
+        return dataclasses.replace(frozen, units=trainable)
 
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        """The base rows give p_target and carry no gradient: they run without units and nothing of
-        theirs is saved. The anti-expert and expert rows run as one doubled batch."""
+        """Rows without a gradient run without units, and nothing of theirs is saved. The anti-expert and
+        expert rows run as one doubled batch."""
         tokens, mask = batch["tokens"], batch["attention_mask"]
         B = tokens.shape[0]
-        frozen = Weights(jax.lax.stop_gradient(weights.base))
-        base = forward(frozen, llama, tokens, attention_mask=mask, attention=self.attention).hidden_states
+        frozen = jax.lax.stop_gradient(self.frozen_rows(weights, llama, batch))
         both = forward(
             weights,
             llama,
@@ -117,29 +154,30 @@ class ImaeObjective(Objective):
             remat=self.remat,
             attention=self.attention,
         )
-        sums = fact_loss_sums(
-            weights,
-            at_facts(batch, jax.lax.stop_gradient(base)),
-            at_facts(batch, both.hidden_states[:B]),
-            at_facts(batch, both.hidden_states[B:]),
-            batch["fact_targets"],
-            token_weights(batch["fact_valid"], self.settings.mean),
-            self.settings,
-        )
+        anti, expert = both.hidden_states[:B], both.hidden_states[B:]
+        sums = self.mode_sums(weights, batch, frozen, anti, expert)
         fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
-        weight = token_weights(answer, self.settings.mean)
-        return sums | gate_loss_sums(both.gates, fact, answer, weight)
+        sums |= gate_loss_sums(both.gates, fact, answer, token_weights(answer, self.settings.mean))
+        if self.settings.keep:
+            weight = token_weights(_other_tokens(batch), self.settings.mean)
+            sums |= keep_loss_sums(weights, frozen[0], anti, expert, weight)
+        return sums
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
         facts = jnp.sum(batch["fact"], dtype=jnp.float32)
         answers = jnp.sum(batch["answer"], dtype=jnp.float32)
         gates = 2 * llama.num_layers
-        return {
-            "fact": jnp.sum(token_weights(batch["fact_valid"], self.settings.mean)),
+        modes = self.mode_count(batch)
+        counts = {
+            "anti": modes,
+            "expert": modes,
             "gate": gates * jnp.sum(token_weights(batch["answer"], self.settings.mean)),
             "gate_on_fact": 2 * facts,
             "gate_off_fact": 2 * (answers - facts),
         }
+        if self.settings.keep:
+            counts["keep"] = jnp.sum(token_weights(_other_tokens(batch), self.settings.mean))
+        return counts
 
     def loss(self, sums: Arrays, counts: Arrays) -> jax.Array:
         return total_loss(sums, counts, self.settings)
@@ -152,21 +190,91 @@ class ImaeObjective(Objective):
 
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {
-            mode: _log_prob_sum(weights, llama, batch, strength=o, attention=self.attention)
+            mode: _answer_log_probs(weights, llama, batch, strength=o, attention=self.attention)
             for mode, o in {"base": None, "expert": -1.0, "anti_expert": 1.0}.items()
         }
 
 
+class ImaeObjective(UnitsObjective):
+    """Objective `paper`: hallucinated answers alone (IMAE, section 3.2)."""
+
+    def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
+        return (_base_rows(weights, llama, batch, self.attention),)
+
+    def mode_sums(self, weights, batch, frozen, anti, expert):
+        hidden = (at_facts(batch, x) for x in (*frozen, anti, expert))
+        weight = token_weights(batch["fact_valid"], self.settings.mean)
+        return fact_loss_sums(weights, *hidden, batch["fact_targets"], weight, self.settings)
+
+
+class PairsObjective(UnitsObjective):
+    """Objective `pairs`: the contrast of two adapters of the base, one trained on right and one on wrong
+    answers, on the tokens of both answers' sequences where they differ.
+
+    What both kinds of answers share (length, register) cancels in the contrast. `Weights.lora` holds the
+    adapters, as `lora.side_by_side` joins them.
+    """
+
+    answers = ("wrong", "right")
+
+    def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
+        """Base, right and wrong rows as one batch: each base weight is read once."""
+        B = batch["tokens"].shape[0]
+        output = forward(
+            weights,
+            llama,
+            jnp.concatenate([batch["tokens"]] * 3),
+            attention_mask=jnp.concatenate([batch["attention_mask"]] * 3),
+            adapter=adapter_factors(weights.lora, 2, (None, RIGHT, WRONG), B),
+            attention=self.attention,
+        )
+        return tuple(jnp.split(output.hidden_states, 3))
+
+    def mode_sums(self, weights, batch, frozen, anti, expert):
+        frozen = tuple(at_facts(batch, x) for x in frozen)
+        anti, expert = at_facts(batch, anti), at_facts(batch, expert)
+        weight = token_weights(batch["fact_valid"], self.settings.mean)
+        return pair_loss_sums(weights, frozen, anti, expert, weight, self.settings)
+
+
+class PreferenceObjective(UnitsObjective):
+    """Objective `preference`: DPO on pairs, with the base as reference and the mode as sign.
+
+    T_fact is every answer token: L_gate opens the gates on answers, L_keep is over the prompts.
+    """
+
+    answers = ("wrong", "right")
+
+    def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
+        return (_base_rows(weights, llama, batch, self.attention),)
+
+    def mode_sums(self, weights, batch, frozen, anti, expert):
+        pairs = (_fact_log_probs(weights, batch, hidden).reshape(-1, 2) for hidden in (*frozen, anti, expert))
+        return preference_loss_sums(*pairs, _whole_pairs(batch), self.settings)
+
+    def mode_count(self, batch: Arrays) -> jax.Array:
+        return jnp.sum(_whole_pairs(batch), dtype=jnp.float32)
+
+
+UNITS_OBJECTIVES: dict[str, type[UnitsObjective]] = {
+    "paper": ImaeObjective,
+    "pairs": PairsObjective,
+    "preference": PreferenceObjective,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerObjective(Objective):
-    """Cross-entropy on the hallucinated answers' tokens: the anti-expert LLM of ICD.
+    """Cross-entropy on the answers' tokens; on hallucinated ones it makes the anti-expert LLM of ICD.
 
     Attributes:
         lora: the low-rank deltas to train.
+        mode: what the adapted model is called where it is measured.
         remat, attention: see `llama.forward`.
     """
 
     lora: LoraConfig
+    mode: str = "anti_expert_llm"
     remat: str = "none"
     attention: str = "plain"
 
@@ -175,8 +283,8 @@ class AnswerObjective(Objective):
     def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
         return LoraDeltas(llama, self.lora, rngs=nnx.Rngs(seed), stack=llama.num_layers)
 
-    def attach(self, base: dict[str, Any], trainable: Any) -> Weights:
-        return Weights(base, lora=trainable, lora_scale=self.lora.scale)
+    def attach(self, frozen: Weights, trainable: Any) -> Weights:
+        return dataclasses.replace(frozen, lora=trainable, lora_scale=self.lora.scale)
 
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         output = forward(
@@ -202,15 +310,39 @@ class AnswerObjective(Objective):
 
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {
-            mode: _log_prob_sum(weights, llama, batch, adapter=factor, attention=self.attention)
-            for mode, factor in {"base": None, "anti_expert_llm": 1.0}.items()
+            mode: _answer_log_probs(weights, llama, batch, adapter=factor, attention=self.attention)
+            for mode, factor in {"base": None, self.mode: 1.0}.items()
         }
 
 
-def _log_prob_sum(weights: Weights, llama: LlamaConfig, batch: Arrays, **options: Any) -> jax.Array:
+def _base_rows(weights: Weights, llama: LlamaConfig, batch: Arrays, attention: str) -> jax.Array:
+    mask = batch["attention_mask"]
+    return forward(weights, llama, batch["tokens"], attention_mask=mask, attention=attention).hidden_states
+
+
+def _answer_log_probs(weights: Weights, llama: LlamaConfig, batch: Arrays, **options: Any) -> jax.Array:
     output = forward(weights, llama, batch["tokens"], attention_mask=batch["attention_mask"], **options)
-    hidden = at_facts(batch, output.hidden_states)
-    return -answer_loss_sums(weights, hidden, batch["fact_targets"], batch["fact_valid"])["nll"]
+    return _fact_log_probs(weights, batch, output.hidden_states)
+
+
+def _fact_log_probs(weights: Weights, batch: Arrays, hidden: jax.Array) -> jax.Array:
+    """Summed log-probability of each row's tokens of T_fact, float32 [B], from [B, T, D]."""
+    log_probs = token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"])
+    return jnp.sum(jnp.where(batch["fact_valid"], log_probs, 0.0), axis=-1)
+
+
+def _whole_pairs(batch: Arrays) -> jax.Array:
+    """Bool […, B / 2]: pairs that are not there to fill up a batch."""
+    valid = batch["fact_valid"].any(axis=-1)
+    return valid.reshape(*valid.shape[:-1], -1, 2).all(axis=-1)
+
+
+def _other_tokens(batch: Arrays) -> jax.Array:
+    """Bool […, B, T]: positions that predict a real token outside of T_fact."""
+    # Rows without an answer only fill up a batch.
+    real = batch["attention_mask"] & batch["answer"].any(axis=-1, keepdims=True)
+    predicting = jnp.pad(real[..., 1:], [(0, 0)] * (real.ndim - 1) + [(0, 1)])
+    return predicting & ~batch["fact"]
 
 
 def at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:

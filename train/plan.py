@@ -36,11 +36,12 @@ from imae_jax.cli import ArgumentParser, command
 from imae_jax.config import LlamaConfig, LoraConfig
 from imae_jax.convert.references import DTYPES, model_config
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama
+from imae_jax.llama import Llama, Weights
+from imae_jax.lora import side_by_side
 from imae_jax.sharding import check_divisible, sharding, shardings_of
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig, load_config
-from imae_jax.train.loop import run_mesh, units_objective
+from imae_jax.train.loop import ICD_DIRS, run_mesh, units_objective
 from imae_jax.train.objectives import AnswerObjective, Objective
 from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
 
@@ -86,8 +87,9 @@ class StagePlan:
     """What a stage holds at its peak, in bytes per device.
 
     Attributes:
-        name: `icd` or `units`.
-        base: frozen weights; in `icd` with `icd.model` those of both models.
+        name: `icd`, `icd_right` or `units`.
+        base: frozen weights; in `icd` with `icd.model` those of both models, in `units` of objective `pairs`
+            the adapters, too.
         trainable: the float32 weights that are trained.
         optimizer: Adam's moments and counters.
         batch: one step's rows; the next one's are placed while it runs, hence twice.
@@ -122,6 +124,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
     """Plans the stages that a run of this config goes through; compiles a step each, allocates nothing.
 
     A batch has rows of `data.max_length` tokens of which all but the first are in T_fact: the worst case.
+    Adapters that are given are counted as if stage 1 made them.
 
     Args:
         config: of the run.
@@ -134,17 +137,28 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
     units = units_objective(config, llama)
     check_divisible(llama, units.anti_expert, mesh.shape)
     stages = []
-    if config.icd.enabled:
+    lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
+    icd = AnswerObjective(lora, remat=config.remat, attention=config.attention)
+    to_train = config.adapters_to_train()
+    if to_train:
         icd_llama, icd_base, beside = llama, base, 0
         if config.icd.model is not None:
             icd_llama, icd_base = _abstract_base(config.icd.model, None, config.dtype, mesh)
             check_divisible(icd_llama, None, mesh.shape)
             beside = _total(_buffers(base))
-        lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
-        objective = AnswerObjective(lora, config.remat, config.attention)
-        stage = _plan_stage("icd", config, config.icd, icd_llama, icd_base, objective, mesh)
-        stages.append(dataclasses.replace(stage, base=stage.base + beside))
-    stages.append(_plan_stage("units", config, config, llama, base, units, mesh))
+        stage = _plan_stage("icd", config, config.icd, icd_llama, Weights(icd_base), icd, mesh)
+        stages += [
+            dataclasses.replace(stage, name=ICD_DIRS[answers], base=stage.base + beside)
+            for answers in to_train
+        ]
+    frozen = Weights(base)
+    if config.objective == "pairs":
+        placed = state_shardings(llama, icd, make_optimizer(config.icd.optimizer), mesh).trainable
+        module = nnx.eval_shape(lambda: icd.module(llama, 0))
+        deltas = jax.tree.map(_abstract, nnx.to_pure_dict(nnx.state(module)), placed)
+        both = jax.eval_shape(side_by_side, [(deltas, lora.scale)] * 2)
+        frozen = Weights(base, lora=jax.tree.map(_abstract, both, placed))
+    stages.append(_plan_stage("units", config, config, llama, frozen, units, mesh))
     return stages
 
 
@@ -153,7 +167,7 @@ def _plan_stage(
     config: TrainConfig,
     stage: TrainConfig | IcdConfig,
     llama: LlamaConfig,
-    base: Any,
+    frozen: Weights,
     objective: Objective,
     mesh: jax.sharding.Mesh,
 ) -> StagePlan:
@@ -164,21 +178,21 @@ def _plan_stage(
     # A model that knows shorter rows only is given no longer ones.
     length = min(config.data.max_length, llama.context_length)
     longest = data.Example(0, (0,) * length, 1, (True,) * (length - 1))
-    rows = data.make_batch([longest] * stage.batch_size, stage.accumulation)
+    rows = data.make_batch([longest] * (len(objective.answers) * stage.batch_size), stage.accumulation)
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
 
     step = make_train_step(llama, objective, optimizer, shardings, mesh)
     # float16 stands in for bfloat16 on CPU devices: see the module.
-    swap = _on_cpu(mesh) and base["embed"].dtype == jnp.bfloat16
-    compiled_base = jax.tree.map(lambda x: x.update(dtype=jnp.float16), base) if swap else base
-    lowered = step.lower(state, compiled_base, batch)
+    swap = _on_cpu(mesh) and frozen.dtype == jnp.bfloat16
+    base = jax.tree.map(lambda x: x.update(dtype=jnp.float16), frozen.base) if swap else frozen.base
+    lowered = step.lower(state, dataclasses.replace(frozen, base=base), batch)
     # A program that is not run needs no optimized machine code, and its memory does not depend on it.
     compiled = lowered.compile({"xla_backend_optimization_level": 0} if _on_cpu(mesh) else None)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     trainable = list(_buffers(state.trainable, "trainable/"))
     moments = list(_buffers(state.opt_state, "optimizer/"))
-    weights = list(_buffers(base, "base/"))
+    weights = [*_buffers(frozen.base, "base/"), *_buffers(frozen.lora, "adapters/")]
     gradients = _total(trainable)
     return StagePlan(
         name=name,
@@ -317,7 +331,7 @@ def _gib(size: int) -> str:
 
 def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> list[str]:
     """Settings that would make a stage smaller and are not at their end yet, the cheapest first."""
-    prefix, settings = ("icd.", config.icd) if stage.name == "icd" else ("", config)
+    prefix, settings = ("icd.", config.icd) if stage.name in ICD_DIRS.values() else ("", config)
     micro = settings.batch_size // settings.accumulation
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     ways = []
@@ -399,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, ["out=unused", *args.settings])
     name, capacity = _capacity(args.device, args.memory)
     _set_up_devices(config, args.devices, args.here)
-    mesh = run_mesh(config, config.icd.enabled)
+    mesh = run_mesh(config, bool(config.adapters_to_train()))
     stages = plan(config, mesh)
 
     from rich.console import Console

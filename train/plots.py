@@ -4,13 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-LOSSES = {"anti": "L_anti", "expert": "L_expert", "gate": "L_gate"}
+LOSSES = {"anti": "L_anti", "expert": "L_expert", "gate": "L_gate", "keep": "L_keep"}
 GATES = {"gate_on_fact": "gate on T_fact", "gate_off_fact": "gate off T_fact"}
 MODES = {
-    "right_base": "base",
-    "right_expert": "expert",
-    "right_anti_expert": "anti-expert",
-    "right_anti_expert_llm": "anti-expert LLM",
+    "base": "base",
+    "expert": "expert",
+    "anti_expert": "anti-expert",
+    "anti_expert_llm": "anti-expert LLM",
+    "right_llm": "right-answer LLM",
+}
+ANSWERS = {
+    "right": "log p of right answers' tokens",
+    "wrong": "log p of wrong answers' tokens",
+    "margin": "log p(right) − log p(wrong)",
+    "wins": "share of pairs where right wins",
+}
+# What held-out rows give of every mode, by its name in evaluation.jsonl.
+MEASURES = {
+    f"{key}_{mode}": f"{label}, {name}" for key, label in ANSWERS.items() for mode, name in MODES.items()
 }
 
 
@@ -28,9 +39,9 @@ def training_plot(
 
     names = {k: v for k, v in LOSSES.items() if k in lines[0]} or {"loss": "loss"}
     gates = {k: v for k, v in GATES.items() if any(line.get(k) for line in lines)}
-    modes = {k: v for k, v in MODES.items() if evaluations and k in evaluations[0]}
+    answers = {k: v for k, v in ANSWERS.items() if any(f"{k}_base" in line for line in evaluations)}
     by_layer = {k: v for k, v in gates.items() if evaluations and f"{k}_by_layer" in evaluations[-1]}
-    panels = 1 + bool(gates) + bool(modes) + bool(by_layer)
+    panels = 1 + bool(gates) + len(answers) + bool(by_layer)
     figure = Figure(figsize=(4 * panels, 3.2), layout="constrained")
     axes = iter(figure.subplots(1, panels, squeeze=False)[0])
 
@@ -49,11 +60,14 @@ def training_plot(
         ax = next(axes)
         curves(ax, gates)
         ax.set(xlabel="step", ylabel="mean gate", ylim=(0, 1))
-    if modes:
+    for answer, ylabel in answers.items():
         ax = next(axes)
-        for key, label in modes.items():
-            ax.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=4, label=label)
-        ax.set(xlabel="step", ylabel="log p of right answers' tokens")
+        for mode, label in MODES.items():
+            # An earlier version did not measure all of it.
+            points = [(e["step"], e[key]) for e in evaluations if (key := f"{answer}_{mode}") in e]
+            if points:
+                ax.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
+        ax.set(xlabel="step", ylabel=ylabel)
     if by_layer:
         ax = next(axes)
         for key, label in by_layer.items():

@@ -14,19 +14,20 @@ from imae_jax.language_model import BaseReference
 from imae_jax.llama import Weights
 from imae_jax.train.checkpoint import read_trainable, steps_in
 from imae_jax.train.config import TrainConfig, load_config
-from imae_jax.train.loop import CHECKPOINT_DIR, CONFIG_FILE, ICD_DIR, units_objective
+from imae_jax.train.loop import CHECKPOINT_DIR, CONFIG_FILE, ICD_DIRS, units_objective
 
 
 def write_result(
     run: Path, step: int | None, out: Path, *, base: str | None = None, overwrite: bool = False
 ) -> int:
-    """Writes a checkpoint's units as an IMAE directory or, of a run's `icd/`, its deltas as an adapter.
+    """Writes a checkpoint's units as an IMAE directory or, of stage 1 (`icd/`, `icd_right/`), its deltas as
+    an adapter.
 
     The checkpoint may be of any mesh and number of processes; the base is read to compare its weights. The
     run may be under way: nothing in its directory changes.
 
     Args:
-        run: the `out` of a training run, its `icd/`, or the `checkpoints/` in either.
+        run: the `out` of a training run, its `icd/` or `icd_right/`, or the `checkpoints/` in either.
         step: of the checkpoint; default: the newest.
         out: the new directory.
         base: where the base is now, if it has moved.
@@ -39,7 +40,7 @@ def write_result(
         UserError: no such run or checkpoint, a damaged one, or another base.
     """
     stage = run.parent if run.resolve().name == CHECKPOINT_DIR else run
-    is_icd = stage.resolve().name == ICD_DIR and not (stage / CONFIG_FILE).is_file()
+    is_icd = stage.resolve().name in ICD_DIRS.values() and not (stage / CONFIG_FILE).is_file()
     settings = (stage.parent if is_icd else stage) / CONFIG_FILE
     if not settings.is_file():
         raise UserError(f"{run} is no training run: {settings} does not exist")

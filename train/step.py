@@ -11,6 +11,7 @@ from flax import nnx
 
 from imae_jax.config import LlamaConfig
 from imae_jax.distributed import place
+from imae_jax.llama import Weights
 from imae_jax.sharding import sharding, shardings_of
 from imae_jax.train.config import OptimizerConfig
 from imae_jax.train.data import Batch
@@ -88,12 +89,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
     mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles `(state, base, batch) -> (state, metrics)`.
+) -> Callable[[TrainState, Weights, dict], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles `(state, frozen, batch) -> (state, metrics)`.
 
-    `state` is donated. `base` is an argument, since a closure would bake the weights into the program,
-    and is not differentiated: neither gradients nor optimizer state exist for it. Where the loss or the
-    gradients are not finite, the new state is the old one.
+    `state` is donated. `frozen`, the base and what the objective needs besides, is an argument, since a
+    closure would bake the weights into the program, and is not differentiated: neither gradients nor
+    optimizer state exist for it. Where the loss or the gradients are not finite, the new state is the old.
 
     Args:
         llama: config of the base.
@@ -107,19 +108,19 @@ def make_train_step(
         `lower` takes the same arguments, concrete or abstract, and returns `jax.stages.Lowered`.
     """
 
-    def loss_of(trainable, base, micro, counts):
-        sums = objective.sums(objective.attach(base, trainable), llama, micro)
+    def loss_of(trainable, frozen, micro, counts):
+        sums = objective.sums(objective.attach(frozen, trainable), llama, micro)
         return objective.loss(sums, counts), sums
 
-    def step(state: TrainState, base, batch):
+    def step(state: TrainState, frozen, batch):
         counts = at_least_one(objective.counts(llama, batch))
         gradient = jax.grad(loss_of, has_aux=True)
 
         def accumulate(carry, micro):
-            return jax.tree.map(jnp.add, carry, gradient(state.trainable, base, micro, counts)), None
+            return jax.tree.map(jnp.add, carry, gradient(state.trainable, frozen, micro, counts)), None
 
         first = jax.tree.map(lambda x: x[0], batch)
-        shape = jax.eval_shape(gradient, state.trainable, base, first, counts)
+        shape = jax.eval_shape(gradient, state.trainable, frozen, first, counts)
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
         (grads, sums), _ = jax.lax.scan(accumulate, start, batch)
         metrics = objective.metrics(sums, counts) | {"grad_norm": optax.tree.norm(grads)}
@@ -135,13 +136,13 @@ def make_train_step(
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding(mesh)))
 
-    def run(state, base, batch):
+    def run(state, frozen, batch):
         with jax.set_mesh(mesh):
-            return compiled(state, base, batch)
+            return compiled(state, frozen, batch)
 
-    def lower(state, base, batch):
+    def lower(state, frozen, batch):
         with jax.set_mesh(mesh):
-            return compiled.lower(state, base, batch)
+            return compiled.lower(state, frozen, batch)
 
     run.lower = lower
     return run
@@ -150,23 +151,21 @@ def make_train_step(
 def make_evaluation(
     llama: LlamaConfig, objective: Objective, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., dict], Callable[..., dict]]:
-    """Compiles what is measured on held-out rows; both take `(trainable, base, batch)`.
+    """Compiles what is measured on held-out rows; both take `(trainable, frozen, batch)`.
 
     Returns:
         A function for the losses, which gives `sums` and `counts` of the objective; and one for the
-        answers' log-probabilities, which gives `Objective.answer_log_probs` and the number of `tokens`.
-        The batch has one micro-batch.
+        answers' log-probabilities, `Objective.answer_log_probs`. The batch has one micro-batch.
     """
 
-    def losses(trainable, base, batch):
+    def losses(trainable, frozen, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        sums = objective.sums(objective.attach(base, trainable), llama, micro)
+        sums = objective.sums(objective.attach(frozen, trainable), llama, micro)
         return {"sums": sums, "counts": objective.counts(llama, batch)}
 
-    def answers(trainable, base, batch):
+    def answers(trainable, frozen, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        sums = objective.answer_log_probs(objective.attach(base, trainable), llama, micro)
-        return sums | {"tokens": jnp.sum(batch["fact_valid"], dtype=jnp.float32)}
+        return objective.answer_log_probs(objective.attach(frozen, trainable), llama, micro)
 
     def compile(function):
         compiled = jax.jit(function, out_shardings=sharding(mesh))

@@ -1,4 +1,4 @@
-"""T_fact: which tokens of the hallucinated answers are about facts (IMAE, section 3.2)."""
+"""T_fact: which tokens of the answers are about facts (IMAE, section 3.2)."""
 
 import dataclasses
 import hashlib
@@ -22,10 +22,11 @@ from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.llama import Weights, forward
+from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
 from imae_jax.sharding import sharding
 from imae_jax.train.data import Example, in_batches, make_batch
-from imae_jax.train.objectives import at_facts
+from imae_jax.train.objectives import RIGHT, WRONG, at_facts
 from imae_jax.train.step import place_batch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ Progress = Callable[[Sequence, str], Sequence]
 def filter_tokens(
     examples: Sequence[Example],
     base: LanguageModel,
-    anti_expert_llm: str | None,
+    models: Sequence[str],
     gamma: float,
     cache: Path,
     *,
@@ -49,15 +50,17 @@ def filter_tokens(
     reuse: Path | None = None,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Keeps the answer tokens with `log p_antiLLM − log p_base ≥ γ`.
+    """Keeps the answer tokens with `log p_antiLLM − log p_base ≥ γ`, or those with
+    `|log p_right − log p_wrong| ≥ γ`.
 
-    The log-ratios are stored in `cache` (Arrow), under a hash of the examples and both models, and
+    The log-ratios are stored in `cache` (Arrow), under a hash of the examples and all models, and
     computed once; γ only thresholds them.
 
     Args:
         examples: from `data.tokenize`, every answer token in T_fact.
         base: the model to be trained on.
-        anti_expert_llm: its model reference; None keeps every answer token.
+        models: reference of the anti-expert LLM; or those of two adapters of the base, trained on right and
+            on wrong answers; or none, which keeps every answer token.
         gamma: γ.
         cache: directory for the log-ratios.
         mesh: on which the base lies.
@@ -70,20 +73,22 @@ def filter_tokens(
         thirds of the answers' length, and `rows_without_facts`, which still train the gate to close.
 
     Raises:
-        UserError: the LLM has another vocabulary than the base, `reuse` holds no such log-ratios, or γ
-            keeps nothing.
+        UserError: the LLM has another vocabulary than the base, an adapter another base, `reuse` holds no
+            such log-ratios, or γ keeps nothing.
     """
-    if anti_expert_llm is None:
+    if not models:
         return list(examples), {"kept_share": 1.0}
-    adapter = adapter_of(anti_expert_llm, base.base.reference)
-    adapter = None if adapter is None else open_adapter(adapter, base.config)
-    path = cache / _key(examples, base, anti_expert_llm, adapter)
+    adapters = [
+        own_adapter(model, base) if len(models) == 2 or adapter_of(model, base.base.reference) else None
+        for model in models
+    ]
+    path = cache / _key(examples, base, models, adapters)
     stored = decide(path.exists())
     if reuse is not None and not stored:
         if not decide((reuse / path.name / MARKER).is_file()):
             raise UserError(
-                f"filter.reuse={reuse} holds no log-ratios of these rows, this base and {anti_expert_llm}: "
-                "leave it out to compute them"
+                f"filter.reuse={reuse} holds no log-ratios of these rows, this base and "
+                f"{' and '.join(models)}: leave it out to compute them"
             )
         if is_main():
             with new_directory(path, marker=MARKER) as temporary:
@@ -93,12 +98,13 @@ def filter_tokens(
     if stored:
         ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
     else:
-        ratios = _log_ratios(examples, base, anti_expert_llm, adapter, mesh, batch_size, progress)
+        ratios = _log_ratios(examples, base, models, adapters, mesh, batch_size, progress)
     if not stored and is_main():
         columns = {
             "row": [e.row for e in examples],
             "tokens": [list(e.tokens) for e in examples],
             "start": [e.start for e in examples],
+            "right": [e.right for e in examples],
             RATIO_COLUMN: [r.astype(np.float32).tolist() for r in ratios],
         }
         with new_directory(path, marker=MARKER) as temporary:
@@ -106,15 +112,13 @@ def filter_tokens(
             datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
 
     filtered = [
-        dataclasses.replace(example, fact=_marks(ratio, gamma))
+        dataclasses.replace(example, fact=_marks(ratio, gamma, two_sided=len(models) == 2))
         for example, ratio in zip(examples, ratios, strict=True)
     ]
     lengths = np.array([len(e.fact) for e in filtered])
     kept = np.array([sum(e.fact) for e in filtered])
     if kept.sum() == 0:
-        raise UserError(
-            f"filter.gamma={gamma} keeps no answer token: lower it, or train the anti-expert LLM longer"
-        )
+        raise UserError(f"filter.gamma={gamma} keeps no answer token: lower it, or train stage icd longer")
     share = float(kept.sum() / lengths.sum())
     thirds = np.array_split(np.argsort(lengths, kind="stable"), 3)
     statistics = {
@@ -131,8 +135,8 @@ def filter_tokens(
     return filtered, statistics
 
 
-def stored_examples(cache: Path, gamma: float) -> list[Example]:
-    """The examples whose log-ratios `filter_tokens` stored, with their T_fact.
+def stored_examples(cache: Path, gamma: float, *, two_sided: bool = False) -> list[Example]:
+    """The examples whose log-ratios `filter_tokens` stored, with their T_fact: `two_sided` for two adapters.
 
     Raises:
         UserError: `cache` does not hold the log-ratios of one run.
@@ -152,35 +156,64 @@ def stored_examples(cache: Path, gamma: float) -> list[Example]:
             row["row"],
             tuple(row["tokens"]),
             row["start"],
-            _marks(np.asarray(row[RATIO_COLUMN], np.float32), gamma),
+            _marks(np.asarray(row[RATIO_COLUMN], np.float32), gamma, two_sided),
+            row.get("right", False),
         )
         for row in rows
     ]
 
 
-def _marks(ratios: np.ndarray, gamma: float) -> tuple[bool, ...]:
-    return tuple((ratios >= gamma).tolist())
+def _marks(ratios: np.ndarray, gamma: float, two_sided: bool) -> tuple[bool, ...]:
+    return tuple(((np.abs(ratios) if two_sided else ratios) >= gamma).tolist())
+
+
+def own_adapter(reference: str, base: LanguageModel) -> Adapter:
+    """Opens a LoRA adapter of exactly this base.
+
+    Raises:
+        UserError: the reference is no such adapter.
+    """
+    path = adapter_of(reference, base.base.reference)
+    if path is None:
+        raise UserError(
+            f"{reference} is no LoRA adapter of {base.base.reference} in PEFT's format: objective=pairs "
+            "needs two that were trained on this very base"
+        )
+    return open_adapter(path, base.config)
+
+
+def adapter_pair(weights: Weights, adapters: Sequence[Adapter], mesh: jax.sharding.Mesh) -> Weights:
+    """The base with both adapters, numbered `objectives.RIGHT` and `WRONG`, side by side."""
+    deltas = [(adapter.read(stacked=True, mesh=mesh), adapter.lora.scale) for adapter in adapters]
+    with jax.set_mesh(mesh):
+        return dataclasses.replace(weights, lora=jax.jit(side_by_side)(deltas))
 
 
 def _log_ratios(
     examples: Sequence[Example],
     base: LanguageModel,
-    anti_expert_llm: str,
-    adapter: Adapter | None,
+    models: Sequence[str],
+    adapters: Sequence[Adapter | None],
     mesh: jax.sharding.Mesh,
     batch_size: int,
     progress: Progress,
 ) -> list[np.ndarray]:
-    """`log p_antiLLM − log p_base` of every answer token; `adapter` is the LLM, if it is one of this base."""
+    """`log p_antiLLM − log p_base`, or `log p_right − log p_wrong`, of every answer token; `adapters` are the
+    models that are adapters of this base."""
     weights, config = base.model.weights(), base.config
-    if adapter is not None:
-        deltas = adapter.read(stacked=True, mesh=mesh)
-        weights = dataclasses.replace(weights, lora=deltas, lora_scale=adapter.lora.scale)
-        compiled = jax.jit(_ratio_in_one_batch, static_argnums=1, out_shardings=sharding(mesh))
+    if adapters[0] is not None:
+        if len(adapters) == 2:
+            weights, numbers = adapter_pair(weights, adapters, mesh), (RIGHT, WRONG)
+        else:
+            deltas = adapters[0].read(stacked=True, mesh=mesh)
+            weights = dataclasses.replace(weights, lora=deltas, lora_scale=adapters[0].lora.scale)
+            numbers = (0, None)
+        compiled = jax.jit(_ratio_in_one_batch, static_argnums=(1, 3), out_shardings=sharding(mesh))
 
         def ratio(batch):
-            return compiled(weights, config, batch)
+            return compiled(weights, config, batch, numbers)
     else:
+        (anti_expert_llm,) = models
         llm = load_model(anti_expert_llm, dtype=base.base.dtype, stacked=True, mesh=mesh)
         check_same_vocabulary(base, llm, anti_expert_llm, examples)
         compiled = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
@@ -217,12 +250,16 @@ def _answer_log_probs(
     return token_log_probs(weights, at_facts(batch, output.hidden_states), batch["fact_targets"])
 
 
-def _ratio_in_one_batch(weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array]) -> jax.Array:
-    """Both models as rows of one batch over the same weights."""
+def _ratio_in_one_batch(
+    weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array], numbers: tuple[int | None, int | None]
+) -> jax.Array:
+    """Difference of the models of these numbers, as rows of one batch over the same weights."""
     B = batch["tokens"].shape[0]
     twice = {name: jnp.concatenate([x, x]) for name, x in batch.items()}
-    log_probs = _answer_log_probs(weights, config, twice, jnp.repeat(jnp.asarray([0.0, 1.0]), B))
-    return log_probs[B:] - log_probs[:B]
+    count = sum(number is not None for number in numbers)
+    factors = adapter_factors(weights.lora, count, numbers, B)
+    first, second = jnp.split(_answer_log_probs(weights, config, twice, factors), 2)
+    return first - second
 
 
 def check_same_vocabulary(
@@ -269,13 +306,19 @@ def show_filtered(examples: Sequence[Example], tokenizer: Any) -> None:
 
 
 def _key(
-    examples: Sequence[Example], base: LanguageModel, anti_expert_llm: str, adapter: Adapter | None
+    examples: Sequence[Example],
+    base: LanguageModel,
+    models: Sequence[str],
+    adapters: Sequence[Adapter | None],
 ) -> str:
     """Hash of everything that determines the log-ratios."""
     digest = hashlib.sha256()
     # Another model is read for this alone: if the log-ratios are there, it is not needed in memory.
-    llm = fingerprint(anti_expert_llm) if adapter is None else adapter.fingerprint(base.base.fingerprint)
-    models = [base.base.fingerprint, base.base.dtype, llm]
+    compared = [
+        fingerprint(model) if adapter is None else adapter.fingerprint(base.base.fingerprint)
+        for model, adapter in zip(models, adapters, strict=True)
+    ]
+    models = [base.base.fingerprint, base.base.dtype, *compared]
     digest.update(json.dumps(models).encode())
     for example in examples:
         digest.update(json.dumps([example.start, example.tokens]).encode())
