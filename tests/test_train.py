@@ -494,7 +494,7 @@ def test_units_do_not_resume_with_other_adapters(settings, tiny, tmp_path, capfd
         shutil.copytree(tmp_path / other, out / name / "adapter")
     capfd.readouterr()
     assert main([*run, "--resume"]) == 2
-    assert "belongs to another adapters" in capfd.readouterr().err
+    assert "belongs to another pair of adapters" in capfd.readouterr().err
 
 
 BAD_SETTINGS = {

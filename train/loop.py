@@ -296,7 +296,9 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
     if config.objective == "pairs":
         adapters = [own_adapter(model, run.model) for model in models]
         frozen = adapter_pair(frozen, adapters, run.mesh)
-        identity["adapters"] = " and ".join(a.fingerprint(run.model.base.fingerprint) for a in adapters)
+        identity["pair of adapters"] = " and ".join(
+            a.fingerprint(run.model.base.fingerprint) for a in adapters
+        )
     units = run_stage(
         run,
         "train",
