@@ -13,6 +13,10 @@ COMMANDS = {
     "generate": ("imae_jax.generate", "continue prompts in any mode or with any method"),
     "train": ("imae_jax.train.__main__", "train anti-expert units: OUT/imae"),
     "train plan": ("imae_jax.train.plan", "the memory that a training run needs"),
+    "train pairs": (
+        "imae_jax.train.pairs",
+        "what a file of right and wrong answers is like",
+    ),
     "convert": ("imae_jax.convert.__main__", "export to HuggingFace, import, take a checkpoint of a run"),
     "evaluate truthfulqa": ("imae_jax.evaluate.truthfulqa", "TruthfulQA: MC1, MC2, MC3"),
     "evaluate halueval": ("imae_jax.evaluate.halueval", "right or hallucinated answers of HaluEval"),

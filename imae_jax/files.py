@@ -1,6 +1,8 @@
 """Reading what users give, and writing results so that nothing half-written stays behind."""
 
 import contextlib
+import csv
+import io
 import json
 import logging
 import os
@@ -157,6 +159,21 @@ def read_rows(path: str | os.PathLike, name: str) -> list[tuple[str, Any]]:
             rows += [(place, json.loads(line))] if line.strip() else []
         except ValueError as error:
             raise UserError(f"{place} is not JSON: {error}") from error
+    return rows
+
+
+def read_csv(path: str | os.PathLike, name: str) -> list[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file with a header line, each with its place for errors; see `read_rows`.
+
+    A cell that a short line lacks is missing from its row; cells without a header are dropped.
+    """
+    reader, rows = csv.DictReader(io.StringIO(read_text(path, name), newline=""), strict=True), []
+    try:
+        for cells in reader:
+            there = {key: cell for key, cell in cells.items() if key is not None and cell is not None}
+            rows.append((f"{path} line {reader.line_num}", there))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
     return rows
 
 

@@ -181,7 +181,7 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
     assert top == {"imae_jax"}
     files = [
         "train/configs/demo.yaml",
-        "train/data/demo.jsonl",
+        *("train/data/demo.jsonl", "train/data/pairs.jsonl"),
         "evaluate/data/demo_primer.txt",
         "convert/model_card.md.jinja",
         *(f"convert/torch_side/{name}" for name in SHIPPED),

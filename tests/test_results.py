@@ -17,8 +17,8 @@ from imae_jax.evaluate.cost import main as cost
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.questions import load_data
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
-from imae_jax.train.config import load_config
-from imae_jax.train.data import read_jsonl
+from imae_jax.train.config import DataConfig, load_config
+from imae_jax.train.data import load_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -195,14 +195,14 @@ def test_controls_name_a_missing_file(tmp_path):
 def test_controls_swap_answers_and_keep_pairs_of_equal_length(tiny_imae, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     run_script("controls", "right-answers", rows, tmp_path / "swapped.jsonl")
-    before, after = read_jsonl(rows), read_jsonl(tmp_path / "swapped.jsonl")
+    before, after = (load_rows(DataConfig(source=str(p))) for p in (rows, tmp_path / "swapped.jsonl"))
     assert [(r.question, r.hallucinated_answer) for r in after] == [
         (r.question, r.right_answer) for r in before
     ]
 
     tokenizer = json.loads((tiny_imae.directory / "imae_config.json").read_text())["base"]["reference"]
     run_script("controls", "matched-pairs", rows, tmp_path / "matched.jsonl", "--tokenizer", tokenizer)
-    matched = read_jsonl(tmp_path / "matched.jsonl")
+    matched = load_rows(DataConfig(source=str(tmp_path / "matched.jsonl")))
     # Right answers have 3 tokens, hallucinated ones 3, 4, 5 and 6 in turn; the limit is a factor of 1.25.
     assert matched == before[::4]
 

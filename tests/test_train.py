@@ -562,7 +562,7 @@ def test_bad_rows_are_named(tmp_path, kind):
     path = write_rows(tmp_path / "rows.jsonl", 1)
     path.write_text(path.read_text() + line + "\n")
     with user_error(path, *parts):
-        data.read_jsonl(path)
+        data.load_rows(data.DataConfig(source=str(path)))
 
 
 def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capfd):
@@ -607,7 +607,7 @@ def test_damaged_files_of_a_run(settings, tmp_path, capfd):
 def test_halueval_is_a_local_file_or_the_hub(tmp_path):
     path = write_rows(tmp_path / "halueval_qa.jsonl", 3)
     rows = data.load_rows(data.DataConfig(source="halueval", path=str(path), limit=2))
-    assert rows == data.read_jsonl(path)[:2]
+    assert rows == data.load_rows(data.DataConfig(source=str(path)))[:2]
     with user_error("cannot be fetched from the hub", "data.path=FILE.jsonl"):
         data.load_rows(data.DataConfig(source="halueval"))
     with user_error("data.path goes with data.source=halueval"):
@@ -617,7 +617,7 @@ def test_halueval_is_a_local_file_or_the_hub(tmp_path):
 def test_lines_end_at_line_feeds_alone(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", 2)
     path.write_text(path.read_text().replace(" t", " \u2028t", 1), encoding="utf-8")
-    assert len(data.read_jsonl(path)) == 2
+    assert len(data.load_rows(data.DataConfig(source=str(path)))) == 2
 
 
 def test_resume_without_a_run(settings, capfd):

@@ -1,18 +1,19 @@
 """`python -m imae_jax.train`: trains anti-expert units on a frozen LLM."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_process_arguments, command
 
+COMMANDS = {name: f"imae_jax.train.{name}" for name in ("plan", "pairs")}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["plan"]:
-        from imae_jax.train.plan import main as plan
-
-        return plan(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     return train_command(arguments)
 
 
@@ -22,7 +23,7 @@ def train_command(argv: Sequence[str]) -> None:
         prog="python -m imae_jax.train",
         description="Trains anti-expert units on a frozen LLM and writes OUT/imae.",
         epilog="With `icd` before the settings it stops after the anti-expert LLM; `python -m "
-        "imae_jax.train plan --help` tells what a run needs in memory.",
+        "imae_jax.train plan --help` tells what a run needs in memory, `… pairs --help` what data are like.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

@@ -21,13 +21,24 @@ CONFIG_DIRECTORY = Path(__file__).parent / "configs"
 
 
 @dataclasses.dataclass
+class ColumnsConfig:
+    """Names of a data source's columns; the defaults are HaluEval QA's fields."""
+
+    question: str = "question"
+    right: str = "right_answer"
+    wrong: str = "hallucinated_answer"
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Where the questions come from and how they become tokens.
 
     Attributes:
-        source: `demo` (shipped with the package), `halueval`, or a JSONL file with HaluEval QA's
-            fields `question`, `right_answer`, `hallucinated_answer`.
+        source: `demo` or `pairs` (shipped with the package: 255 questions, and 600),
+            `halueval`, a JSONL, JSON or CSV file, or a data set's id on the hub (`owner/name`).
         path: the local JSONL file of `halueval`; without it the hub is asked.
+        columns: where the source has the question, its right and its wrong answer.
+        hub_name, hub_split: which configuration and split of a data set on the hub.
         format: `chat` (the model's chat template), `plain` (`Q: …\\nA: …`), or `auto`: chat where the
             tokenizer has a template.
         max_length: rows with more tokens, in either answer, are skipped and counted.
@@ -43,6 +54,9 @@ class DataConfig:
 
     source: str = "demo"
     path: str | None = None
+    columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
+    hub_name: str | None = None
+    hub_split: str = "train"
     format: str = "auto"
     max_length: int = 512
     limit: int | None = None

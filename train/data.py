@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from imae_jax.convert.references import HUB_ID
 from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import read_rows
+from imae_jax.evaluate.stats import length_auc
+from imae_jax.files import read_csv, read_rows
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
-from imae_jax.train.config import DataConfig, TrainConfig
+from imae_jax.train.config import ColumnsConfig, DataConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-DEMO_FILE = Path(__file__).parent / "data" / "demo.jsonl"
+# `pairs` has 230 of the demo's 255: TriviaQA or NQ ask for the facts of the others. The demo keeps a file of
+# its own, so that published runs can be repeated.
+SHIPPED = {name: Path(__file__).parent / "data" / f"{name}.jsonl" for name in ("demo", "pairs")}
+FILE_TYPES = (".jsonl", ".json", ".csv")
 HALUEVAL_HUB_ID = "pminervini/HaluEval"
-FIELDS = ("question", "right_answer", "hallucinated_answer")
 # Above this, the lengths of right and hallucinated answers all but tell which is which.
 TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
@@ -91,59 +95,71 @@ def load_rows(config: DataConfig) -> list[Row]:
     """Reads the rows of a data source.
 
     Raises:
-        UserError: names the file, line and field that is wrong.
+        UserError: names the file, line and column that is wrong.
     """
-    if config.path is not None and config.source != "halueval":
-        raise UserError(f"data.path goes with data.source=halueval, not with {config.source!r}")
-    if config.source == "demo":
-        rows = read_jsonl(DEMO_FILE)
-    elif config.source == "halueval":
-        rows = read_jsonl(Path(config.path)) if config.path else _halueval_from_hub()
-    else:
-        rows = read_jsonl(Path(config.source))
+    rows = [to_row(values, place, config.columns) for place, values in read_source(config)]
     return rows[: config.limit]
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """Reads a JSONL file, or a JSON list, with HaluEval QA's fields."""
-    rows = [_row(values, place) for place, values in read_rows(path, "data file")]
+def read_source(config: DataConfig) -> list[tuple[str, Any]]:
+    """The values of a data source before they are checked, each with its place for errors.
+
+    Raises:
+        UserError: there is no such source, it cannot be read or is empty.
+    """
+    source, is_file = config.source, Path(config.source).suffix in FILE_TYPES
+    if config.path is not None and source != "halueval":
+        raise UserError(f"data.path goes with data.source=halueval, not with {source!r}")
+    if source in SHIPPED:
+        return _read_file(SHIPPED[source])
+    if source == "halueval":
+        if config.path is None:
+            return _read_hub(HALUEVAL_HUB_ID, "qa", "data", "pass data.path=FILE.jsonl")
+        return _read_file(Path(config.path))
+    if not is_file and not Path(source).exists() and HUB_ID.fullmatch(source):
+        return _read_hub(source, config.hub_name, config.hub_split, "give a file, or the hub's own names")
+    return _read_file(Path(source))
+
+
+def _read_file(path: Path) -> list[tuple[str, Any]]:
+    rows = read_csv(path, "data file") if path.suffix == ".csv" else read_rows(path, "data file")
     if not rows:
         raise UserError(f"data file {path} holds no rows")
     return rows
 
 
-def _row(values: Any, place: str) -> Row:
-    if not isinstance(values, dict):
-        raise UserError(f"{place} is not a JSON object")
-    for field in FIELDS:
-        value = values.get(field)
-        if not isinstance(value, str):
-            raise UserError(f"{place} has no text field {field!r}: HaluEval QA's fields are needed")
-        if not value.strip():
-            raise UserError(f"{place} has an empty {field}: fill or remove the row")
-    return Row(**{field: values[field].strip() for field in FIELDS})
-
-
-def _halueval_from_hub() -> list[Row]:
+def _read_hub(name: str, subset: str | None, split: str, advice: str) -> list[tuple[str, Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(HALUEVAL_HUB_ID, "qa", split="data")
+        table = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # The hub client's errors share no base class.
-        raise UserError(
-            f"HaluEval QA cannot be fetched from the hub ({first_line(error)}): pass data.path=FILE.jsonl"
-        ) from error
-    return [
-        _row(
-            {
-                "question": r["question"],
-                "right_answer": r["right_answer"],
-                "hallucinated_answer": r["hallucinated_answer"],
-            },
-            f"{HALUEVAL_HUB_ID} row {i}",
-        )
-        for i, r in enumerate(table)
-    ]
+        raise UserError(f"{name} cannot be fetched from the hub ({first_line(error)}): {advice}") from error
+    return [(f"{name} row {i}", dict(values)) for i, values in enumerate(table)]
+
+
+def to_row(values: Any, place: str, columns: ColumnsConfig) -> Row:
+    """A row from its columns.
+
+    Raises:
+        UserError: a column is missing or empty, or the two answers are the same.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{place} is not a JSON object")
+    texts = {}
+    for setting, column in dataclasses.asdict(columns).items():
+        value = values.get(column)
+        if column not in values:
+            has = ", ".join(str(key) for key in values if key) or "none"
+            raise UserError(f"{place} has no column {column!r}, but {has}: set data.columns.{setting}=NAME")
+        if not isinstance(value, str):
+            raise UserError(f"{place} has no text in {column!r}: fill or remove the row")
+        if not value.strip():
+            raise UserError(f"{place} has an empty {column}: fill or remove the row")
+        texts[setting] = value.strip()
+    if texts["right"] == texts["wrong"]:
+        raise UserError(f"{place} has the same right and wrong answer: change or remove the row")
+    return Row(texts["question"], texts["right"], texts["wrong"])
 
 
 Question = tuple[Example, ...]
@@ -253,7 +269,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     wrong = with_answers([rows[i].hallucinated_answer for i in numbers], False)
     right = with_answers([rows[i].right_answer for i in numbers], True)
     pairs = list(zip(wrong, right, strict=True))
-    fitting = [pair for pair in pairs if max(len(e.tokens) for e in pair) <= config.max_length]
+    distinct = [pair for pair in pairs if pair[0].tokens != pair[1].tokens]
+    fitting = [pair for pair in distinct if max(len(e.tokens) for e in pair) <= config.max_length]
     used = fitting
     if config.length_ratio is not None:
         used = [p for p in fitting if _ratio(*(len(e.fact) for e in p)) <= config.length_ratio]
@@ -261,7 +278,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     train = [pair for i, pair in enumerate(used) if i not in held_out]
     skipped = {
         "a text without tokens": len(rows) - len(pairs),
-        f"more than data.max_length={config.max_length} tokens": len(pairs) - len(fitting),
+        "answers of the same tokens": len(pairs) - len(distinct),
+        f"more than data.max_length={config.max_length} tokens": len(distinct) - len(fitting),
         "answers of unequal length": len(fitting) - len(used),
     }
     if not train:
@@ -277,7 +295,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
         "skipped": skipped,
         "mean_tokens_right_answer": float(right_lengths.mean()),
         "mean_tokens_hallucinated_answer": float(wrong_lengths.mean()),
-        "length_auc": _auc(wrong_lengths, right_lengths),
+        "length_auc": length_auc(right_lengths, wrong_lengths),
     }
     kept_out = [used[i] for i in sorted(held_out)]
     sides = ([pair[side] for pair in part] for part in (train, kept_out) for side in (0, 1))
@@ -320,14 +338,6 @@ def log_statistics(statistics: dict[str, Any]) -> None:
             "an anti-expert can learn to write long answers instead of wrong ones: see data.length_ratio and "
             "loss.mean"
         )
-
-
-def _auc(first: np.ndarray, second: np.ndarray) -> float:
-    """Chance that a draw of `first` exceeds one of `second`, ties half: 0.5 if lengths tell nothing."""
-    ordered = np.sort(second)
-    below = np.searchsorted(ordered, first, side="left")
-    not_above = np.searchsorted(ordered, first, side="right")
-    return float((below + not_above).mean() / (2 * len(second)))
 
 
 def batch_rows(
