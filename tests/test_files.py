@@ -11,8 +11,8 @@ from imae_jax.evaluate.protocols import load_primer
 from imae_jax.evaluate.questions import load_data
 from imae_jax.evaluate.runs import parse_methods
 from imae_jax.files import read_rows, read_text
-from imae_jax.train.config import load_config
-from imae_jax.train.data import read_jsonl
+from imae_jax.train.config import DataConfig, load_config
+from imae_jax.train.data import load_rows
 
 
 def with_mark(path):
@@ -41,8 +41,12 @@ def text(content):
     return write
 
 
+def read_pairs(path):
+    return load_rows(DataConfig(source=str(path)))
+
+
 READERS = {
-    "rows.jsonl": (write_rows, read_jsonl),
+    "rows.jsonl": (write_rows, read_pairs),
     "questions.csv": (write_questions, lambda path: load_data(str(path)).questions),
     "targets.jsonl": (targets, lambda path: load_data(str(path), "targets").questions),
     "texts.jsonl": (texts, read_texts),
@@ -69,7 +73,7 @@ def test_a_list_is_read_as_lines_are(tmp_path):
     for indent in (None, 2):
         (tmp_path / "rows.json").write_text(json.dumps(rows, indent=indent))
         for path in (tmp_path / "rows.json", with_mark(tmp_path / "rows.json")):
-            assert read_jsonl(path) == read_jsonl(lines)
+            assert read_pairs(path) == read_pairs(lines)
     one = json.loads(targets(tmp_path / "targets.jsonl").read_text())
     for suffix in ("json", "jsonl"):
         (tmp_path / f"list.{suffix}").write_text(json.dumps([one, one | {"question": "How?"}]))
