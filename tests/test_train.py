@@ -220,7 +220,7 @@ def test_loss_is_on_the_answer_and_its_end_of_turn(smollm2, format):
 
 def test_length_matched_data(smollm2):
     rows = [
-        data.Row("Why?", "Because.", "Because."),
+        data.Row("Why?", "Because.", "Perhaps."),
         data.Row("Why?", "Because.", "Because of a very long and quite unlikely story."),
     ]
     config = data.DataConfig(format="plain")
