@@ -84,12 +84,11 @@ def test_equal_answers_and_damaged_tables_are_named(tmp_path):
         load_rows(config_of(f"data.source={path}", *NAMED))
 
 
-def test_answers_of_the_same_tokens_are_skipped_and_counted(checkpoint):
+def test_answers_of_the_same_tokens_are_refused(checkpoint):
     # Both words are unknown to the tiny tokenizer.
-    rows = [Row("t3", "hello", "bye"), Row("t3 t4", "t5", "t6")]
-    tokenized = tokenize(rows, checkpoint.load().tokenizer, DataConfig(format="plain"))
-    assert [example.row for example in tokenized.train] == [1]
-    assert tokenized.statistics["skipped"]["answers of the same tokens"] == 1
+    rows = [Row("t3 t4", "t5", "t6"), Row("t3", "hello", "bye")]
+    with user_error("row 1", "'hello'", "same tokens"):
+        tokenize(rows, checkpoint.load().tokenizer, DataConfig(format="plain"))
 
 
 @pytest.mark.parametrize(

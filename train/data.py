@@ -223,17 +223,6 @@ class StageData:
         return digest.hexdigest()[:16]
 
 
-def check_pairs(tokenized: TokenizedData) -> None:
-    """Raises a `UserError` that names a row whose answers are equal, or the same to the tokenizer."""
-    stage = tokenized.stage(("wrong", "right"))
-    for wrong, right in stage.train + stage.held_out:
-        if wrong.tokens == right.tokens:
-            raise UserError(
-                f"row {wrong.row} of the data (counted from 0): its right and its hallucinated answer are "
-                "the same tokens: mend or remove it, or train with objective=paper"
-            )
-
-
 def flat(questions: Iterable[Question]) -> list[Example]:
     return [example for question in questions for example in question]
 
@@ -246,7 +235,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     """Tokenizes questions with their answers and holds some rows out.
 
     Raises:
-        UserError: `chat` without a chat template, or no row is left to train on.
+        UserError: `chat` without a chat template, a row whose two answers are the same tokens, or no row is
+            left to train on.
     """
     format = resolve_format(tokenizer, config.format)
     lead, end = answer_frame(tokenizer, format)
@@ -269,8 +259,13 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     wrong = with_answers([rows[i].hallucinated_answer for i in numbers], False)
     right = with_answers([rows[i].right_answer for i in numbers], True)
     pairs = list(zip(wrong, right, strict=True))
-    distinct = [pair for pair in pairs if pair[0].tokens != pair[1].tokens]
-    fitting = [pair for pair in distinct if max(len(e.tokens) for e in pair) <= config.max_length]
+    for example, right_example in pairs:
+        if example.tokens == right_example.tokens:
+            raise UserError(
+                f"row {example.row} of the data (counted from 0) has two answers of the same tokens "
+                f"({rows[example.row].right_answer!r}): change or remove it"
+            )
+    fitting = [pair for pair in pairs if max(len(e.tokens) for e in pair) <= config.max_length]
     used = fitting
     if config.length_ratio is not None:
         used = [p for p in fitting if _ratio(*(len(e.fact) for e in p)) <= config.length_ratio]
@@ -278,8 +273,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     train = [pair for i, pair in enumerate(used) if i not in held_out]
     skipped = {
         "a text without tokens": len(rows) - len(pairs),
-        "answers of the same tokens": len(pairs) - len(distinct),
-        f"more than data.max_length={config.max_length} tokens": len(distinct) - len(fitting),
+        f"more than data.max_length={config.max_length} tokens": len(pairs) - len(fitting),
         "answers of unequal length": len(fitting) - len(used),
     }
     if not train:

@@ -137,8 +137,6 @@ def _train(
     check_divisible(model.config, objective.anti_expert, mesh.shape)
     tokenized = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(tokenized, model.config)
-    if len(objective.answers) == 2:
-        data.check_pairs(tokenized)
     adapters: dict[str, str | None] = dataclasses.asdict(config.adapters)
     for reference in filter(None, adapters.values()):
         own_adapter(reference, model)
