@@ -7,20 +7,16 @@ i − 1, as the training loss reads it; nobody predicts the first token. The pag
 
 import base64
 import dataclasses
-import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imae_jax import runtime
-from imae_jax.anti_expert import MODES
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
@@ -30,16 +26,16 @@ from imae_jax.cli import (
     model_arguments,
 )
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.scoring import batch_size
-from imae_jax.decode.streams import not_finite_error
-from imae_jax.distributed import to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
-from imae_jax.language_model import LanguageModel
-from imae_jax.llama import Taps, Weights, forward, project
-from imae_jax.sharding import use_mesh
 
 from . import pages
+
+if TYPE_CHECKING:
+    import jax
+
+    from imae_jax.language_model import LanguageModel
+    from imae_jax.llama import Weights
 
 MODE_NAMES = ("base", "expert", "anti-expert")
 BASE, EXPERT = 0, 1
@@ -145,7 +141,7 @@ def check_window(window: int | None, config: LlamaConfig) -> int:
 
 
 def inspect(
-    lm: LanguageModel,
+    lm: "LanguageModel",
     excerpts: Sequence[Excerpt],
     *,
     window: int | None = None,
@@ -165,6 +161,13 @@ def inspect(
     Raises:
         UserError: a model without units, an excerpt that is too short, or token ids that the model lacks.
     """
+    import jax
+
+    from imae_jax.decode.scoring import batch_size
+    from imae_jax.decode.streams import not_finite_error
+    from imae_jax.distributed import to_host
+    from imae_jax.sharding import use_mesh
+
     if lm.model.anti_expert_config is None:
         raise UserError(
             f"model {lm.base.reference} has no anti-expert units: give an IMAE directory (OUT/imae of a "
@@ -175,7 +178,7 @@ def inspect(
         if len(excerpt.tokens) < 2:
             raise UserError(f"{excerpt.title} has {len(excerpt.tokens)} tokens: at least 2 are needed")
         lm.config.check_token_ids(excerpt.tokens)
-    weights = lm.model.weights()
+    weights, run_modes = lm.model.weights(), jax.jit(_run_modes, static_argnames="config")
     found = [Inspection.empty(len(excerpt.tokens), lm.config) for excerpt in excerpts]
     for batch in progress(_batches(excerpts, window)):
         with use_mesh(lm.mesh):
@@ -187,7 +190,7 @@ def inspect(
             tokens[row, : part.length] = excerpts[part.excerpt].tokens[part.start : part.end]
             lengths[row] = part.length
         with use_mesh(lm.mesh):
-            values = map(to_host, _run_modes(weights, tokens, lengths, config=lm.config))
+            values = map(to_host, run_modes(weights, tokens, lengths, config=lm.config))
         gates, log_probs, top_tokens, top_log_probs = values
         for row, part in enumerate(batch):
             target, first = found[part.excerpt], slice(part.first, part.end)
@@ -227,12 +230,17 @@ def _batches(excerpts: Sequence[Excerpt], window: int) -> list[list[_Window]]:
     return batches
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def _run_modes(
-    weights: Weights, tokens: jax.Array, lengths: jax.Array, *, config: LlamaConfig
-) -> tuple[jax.Array, ...]:
+    weights: "Weights", tokens: "jax.Array", lengths: "jax.Array", *, config: LlamaConfig
+) -> "tuple[jax.Array, ...]":
     """Gates [M, B, L, T], log-probabilities [M, B, T] of the next token, and the top tokens and their
     log-probabilities [M, B, T, K], of tokens [B, T] padded on the right."""
+    import jax
+    import jax.numpy as jnp
+
+    from imae_jax.anti_expert import MODES
+    from imae_jax.llama import Taps, forward, project
+
     B, T = tokens.shape
     M = len(MODE_NAMES)
     output = forward(
@@ -301,7 +309,7 @@ def _prompt_and_answer(line: str, place: str) -> tuple[str, str | None]:
 
 
 def encode_texts(
-    lm: LanguageModel, texts: Sequence[tuple[str, str, str | None]], format: str
+    lm: "LanguageModel", texts: Sequence[tuple[str, str, str | None]], format: str
 ) -> list[Excerpt]:
     """Tokens of what `read_texts` returns.
 
@@ -333,7 +341,7 @@ def encode_texts(
     return excerpts
 
 
-def rows_of_run(lm: LanguageModel, run: Path, rows: Sequence[int] | None) -> tuple[list[Excerpt], float]:
+def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> tuple[list[Excerpt], float]:
     """Rows of a training run's data with their T_fact.
 
     Args:
@@ -513,10 +521,6 @@ def render_page(
         layers=data["layers"],
         data=data,
     )
-
-
-def _fact_places(excerpt: Excerpt) -> list[int] | None:
-    return None if excerpt.fact is None else np.flatnonzero(excerpt.regions()["T_fact"]).tolist()
 
 
 def _pack(array: np.ndarray, dtype: str) -> str:

@@ -12,7 +12,7 @@ from imae_jax.errors import UserError
 COMMANDS = {
     "generate": ("imae_jax.generate", "continue prompts in any mode or with any method"),
     "train": ("imae_jax.train.__main__", "train anti-expert units: OUT/imae"),
-    "train plan": ("imae_jax.train.plan", "the memory that a training run needs"),
+    "train plan": ("imae_jax.train.plan_command", "the memory that a training run needs"),
     "train pairs": (
         "imae_jax.train.pairs",
         "what a file of right and wrong answers is like",

@@ -86,10 +86,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
             except (Exception, KeyboardInterrupt) as error:
-                if _is_one_of_several() and not isinstance(error, Stopped):
-                    from imae_jax.distributed import end_together
+                from imae_jax import distributed
 
-                    with end_together():
+                if distributed.is_one_of_several() and not isinstance(error, Stopped):
+                    with distributed.end_together():
                         raise
                 return report(error)
         return 0
@@ -100,11 +100,6 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 def until_end(context: contextlib.AbstractContextManager) -> None:
     """Enters a context that is left when the command that runs ends."""
     _until_end.get().enter_context(context)
-
-
-def _is_one_of_several() -> bool:
-    jax = sys.modules.get("jax")  # What has not imported it has joined no others.
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def report(error: BaseException, process: str = "") -> int:

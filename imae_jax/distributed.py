@@ -8,14 +8,16 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from imae_jax import files
 from imae_jax.cli import report
 from imae_jax.errors import Stopped, UserError, first_line
+
+if TYPE_CHECKING:
+    import jax
 
 INITIALIZATION_TIMEOUT = 300  # seconds
 
@@ -50,6 +52,8 @@ def initialize(
             raise UserError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
     elif not (detect or _in_a_step_of_several_tasks() or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return
+    import jax
+
     # Its listener would take SIGTERM away from Python, and knows no other signal: see `agree`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -67,15 +71,25 @@ def _in_a_step_of_several_tasks() -> bool:
     return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    jax = sys.modules.get("jax")  # What has not imported it has joined no others.
+    # In this order: the count alone would start the devices.
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks."""
-    # Asked of JAX alone, this would start the devices.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    if not is_one_of_several():
+        return True
+    import jax
+
+    return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if is_one_of_several():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
@@ -83,7 +97,7 @@ def barrier(name: str) -> None:
 
 def agree(number: int) -> int:
     """The largest of the numbers that the processes bring, on all of them. All must call it."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not is_one_of_several():
         return number
     from jax.experimental import multihost_utils
 
@@ -110,7 +124,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def to_host(x: jax.Array) -> np.ndarray:
+def to_host(x: "jax.Array") -> np.ndarray:
     """The whole array on every process's host, wherever its shards lie. All processes must call it."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
@@ -124,6 +138,7 @@ def gather_stacks(tree: Any) -> Any:
 
     Devices hold one layer of one array more while it runs. All processes must call it.
     """
+    import jax
 
     def gather(x):
         if x.is_fully_addressable:
@@ -138,8 +153,10 @@ def gather_stacks(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
-def place(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
+def place(array: np.ndarray, placement: "jax.sharding.Sharding") -> "jax.Array":
     """Puts an array that every process has onto the devices; each process copies its own slices only."""
+    import jax
+
     return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
 
@@ -153,8 +170,10 @@ def end_together() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1 or isinstance(error, Stopped):
+        if not is_one_of_several() or isinstance(error, Stopped):
             raise
+        import jax
+
         code = 1
         try:
             code = report(error, f"process {jax.process_index()} of {jax.process_count()}: ")

@@ -11,8 +11,8 @@ from conftest import hf_logits, logits, random_tokens, user_error, write_questio
 from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.iti import Directions, read_directions, write_directions
-from imae_jax.evaluate import iti
-from imae_jax.evaluate.iti import collect_heads, find_directions, fit_probes
+from imae_jax.evaluate import iti, probes
+from imae_jax.evaluate.probes import collect_heads, find_directions, fit_probes
 from imae_jax.evaluate.questions import read_questions
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import forward, project
@@ -128,13 +128,13 @@ def test_export_as_biases_equals_the_intervened_model(checkpoint, directions, tm
 def test_no_question_sees_its_own_direction(tiny_imae, tmp_path, monkeypatch, capfd):
     """Two folds through both commands."""
     fitted = []
-    find = iti.find_directions
+    find = probes.find_directions
 
     def recorded(heads, labels, question_of, **kwargs):
         fitted.append(set(question_of.tolist()))
         return find(heads, labels, question_of, **kwargs)
 
-    monkeypatch.setattr(iti, "find_directions", recorded)
+    monkeypatch.setattr(probes, "find_directions", recorded)
     questions = write_questions(tmp_path / "questions.csv", 8)
     out = tmp_path / "iti"
     model = ["--model", str(tiny_imae.directory)]

@@ -19,9 +19,9 @@ from imae_jax.decode import Sampler, generate, loop, score, windows
 from imae_jax.decode.joint import share_streams
 from imae_jax.decode.scoring import Continuation
 from imae_jax.evaluate.cost import RANDOM_ADAPTER, random_model
-from imae_jax.evaluate.harm import measure
+from imae_jax.evaluate.divergence import measure
 from imae_jax.evaluate.inspector import Excerpt, inspect
-from imae_jax.evaluate.iti import collect_heads
+from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate_command
 from imae_jax.sharding import AUTO, model_mesh, sharding, use_mesh

@@ -17,7 +17,7 @@ from imae_jax.decode import Continuation, Sampler, streams
 from imae_jax.decode.methods import Method, Stream
 from imae_jax.decode.streams import Models
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.iti import collect_heads
+from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate
 

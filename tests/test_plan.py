@@ -17,7 +17,8 @@ from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.config import TrainConfig, load_config
 from imae_jax.train.objectives import AnswerObjective, ImaeObjective
-from imae_jax.train.plan import GIB, StagePlan, _instructions, advice, main, plan, verdict
+from imae_jax.train.plan import GIB, StagePlan, _instructions, advice, plan, verdict
+from imae_jax.train.plan_command import main
 from imae_jax.train.step import (
     init_state,
     make_optimizer,
@@ -27,7 +28,6 @@ from imae_jax.train.step import (
 )
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98}
-MODULE = "imae_jax.train.plan"
 
 
 def config_of(model, *settings: str) -> TrainConfig:
@@ -216,7 +216,7 @@ def test_a_model_has_the_same_config_with_and_without_its_weights(tiny, tmp_path
 
 
 def test_command_plans_70b_as_shipped(tmp_path):
-    run = run_python(["-m", MODULE, "--config", "llama3_1_70b_instruct"], tmp_path)
+    run = run_python(["-m", "imae_jax.train", "plan", "--config", "llama3_1_70b_instruct"], tmp_path)
     assert run.returncode == 0, run.stderr
     assert "base, frozen" in run.stdout
     last = run.stdout.strip().splitlines()[-1]
@@ -230,7 +230,7 @@ def test_command_plans_70b_as_shipped(tmp_path):
 @pytest.fixture
 def on_these_devices(monkeypatch):
     """The command on the devices that this process has already."""
-    monkeypatch.setattr("imae_jax.train.plan._set_up_devices", lambda *_: None)
+    monkeypatch.setattr("imae_jax.train.plan_command._set_up_devices", lambda *_: None)
 
 
 def test_command_says_what_does_not_fit(only_config, on_these_devices, capsys):
@@ -269,6 +269,6 @@ def test_command_refuses_in_one_line(only_config, on_these_devices, capsys, argu
 
 def test_command_takes_the_number_of_devices(tmp_path):
     arguments = ["--config", "llama2_7b_chat", "--devices", "3", "mesh.fsdp=2"]
-    run = run_python(["-m", MODULE, *arguments], tmp_path)
+    run = run_python(["-m", "imae_jax.train", "plan", *arguments], tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert "needs 2 devices but there are 3" in run.stderr

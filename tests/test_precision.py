@@ -16,7 +16,7 @@ from imae_jax.decode import Sampler, loop, scoring
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.streams import Models
-from imae_jax.evaluate.iti import fit_probes
+from imae_jax.evaluate.probes import fit_probes
 from imae_jax.losses import LossConfig
 from imae_jax.sharding import make_mesh
 from imae_jax.train.config import OptimizerConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_process_arguments, command
 
-COMMANDS = {name: f"imae_jax.train.{name}" for name in ("plan", "pairs")}
+COMMANDS = {"plan": "imae_jax.train.plan_command", "pairs": "imae_jax.train.pairs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`python -m imae_jax.train plan`: the memory that a run needs on each device, without allocating it.
+"""The memory that a run needs on each device, without allocating it; `plan_command` shows it.
 
 What is exact and what is estimated:
 
@@ -19,11 +19,9 @@ Not in the plan: what the runtime takes for itself; evaluation and the token fil
 less than the step (but a separate `filter.anti_expert_llm` brings its weights); host memory.
 """
 
-import argparse
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,8 +29,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, command
 from imae_jax.config import LlamaConfig, LoraConfig
 from imae_jax.convert.references import DTYPES, model_config
 from imae_jax.errors import UserError
@@ -40,25 +36,12 @@ from imae_jax.llama import Llama, Weights
 from imae_jax.lora import side_by_side
 from imae_jax.sharding import check_divisible, sharding, shardings_of
 from imae_jax.train import data
-from imae_jax.train.config import IcdConfig, TrainConfig, load_config
-from imae_jax.train.loop import ICD_DIRS, run_mesh, units_objective
+from imae_jax.train.config import IcdConfig, TrainConfig
+from imae_jax.train.loop import ICD_DIRS, units_objective
 from imae_jax.train.objectives import AnswerObjective, Objective
 from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
 
 GIB = 2**30
-# Memory of one device as its vendor publishes it, counted as GB = 10^9 bytes. Devices report up to 7 % more
-# (an H200 140 GiB, where 141 GB are 131 GiB): that is left to the runtime and to fragmentation.
-DEVICES = {
-    "a100-40gb": 40,
-    "a100": 80,
-    "h100": 80,
-    "h200": 141,
-    "b200": 180,
-    "v4": 32,
-    "v5e": 16,
-    "v5p": 95,
-    "v6e": 32,
-}
 GPUS = ("a100-40gb", "a100", "h100", "h200", "b200")
 # The share of a GPU's memory that JAX takes unless told otherwise.
 GPU_SHARE = 0.75
@@ -351,85 +334,6 @@ def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> li
     return ways
 
 
-def _set_up_devices(config: TrainConfig, number: int | None, here: bool) -> None:
-    """Gives this process as many CPU devices as the run's mesh has, before JAX looks for any."""
-    runtime.set_up()
-    # A program from the cache does not know its memory.
-    jax.config.update("jax_enable_compilation_cache", False)
-    if here:
-        return
-    sizes = config.mesh
-    if number is None:
-        number = abs(sizes.data) * sizes.fsdp * sizes.tensor
-    if number < 1:
-        raise UserError(f"a run on {number} devices: give at least 1")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
-
-
-def _capacity(device: str, memory: float | None) -> tuple[str, float]:
-    """What a device is called, and its memory in bytes."""
-    if memory is not None:
-        if not memory > 0:
-            raise UserError(f"--memory {memory:g}: give GiB above 0")
-        return f"a device of {memory:g} GiB", memory * GIB
-    if device not in DEVICES:
-        raise UserError(f"--device {device} is not known: use one of {', '.join(DEVICES)}, or --memory GIB")
-    return device, DEVICES[device] * 1e9
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
-    parser.add_argument("--device", default="h200", help=f"one of {', '.join(DEVICES)} (default: h200)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of one device, instead of --device")
-    parser.add_argument(
-        "--devices",
-        type=int,
-        metavar="N",
-        help="how many the run will have (default: the mesh's; with mesh.data=-1 those of one replica)",
-    )
-    parser.add_argument(
-        "--here",
-        action="store_true",
-        help="compile for this machine's own devices, which must be as many as the mesh has, instead of "
-        "virtual CPU devices",
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the plan; exit code 1 if it does not fit."""
-    parser = ArgumentParser(
-        prog="python -m imae_jax.train plan",
-        description="Prints the memory that a training run needs on each device, without its weights and "
-        "without allocating anything. Exit code 1: it does not fit.",
-    )
-    add_arguments(parser)
-    args = parser.parse_intermixed_args(argv)
-    if args.here and args.devices is not None:
-        raise UserError("--devices goes without --here, which takes all devices of this machine")
-    # A plan writes nothing.
-    config = load_config(args.config, ["out=unused", *args.settings])
-    name, capacity = _capacity(args.device, args.memory)
-    _set_up_devices(config, args.devices, args.here)
-    mesh = run_mesh(config, bool(config.adapters_to_train()))
-    stages = plan(config, mesh)
-
-    from rich.console import Console
-
-    console = Console()
-    largest = max(stages, key=lambda stage: stage.total)
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(f"{config.model} on {mesh.size} × {name}: {sizes}")
-    print(f"worst case: rows of data.max_length={config.data.max_length} tokens")
-    console.print(plan_table(stages))
-    console.print(largest_table(largest))
-    print(verdict(config, largest, mesh, name, capacity))
-    if largest.total > capacity:
-        sys.exit(1)
-
-
 def verdict(
     config: TrainConfig, largest: StagePlan, mesh: jax.sharding.Mesh, device: str, capacity: float
 ) -> str:
@@ -441,7 +345,3 @@ def verdict(
     if device in GPUS and largest.total > GPU_SHARE * capacity:
         hint = "; JAX takes 75 % of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     return f"fits: {used}{hint}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

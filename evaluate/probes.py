@@ -1,0 +1,138 @@
+"""What `iti` computes: attention heads' outputs on answers, a probe of each head, and their directions.
+
+Source: Li et al., arXiv 2306.03341, section 3 and their code's defaults.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imae_jax.config import LlamaConfig
+from imae_jax.convert.iti import Directions
+from imae_jax.decode.scoring import batch_size
+from imae_jax.decode.streams import not_finite_error
+from imae_jax.distributed import to_host
+from imae_jax.language_model import LanguageModel
+from imae_jax.layers import precision
+from imae_jax.llama import Taps, Weights, forward
+from imae_jax.prompts import adds_special_tokens
+from imae_jax.sharding import use_mesh
+
+BATCH_SIZE, LENGTH_BUCKET = 16, 16
+VALIDATION_SHARE = 0.2
+# Of the logistic regression's penalty ½‖w‖² + C · Σ loss: the published code's, scikit-learn's default.
+INVERSE_PENALTY = 1.0
+NEWTON_STEPS = 30
+
+
+def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = lambda x: x) -> np.ndarray:
+    """Every attention head's output, before `o_proj`, at the last token of texts: float32 [n, L, N, H]."""
+    rows = lm.tokenizer(list(texts), add_special_tokens=adds_special_tokens("plain"))["input_ids"]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    weights, config = lm.model.weights(), lm.config
+    found = np.empty((len(rows), config.num_layers, config.num_heads, config.head_dim), np.float32)
+    with use_mesh(lm.mesh):
+        size = batch_size(BATCH_SIZE)
+    for start in progress(range(0, len(rows), size)):
+        chosen = order[start : start + size]
+        longest = max(len(rows[i]) for i in chosen)
+        tokens = np.zeros((size, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+        last = np.zeros(size, np.int32)
+        for place, i in enumerate(chosen):
+            tokens[place, : len(rows[i])] = rows[i]
+            last[place] = len(rows[i]) - 1
+        with use_mesh(lm.mesh):
+            heads = to_host(_last_heads(weights, tokens, last, config=config))
+        found[chosen] = heads[: len(chosen)]
+        bad = next((i for i in chosen if not np.isfinite(found[i]).all()), None)
+        if bad is not None:
+            models, method = lm.prepare("base", generating=False)
+            raise not_finite_error(models, method, rows[bad], f"heads of {texts[bad]!r}")
+    return found
+
+
+def _heads_at(weights: Weights, tokens: jax.Array, last: jax.Array, *, config: LlamaConfig) -> jax.Array:
+    mask = jnp.arange(tokens.shape[1]) <= last[:, None]
+    heads = forward(weights, config, tokens, attention_mask=mask, taps=Taps(heads=True)).heads
+    of_rows = heads[:, jnp.arange(tokens.shape[0]), last]  # [L, B, N, H]
+    return jnp.swapaxes(of_rows, 0, 1).astype(jnp.float32)
+
+
+_last_heads = jax.jit(_heads_at, static_argnames="config")
+
+
+@jax.jit
+def fit_probes(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logistic regressions of all heads at once, by Newton's method.
+
+    Minimizes `½‖w‖² + C Σ log(1 + exp(−s (w·x + b)))` with s = ±1; the intercept b is not penalized.
+
+    Args:
+        x: float32 [P, n, H], activations of P heads.
+        y: bool [n], is the answer true?
+
+    Returns:
+        w [P, H] and b [P].
+    """
+    P, n, H = x.shape
+    x = jnp.concatenate([x, jnp.ones((P, n, 1))], axis=-1)
+    penalty = jnp.ones(H + 1).at[H].set(0.0)
+    target = y.astype(jnp.float32)
+    multiply = functools.partial(jnp.einsum, precision=precision(x.dtype))
+
+    def objective(w):
+        logits = multiply("pnh,ph->pn", x, w)
+        losses = jnp.sum(jax.nn.softplus(logits) - target * logits, axis=-1)
+        return 0.5 * jnp.sum(penalty * w * w, axis=-1) + INVERSE_PENALTY * losses
+
+    def step(_, w):
+        p = jax.nn.sigmoid(multiply("pnh,ph->pn", x, w))
+        gradient = INVERSE_PENALTY * multiply("pnh,pn->ph", x, p - target) + penalty * w
+        curvature = INVERSE_PENALTY * multiply("pnh,pn,pni->phi", x, p * (1 - p), x)
+        hessian = curvature + jnp.diag(penalty) + 1e-6 * jnp.eye(H + 1)
+        direction = jnp.linalg.solve(hessian, gradient[..., None])[..., 0]
+        # Far from the optimum a whole step can overshoot: the longest of these that helps is taken.
+        lengths = 0.5 ** jnp.arange(8.0)
+        values = jax.vmap(lambda t: objective(w - t * direction))(lengths)
+        best = lengths[jnp.argmin(values, axis=0)]
+        better = jnp.min(values, axis=0) <= objective(w)
+        return jnp.where(better[:, None], w - best[:, None] * direction, w)
+
+    w = jax.lax.fori_loop(0, NEWTON_STEPS, step, jnp.zeros((P, H + 1)))
+    return w[:, :H], w[:, H]
+
+
+def find_directions(
+    heads: np.ndarray, labels: np.ndarray, question_of: np.ndarray, *, seed: int = 0
+) -> Directions:
+    """Directions, spreads and ranks of all heads.
+
+    Args:
+        heads: float32 [n, L, N, H] of answers.
+        labels: bool [n], is the answer true?
+        question_of: int [n], number of each answer's question: probes are validated on other questions.
+        seed: of the split.
+    """
+    n, L, N, H = heads.shape
+    questions = np.random.default_rng(seed).permutation(np.unique(question_of))
+    validation = np.isin(question_of, questions[: max(1, round(VALIDATION_SHARE * len(questions)))])
+    x = np.moveaxis(heads.reshape(n, L * N, H), 0, 1)
+    w, b = fit_probes(x[:, ~validation], labels[~validation])
+    logits = np.einsum("pnh,ph->pn", x[:, validation], np.asarray(w)) + np.asarray(b)[:, None]
+    accuracy = ((logits > 0) == labels[validation]).mean(axis=1)
+    theta = x[:, labels].mean(axis=1) - x[:, ~labels].mean(axis=1)
+    theta /= np.maximum(np.linalg.norm(theta, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    sigma = np.einsum("pnh,ph->pn", x, theta).std(axis=1)
+    rank = np.empty(L * N, np.int32)
+    rank[np.argsort(-accuracy, kind="stable")] = np.arange(L * N)
+    shape = (L, N)
+    return Directions(
+        theta.reshape(L, N, H).astype(np.float32),
+        sigma.reshape(shape).astype(np.float32),
+        rank.reshape(shape),
+        accuracy.reshape(shape).astype(np.float32),
+    )
