@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.add_argument("--out", required=True, help="directory to write")
     checkpoint.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    lock_outputs(args.out)
     {"export": _export, "import": _import, "checkpoint": _checkpoint}[args.command](args)
 
 

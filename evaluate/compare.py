@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax.cli import ArgumentParser, command
+from imae_jax.cli import ArgumentParser, command, lock_outputs
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
@@ -184,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
+    lock_outputs(args.out)
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
     if comparison["benchmark"] == "halueval" and "matched" not in comparison["parts"]:
         logger.warning("no pair's answers are of matched length in both runs")

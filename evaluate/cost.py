@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, model_arguments
+from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
@@ -562,6 +562,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--profile {args.profile}: choose another directory than OUT, beside it")
     methods = with_base(parse_methods(args.methods))
     source = Source(args.model, model_arguments(args), args.random_weights)
+    lock_outputs(args.out, args.profile)
     with ExitStack() as stack:
         out, profile = (
             path and stack.enter_context(new_directory(path, marker=RESULTS_FILE, overwrite=args.overwrite))

@@ -19,6 +19,7 @@ from imae_jax.cli import (
     add_process_arguments,
     command,
     join_processes,
+    lock_outputs,
     model_arguments,
 )
 from imae_jax.errors import UserError
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{label}: a text belongs to no fold: give one file of directions")
     text = read_text(args.text, "text")
 
+    lock_outputs(args.out)
     with new_directory(args.out, marker=RESULTS_FILE, overwrite=args.overwrite) as out:
         from imae_jax.convert import load_model
         from imae_jax.decode import windows

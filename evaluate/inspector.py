@@ -23,6 +23,7 @@ from imae_jax.cli import (
     add_process_arguments,
     command,
     join_processes,
+    lock_outputs,
     model_arguments,
 )
 from imae_jax.config import LlamaConfig
@@ -596,6 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format is not None and (args.text is None or args.text.suffix != ".jsonl"):
         raise UserError("--format goes with --text FILE.jsonl: other texts are taken as they are")
     texts = None if args.text is None else read_texts(args.text)
+    lock_outputs(args.html)
     check_output(args.html, overwrite=args.overwrite)
     from tqdm import tqdm
 

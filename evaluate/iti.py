@@ -21,6 +21,7 @@ from imae_jax.cli import (
     add_process_arguments,
     command,
     join_processes,
+    lock_outputs,
     model_arguments,
 )
 from imae_jax.errors import UserError
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
         raise UserError(f"--folds {args.folds} of {len(questions)} questions: give 2 to half their number")
+    lock_outputs(args.out)
     with new_directory(args.out, marker=FOLDS_FILE, overwrite=args.overwrite) as out:
         from tqdm import tqdm
 

@@ -26,6 +26,7 @@ from imae_jax.cli import (
     add_process_arguments,
     command,
     join_processes,
+    lock_outputs,
     model_arguments,
 )
 from imae_jax.errors import UserError, first_line
@@ -452,6 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not names:
         raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
 
+    lock_outputs(args.out)
     with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
         _find_huggingface_evaluate()
         from imae_jax.convert import load_model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from imae_jax import __version__
-from imae_jax.cli import ArgumentParser, command
+from imae_jax.cli import ArgumentParser, command, lock_outputs
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 
@@ -870,6 +870,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
+    lock_outputs(args.out)
     with new_directory(args.out, marker=REPORT_FILE, overwrite=args.overwrite) as out:
         write_report(args.runs, out)
     print(f"wrote {args.out / PAGE_FILE} and {args.out / REPORT_FILE}")

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imae_jax import runtime
-from imae_jax.cli import until_end
+from imae_jax.cli import lock_outputs
 from imae_jax.convert.identity import note
-from imae_jax.distributed import barrier, is_main, locked
+from imae_jax.distributed import barrier, is_main
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import check_new_directory, new_directory, read_text, write_text
 
@@ -81,7 +81,7 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
-    until_end(locked(out))
+    lock_outputs(out)
     if not out.exists() or args.overwrite:
         check_new_directory(out, marker=_marker(out), overwrite=args.overwrite)
         return

@@ -97,9 +97,19 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     return wrapped
 
 
-def until_end(context: contextlib.AbstractContextManager) -> None:
-    """Enters a context that is left when the command that runs ends."""
-    _until_end.get().enter_context(context)
+def lock_outputs(*paths: str | os.PathLike | None) -> None:
+    """Keeps other processes from writing to a command's outputs until it ends; a None is no output.
+
+    Every command that writes calls it before it loads a model; of processes that have joined, all do.
+
+    Raises:
+        UserError: another process is writing to one of them.
+    """
+    from imae_jax.distributed import locked
+
+    for path in paths:
+        if path is not None:
+            _until_end.get().enter_context(locked(path))
 
 
 def report(error: BaseException, process: str = "") -> int:

@@ -88,7 +88,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     output under a hidden name and is removed. Where a file system knows no locks, a warning says so.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or there can be no output in its place.
     """
     path = Path(path).resolve()
     file = path.parent / f".{path.name}.lock"
@@ -96,6 +96,9 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written in {file.parent}: choose another output") from error
+    try:
         lock.acquire()
     except Timeout as error:
         raise UserError(

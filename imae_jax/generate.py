@@ -20,8 +20,8 @@ from imae_jax.cli import (
     add_sampling_arguments,
     command,
     join_processes,
+    lock_outputs,
     model_arguments,
-    until_end,
 )
 from imae_jax.errors import UserError
 from imae_jax.files import read_text, write_text
@@ -91,13 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stream goes with one --prompt")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: give at least 1")
+    lock_outputs(args.out)
 
     from imae_jax.convert import load_model
     from imae_jax.decode import Sampler, parse_method, split_methods
-    from imae_jax.distributed import locked
 
-    if args.out is not None:
-        until_end(locked(args.out))
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     names = [args.mode] if args.compare is None else split_methods(args.compare)
     methods = [parse_method(name) for name in names if name is not None]

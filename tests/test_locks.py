@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import error_of, losses_of, user_error, with_changes
 
+from imae_jax.__main__ import COMMANDS
+from imae_jax.__main__ import main as every_command
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.files import locked
 from imae_jax.generate import main as generate
@@ -110,6 +113,52 @@ def test_two_trainings(settings, tmp_path, capfd):
     assert train([*long, "--resume", "-q"]) == 0
     assert len(losses_of(out)) == 400
     assert names(tmp_path) == ["rows.jsonl", "run"]
+
+
+# Their models do not exist, which would be said first if they were loaded first.
+WRITERS = (
+    "generate --model nowhere --prompts nowhere --out {}",
+    "train model=nowhere out={}",
+    "convert export --model nowhere --out {}",
+    "convert import --model nowhere --out {}",
+    "convert checkpoint --run nowhere --out {}",
+    "evaluate truthfulqa --model nowhere --out {}",
+    "evaluate halueval --model nowhere --out {}",
+    "evaluate harm --model nowhere --out {}",
+    "evaluate answers --model nowhere --out {}",
+    "evaluate lm_eval --model nowhere --tasks any --include-path nowhere --out {}",
+    "evaluate compare nowhere nowhere --out {}",
+    "evaluate report nowhere --out {}",
+    "evaluate cost -q --model nowhere --out {}",
+    "evaluate cost -q --model nowhere --out other --profile {}",
+    "evaluate inspector --model nowhere --text text --html {}",
+    "evaluate iti --model nowhere --out {}",
+)
+
+
+@pytest.mark.parametrize("line", WRITERS)
+def test_every_command_that_writes_is_refused_before_it_begins(line, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("t5 t6")
+    out = tmp_path / "out"
+    with locked(out):
+        error = error_of(capfd, every_command, *line.format(out).split())
+        assert error.startswith(f"error: {out} is being written by another process")
+        assert names(tmp_path) == [".out.lock", "text"]
+    # Alone it comes further, and leaves nothing behind.
+    assert "nowhere" in error_of(capfd, every_command, *line.format(out).split())
+    assert names(tmp_path) == ["text"]
+
+
+def test_no_command_that_writes_is_missing_above():
+    listed = {max((name for name in COMMANDS if line.startswith(name)), key=len) for line in WRITERS}
+    assert listed == COMMANDS.keys() - {"train plan"}
+
+
+def test_an_output_in_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with user_error("cannot be written in", "choose another output"), locked(tmp_path / "file" / "out"):
+        pass
 
 
 def test_where_no_lock_can_be_made_a_warning_says_so(tmp_path, caplog):
