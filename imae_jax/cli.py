@@ -205,7 +205,11 @@ def _messages(argv: Sequence[str] | None) -> Iterator[None]:
 def _sigterm_unwinds() -> Iterator[None]:
     """Raises `Terminated` at a SIGTERM, which would otherwise end the process and leave temporary files."""
 
+    process = os.getpid()
+
     def terminate(number, frame):
+        if os.getpid() != process:  # A worker that was forked holds nothing open: it ends without a word.
+            os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)  # A second one must not stop the cleaning up.
         raise Terminated
 

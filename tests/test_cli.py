@@ -546,6 +546,25 @@ assert main([]) == 0
 """
 
 
+FORKED = """
+import multiprocessing
+from imae_jax.cli import command
+
+@command
+def main(argv):
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # terminates its workers
+        print(pool.map(abs, [-1]))
+
+assert main([]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_workers_of_other_libraries_end_without_a_word(tmp_path):
+    done = run_python(["-c", FORKED], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1]\n", "")
+
+
 def test_sigterm_cleans_up(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("old")
