@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
+from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
@@ -553,6 +554,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT and DIR")
     args = parser.parse_args(argv)
+    if is_started_with_others():
+        raise UserError(
+            "evaluate.cost measures in processes of its own, on the devices of one machine: start it once, "
+            "outside of a step of several tasks and without JAX_COORDINATOR_ADDRESS"
+        )
 
     workloads = workloads_of(args)
     if args.profile is not None:

@@ -50,7 +50,7 @@ def initialize(
             raise UserError("--coordinator, --num-processes and --process-id go together")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
-    elif not (detect or _in_a_step_of_several_tasks() or "JAX_COORDINATOR_ADDRESS" in os.environ):
+    elif not (detect or is_started_with_others()):
         return
     import jax
 
@@ -66,9 +66,10 @@ def initialize(
         raise UserError(f"the processes of this run cannot join: {first_line(error)}") from error
 
 
-def _in_a_step_of_several_tasks() -> bool:
+def is_started_with_others() -> bool:
+    """Whether the environment says that this process is one of several, joined or not."""
     # SLURM_NTASKS is set in an sbatch script, too, which is one process that would wait for others.
-    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 def is_one_of_several() -> bool:

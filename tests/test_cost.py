@@ -161,6 +161,13 @@ def test_existing_results_stay(tiny, tmp_path, capfd):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+def test_one_of_several_tasks_does_not_measure(tmp_path, monkeypatch, capfd):
+    """Each would measure on its own, all at the same time."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    error = error_of(capfd, main, "--model", "no-such-model", "--out", tmp_path / "out")
+    assert "start it once, outside of a step of several tasks" in error
+
+
 def test_an_error_of_a_measurement_is_the_commands(tmp_path, capfd):
     """Also one that comes as late as in the process that measures."""
     command = ["--model", tmp_path / "nowhere", "--out", tmp_path / "out", "--profile", tmp_path / "t"]
