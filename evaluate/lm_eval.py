@@ -29,6 +29,7 @@ from imae_jax.cli import (
     lock_outputs,
     model_arguments,
 )
+from imae_jax.distributed import is_main
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 from imae_jax.prompts import resolve_format
@@ -80,6 +81,7 @@ class IMAEJaxLM(TemplateLM):
         max_length: tokens that a context may have; longer ones lose their beginning.
         add_bos_token: whether texts begin with BOS; default: as the tokenizer does.
         seed: of the sampler.
+        quiet: no progress bars.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class IMAEJaxLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         seed: int = 0,
+        quiet: bool = False,
     ):
         """See the class.
 
@@ -112,7 +115,7 @@ class IMAEJaxLM(TemplateLM):
         if max_length is not None and not 1 <= max_length <= limit:
             raise UserError(f"max length {max_length}: the context of the model is {limit}")
         self.batch_size, self.max_length = batch_size, max_length or limit
-        self.add_bos_token, self.seed = add_bos_token, seed
+        self.add_bos_token, self.seed, self.quiet = add_bos_token, seed, quiet
 
     @property
     def eot_token_id(self) -> int:
@@ -224,7 +227,7 @@ class IMAEJaxLM(TemplateLM):
             for start in range(0, len(places), size):
                 batches.append((generation, {p: prompts[p] for p in places[start : start + size]}))
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.quiet) as bar:
             for number, (generation, prompts) in enumerate(batches):
                 continued = self._continue(list(prompts.values()), generation, (self.seed + number) % 2**31)
                 for place, text in zip(prompts, continued, strict=True):
@@ -258,7 +261,7 @@ class IMAEJaxLM(TemplateLM):
             where=lambda i, j: f"request {places[i][j]}",
         )
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.quiet) as bar:
             for i, scores, greedy in scored:
                 for place, s, g in zip(places[i], scores, greedy, strict=True):
                     answers[place] = float(np.sum(s, dtype=np.float64)), bool(g.all())
@@ -464,7 +467,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         lm = load_model(args.model, **model_arguments(args))
         if args.apply_chat_template:
             resolve_format(lm.tokenizer, "chat")
-        model = IMAEJaxLM(lm, method, batch_size=args.batch_size, max_length=args.max_length, seed=args.seed)
+        model = IMAEJaxLM(
+            lm,
+            method,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            seed=args.seed,
+            quiet=args.quiet,
+        )
         import lm_eval
         from lm_eval.utils import handle_non_serializable
 
@@ -482,6 +492,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch_random_seed=None,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         )
+        if not is_main():  # There the harness may keep its results back.
+            return
         for task, samples in results.pop("samples", {}).items():
             with (out / f"samples_{task.replace('/', '__')}.jsonl").open("w", encoding="utf-8") as file:
                 for sample in samples:

@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         model = {"reference": args.model, **model_arguments(args)}
         del model["mesh"]  # It changes no text.
-        _continue_file(lm, model, args.prompts, args.out, methods[0], args.batch_size, options)
+        _continue_file(
+            lm, model, args.prompts, args.out, methods[0], args.batch_size, options, quiet=args.quiet
+        )
         return
 
     titles = [methods[0].name] if args.compare is None else names
@@ -143,6 +145,8 @@ def _continue_file(
     method: "Method",
     batch_size: int,
     options: dict[str, Any],
+    *,
+    quiet: bool,
 ) -> None:
     """Continues the prompts of a JSONL file; lines that OUT has already are not done again.
 
@@ -172,7 +176,7 @@ def _continue_file(
         raise UserError(f"{out} has another prompt at line {other} than {source}: choose another --out")
     # Cut from all lines, those done too: what is drawn depends on a row's place in its batch.
     batches = [list(prompts)[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    for place, batch in enumerate(tqdm(batches, unit="batch")):
+    for place, batch in enumerate(tqdm(batches, unit="batch", disable=quiet)):
         if done.keys() >= set(batch):
             continue
         seeded = options | {"seed": (options["seed"] + place) % 2**31}

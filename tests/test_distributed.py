@@ -183,6 +183,41 @@ def test_processes_generate_as_one(checkpoint, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: documents.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{' ' + target}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_processes_run_the_harness_as_one(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from imae_jax.evaluate.lm_eval import IMAEJaxLM
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TASK)
+    texts = [(f"t{i} t5", f" t{i} t7") for i in range(3, 9)]
+    documents = (json.dumps({"text": text, "target": target.strip()}) for text, target in texts)
+    (tmp_path / "documents.jsonl").write_text("\n".join(documents))
+    command = ["--model", checkpoint.directory, "--mesh", "data=4", "--tasks", "tiny", "--include-path", "."]
+    command += ["--log-samples", "--out", "out"]
+    results = finish(start(2, [*map(str, command)], "imae_jax.evaluate.lm_eval"))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert ["tiny" in output for _, output, _ in results] == [True, False]
+    samples = map(json.loads, (tmp_path / "out" / "samples_tiny.jsonl").read_text().splitlines())
+    actual = [float(sample["resps"][0][0][0]) for sample in samples]
+    requests = [Instance("loglikelihood", {}, text, i, ("tiny", i, 1)) for i, text in enumerate(texts)]
+    expected = IMAEJaxLM(checkpoint.load()).loglikelihood(requests, disable_tqdm=True)
+    assert actual == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
 def test_an_error_of_an_evaluation_ends_all_processes(scored):
     command = [*map(str, scored[0]), "--overwrite", "--mesh", "tensor=3"]
     results = finish(start(2, command, "imae_jax.evaluate.truthfulqa"))
