@@ -512,6 +512,9 @@ def test_wrong_checkpoints(run, tiny, tmp_path, capfd):
     error = error_of(capfd, convert, "export", "--model", copy, "--step", 3, "--out", tmp_path / "out")
     assert "there: none" in error
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    # Said before the base is read.
+    (tmp_path / "out").mkdir()
+    assert "out exists already" in error_of(capfd, convert, *command, run, "--base", tmp_path / "nowhere")
 
 
 def test_only_exports_are_imported(tiny, tmp_path, capfd):

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.identity import note
-from imae_jax.convert.imae_dir import write_imae_dir
-from imae_jax.convert.peft import write_adapter
 from imae_jax.convert.references import open_model
 from imae_jax.errors import UserError
+from imae_jax.files import check_new_directory
 from imae_jax.language_model import BaseReference
 from imae_jax.llama import Weights
 from imae_jax.train.checkpoint import read_trainable, steps_in
@@ -37,7 +37,7 @@ def write_result(
         The step.
 
     Raises:
-        UserError: no such run or checkpoint, a damaged one, or another base.
+        UserError: no such run or checkpoint, a damaged one, another base, or `out` may not be replaced.
     """
     stage = run.parent if run.resolve().name == CHECKPOINT_DIR else run
     is_icd = stage.resolve().name in ICD_DIRS.values() and not (stage / CONFIG_FILE).is_file()
@@ -50,14 +50,16 @@ def write_result(
         there = ", ".join(map(str, steps)) or "none"
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"{stage / CHECKPOINT_DIR} has no checkpoint{wanted}; there: {there}")
+    marker = peft.CONFIG_FILE if is_icd else imae_dir.CONFIG_FILE
+    check_new_directory(out, marker=marker, overwrite=overwrite)  # To read a base takes long.
     trainable, identity = read_trainable(stage / CHECKPOINT_DIR / str(step))
     reference, llama = _base(config, is_icd, base, identity)
     if is_icd:
         lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
         origin = {"base_reference": reference.reference, "revision": reference.revision}
-        write_adapter(out, trainable, llama, lora, **origin, overwrite=overwrite)
+        peft.write_adapter(out, trainable, llama, lora, **origin, overwrite=overwrite)
     else:
-        write_imae_dir(
+        imae_dir.write_imae_dir(
             out,
             Weights({}, trainable),
             llama,
