@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse
@@ -16,8 +16,9 @@ from imae_jax.cli import ArgumentParser, command
 from imae_jax.errors import UserError
 from imae_jax.evaluate import stats
 from imae_jax.files import read_csv, read_rows, read_text
-from imae_jax.train.config import load_config
-from imae_jax.train.data import Row, read_source, to_row
+
+if TYPE_CHECKING:
+    from imae_jax.train.data import Row
 
 # Columns in which evaluation sets keep what a model is asked, in lower case: TruthfulQA, TriviaQA, Natural
 # Questions; MemoTrap; FACTOR (its spelling); AdaCAD's NQ-Synth.
@@ -89,7 +90,7 @@ def overlaps(questions: Sequence[str], texts: Sequence[str]) -> dict[int, tuple[
     return found
 
 
-def form_accuracy(rows: Sequence[Row], *, seed: int = 0) -> stats.Mean:
+def form_accuracy(rows: Sequence["Row"], *, seed: int = 0) -> stats.Mean:
     """How often a classifier that sees only the words of a pair's answers finds the right one.
 
     A logistic regression (L2) on which words an answer has, without the question, cross-validated: all rows
@@ -161,7 +162,7 @@ class Report:
         overlaps: by evaluation set, see `overlaps`.
     """
 
-    rows: list[Row]
+    rows: "list[Row]"
     problems: list[str]
     unit: str
     right_length: float
@@ -188,6 +189,8 @@ def check(
     Raises:
         UserError: no row can be used, or an evaluation set cannot be read.
     """
+    from imae_jax.train.data import to_row
+
     rows, problems = [], []
     for place, values in records:
         try:
@@ -280,6 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings", nargs="*", metavar="key=value", help="settings of data, e.g. data.columns.right=answer"
     )
     args = parser.parse_intermixed_args(argv)
+    from imae_jax.train.config import load_config
+    from imae_jax.train.data import read_source
+
     # After --against, settings look like more of its files.
     given = [*args.settings, *(word for group in args.against for word in group)]
     settings = [word for word in given if "=" in word and not Path(word).exists()]
