@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax.errors import Stopped, Terminated, UserError, chain, first_line
+from imae_jax.errors import Stopped, Terminated, UserError, first_line, is_out_of_memory
 
 MODULES = "python -m imae_jax"
 DEBUG_VARIABLE = "IMAE_JAX_DEBUG"
@@ -131,7 +131,7 @@ def report(error: BaseException, process: str = "") -> int:
         message, code = "interrupted", 128 + signal.SIGINT
     elif isinstance(error, UserError):
         message, code = f"error: {process}{error}", 2
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         message, code = f"error: {process}out of memory ({first_line(error)}): take less at a time", 2
     elif process:
         message = f"error: {process}{FAULT}, unless another process ended first: see its output"
@@ -142,16 +142,6 @@ def report(error: BaseException, process: str = "") -> int:
         traceback.print_exception(error)
     print(" ".join(message.split()), file=sys.stderr, flush=True)
     return code
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    from jax.errors import JaxRuntimeError
-
-    return any(
-        isinstance(cause, MemoryError)
-        or (isinstance(cause, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause))
-        for cause in chain(error)
-    )
 
 
 class _Handler(logging.Handler):

@@ -27,10 +27,24 @@ class Terminated(KeyboardInterrupt):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception, then what led to it, step by step."""
+    """The exception, then what it names as its cause, step by step.
+
+    What was only being handled when it was raised did not lead to it.
+    """
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was raised, or caused, by too little memory on the host or a device."""
+    from jax.errors import JaxRuntimeError
+
+    return any(
+        isinstance(cause, MemoryError)
+        or (isinstance(cause, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause))
+        for cause in chain(error)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -28,6 +28,11 @@ def example(argv):
         {}["key"]
     if what == "memory":
         jnp.zeros(2**60, jnp.int8)
+    if what == "fault after memory":
+        try:
+            jnp.zeros(2**60, jnp.int8)
+        except Exception:
+            {}["key"]
     if what == "log":
         for name in ("imae_jax.module", "library"):
             logger = logging.getLogger(name)
@@ -55,8 +60,9 @@ def test_debug_shows_what_led_to_a_mistake(capfd, monkeypatch, way):
     error_of(capfd, example, "mistake")
 
 
-def test_our_fault_is_a_traceback_that_says_so(capfd):
-    assert example(["fault"]) == 1
+@pytest.mark.parametrize("what", ["fault", "fault after memory"])
+def test_our_fault_is_a_traceback_that_says_so(capfd, what):
+    assert example([what]) == 1
     *traceback, last = capfd.readouterr().err.splitlines()
     assert traceback[0] == "Traceback (most recent call last):"
     assert traceback[-1] == "KeyError: 'key'"

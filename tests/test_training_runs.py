@@ -34,7 +34,7 @@ from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
 from imae_jax.train import data, loop, token_filter
 from imae_jax.train.__main__ import main
-from imae_jax.train.checkpoint import Checkpoints, read_trainable
+from imae_jax.train.checkpoint import Checkpoints, _reading, read_trainable
 from imae_jax.train.config import load_config
 from imae_jax.train.step import TrainState
 
@@ -371,6 +371,19 @@ def test_only_damage_is_called_damage(saved):
     assert not isinstance(caught.value, UserError)
     assert str(path) in caught.value.__notes__[0]
     assert_bitwise(load().trainable["a"], bits)
+
+
+def test_too_little_memory_is_not_damage(tmp_path):
+    with pytest.raises(MemoryError), _reading(tmp_path, "start anew"):
+        try:
+            (tmp_path / "optional").read_text()
+        except FileNotFoundError:
+            np.zeros(2**60, np.uint8)
+    with pytest.raises(ocp.errors.InvalidLayoutError), _reading(tmp_path, "start anew"):
+        try:
+            np.zeros(2**60, np.uint8)
+        except MemoryError as error:
+            raise ocp.errors.InvalidLayoutError("no checkpoint") from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from imae_jax.convert.identity import note
-from imae_jax.errors import UserError, chain, first_line
+from imae_jax.errors import UserError, chain, first_line, is_out_of_memory
 from imae_jax.train.step import TrainState
 
 # How TensorStore's messages about data that are missing or wrong begin, and those about the way to the data.
@@ -121,7 +121,7 @@ class Checkpoints:
             yield
         except Exception as error:
             cause = _out_of_reach(error)
-            if cause is None:
+            if cause is None or is_out_of_memory(error):
                 raise
             kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
             raise UserError(
@@ -174,9 +174,10 @@ def _reading(path: Path, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if cause := _damage(error):
+        about_files = not is_out_of_memory(error)
+        if about_files and (cause := _damage(error)):
             raise UserError(f"checkpoint {path} is damaged ({_message(cause)}): {way_out}") from error
-        if cause := _out_of_reach(error):
+        if about_files and (cause := _out_of_reach(error)):
             raise UserError(
                 f"checkpoint {path} cannot be read now ({_message(cause)}), which does not mean that it is "
                 "damaged: try again"
