@@ -71,17 +71,30 @@ def model_mesh(
         mesh: None is the default device alone; `fsdp=2,tensor=4` names sizes, where those left out are 1, and
             `data` what the others leave; `auto` takes all devices, with the largest `tensor` that divides the
             model and the devices of a process. Of a CPU, whose devices are virtual and share its memory, it
-            takes one. A mesh is taken as it is.
+            takes one. Of a mesh its devices along these three axes are taken, whatever its axis types.
         config, anti_expert: sizes of the model.
 
     Returns:
         None where there is one device.
 
     Raises:
-        UserError: no such axis, or sizes that do not multiply to the number of devices.
+        UserError: other axes than the three, sizes that do not multiply to the number of devices, or what is
+            no mesh.
     """
-    if mesh is None or isinstance(mesh, Mesh):
-        return mesh
+    if mesh is None:
+        return None
+    if isinstance(mesh, Mesh):
+        if set(mesh.axis_names) != set(MESH_AXES):
+            raise UserError(
+                f"the mesh has axes {', '.join(map(str, mesh.axis_names))}: it needs {', '.join(MESH_AXES)}, "
+                "of size 1 where there is nothing to spread"
+            )
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    if not isinstance(mesh, str):
+        raise UserError(
+            f"mesh {mesh!r} is of type {type(mesh).__name__}: give sizes such as 'fsdp=2,tensor=4', 'auto', "
+            "or a jax.sharding.Mesh"
+        )
     devices = jax.device_count()
     if mesh != AUTO:
         sizes = _parse_sizes(mesh)

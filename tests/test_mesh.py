@@ -318,6 +318,30 @@ def test_bad_meshes(paths, tmp_path, capfd, command, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("axes", [("data", "fsdp", "tensor"), ("tensor", "data", "fsdp")])
+def test_a_mesh_that_jax_makes_by_default(paths, on_one, axes):
+    """Its axis types are explicit."""
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    lm = load_model(paths["model"], mesh=jax.make_mesh([sizes[name] for name in axes], axes))
+    assert greedy(lm, "in-model-contrast", PROMPTS) == greedy(on_one, "in-model-contrast", PROMPTS)
+    assert model_mesh(lm.mesh, lm.config, None) == lm.mesh
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        (lambda: jax.make_mesh((2, 4), ("fsdp", "tensor")), ["fsdp, tensor", "needs data, fsdp, tensor"]),
+        (lambda: jax.make_mesh((8, 1, 1), ("x", "fsdp", "tensor")), ["x, fsdp, tensor"]),
+        (lambda: 8, ["mesh 8 is of type int", "fsdp=2,tensor=4"]),
+        (lambda: {"tensor": 8}, ["is of type dict", "fsdp=2,tensor=4"]),
+    ],
+    ids=["an axis less", "another axis", "a number", "a dict"],
+)
+def test_what_is_no_mesh_of_a_model(paths, mesh, parts):
+    with user_error(*parts):
+        load_model(paths["model"], mesh=mesh())
+
+
 def test_a_width_that_tensor_does_not_divide(tiny, capfd):
     command = ["--model", tiny("gqa").directory, "--mesh", "tensor=8", "--prompt", "t5"]
     error = error_of(capfd, generate_command, *command)
