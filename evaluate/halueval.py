@@ -118,7 +118,7 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
 def tables_of(results: Mapping[str, Any]) -> list[Table]:
     """The tables of a `results.json`: preferences and differences, of all pairs and of matched ones."""
     tables, lengths = [], results["length"]
-    for part, name in (("all", "all pairs"), ("matched", f"lengths within × {lengths['ratio']:g}")):
+    for part, name in (("all", "all pairs"), ("matched", f"lengths within × {float(lengths['ratio']):g}")):
         methods, of_length = results["parts"][part], lengths[part]
         if not of_length["n"]:
             continue

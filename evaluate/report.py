@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 from imae_jax import __version__
@@ -45,43 +46,76 @@ KINDS = {
     COMPARISON: "comparison",
     HARNESS: "lm-eval",
 }
-# What a report reads of the files of each kind: types by name, where "*" is any name.
-SUMMARY = {"n": int, "n_undefined": int, "intervals": dict}
-SCORED = SUMMARY | {"settings": dict}
-PAIRS = {"n": int, "auc": object, "shorter": object}
-MEASURED = {"memory_bytes": object, "ms_per_token": object, "settings": dict}
+# What a report reads of the files of each kind: types by name, where "*" is any name, METRIC each of the
+# run's `metrics`, and "name?" may be missing or null.
+METRIC = "each metric"
+NUMBER, MEAN, INTERVAL = (int, float), (int, float, NoneType), (list, NoneType)
+FIGURE = (*MEAN, str)  # An infinity is a text: `runs.jsonable`.
+GIT = {"commit": str, "dirty": bool}
+COMMON = {
+    "benchmark": str,
+    "dtype?": str,
+    "metrics?": list,
+    "versions": dict,
+    "statistics?": dict,
+    "git?": GIT,
+}
+MEASURED = {"memory_bytes": MEAN, "ms_per_token": MEAN, "settings": dict}
+MCNEMAR = {"gained": int, "lost": int, "p": NUMBER}
+COMPARED = {METRIC: {"value": MEAN, "interval": INTERVAL, "n": int, "mcnemar?": MCNEMAR}}
+SUMMARY = {
+    METRIC: MEAN,
+    "intervals": {METRIC: INTERVAL},
+    "n": int,
+    "n_undefined": int,
+    "undefined": list,
+    "against_baseline?": COMPARED,
+}
+HARM = {"kl": FIGURE, "top1_agreement": NUMBER}
+SCORED = SUMMARY | {"settings": dict, "harm?": HARM}
+PAIRS = {"n": int, "auc": MEAN, "shorter": MEAN}
+QUESTIONS = {
+    "split": {"name": str, "seed": int, "dev_share": NUMBER},
+    "limit": object,
+    "n_questions": int,
+    "metrics": list,
+    "baseline": str,
+}
 FORMS: dict[str, Any] = {
-    "truthfulqa": {
-        "data": {"path": str, "sha256": str},
-        "split": {"name": str},
-        "limit": object,
-        "n_questions": int,
-        "metrics": list,
-        "baseline": str,
-        "methods": {"*": SCORED},
-    },
-    "truthfulqa-answers": {
+    "truthfulqa": QUESTIONS | {"data": {"path": str, "sha256": str}, "methods": {"*": SCORED}},
+    "truthfulqa-answers": QUESTIONS
+    | {
         "shown": int,
-        "generation": dict,
-        "baseline": str,
-        "methods": {"*": SCORED | {"tokens": {"value": object}}},
+        "generation": {"sampler": {"temperature": NUMBER}, "seed": int, "max_new_tokens": int},
+        "methods": {"*": SCORED | {"tokens": {"value": MEAN}}},
     },
     "halueval": {
+        "metrics": list,
         "baseline": str,
-        "length": {"ratio": float, "all": PAIRS, "matched": PAIRS},
+        "length": {"ratio": (float, str), "all": PAIRS, "matched": PAIRS},
         "parts": {"all": {"*": SUMMARY}, "matched": {"*": SUMMARY}},
         "methods": {"*": {"settings": dict}},
     },
     "harm": {
         "n_tokens": int,
-        "methods": {"*": {"settings": dict, "intervals": dict, "kl": object, "top1_agreement": object}},
+        "methods": {
+            "*": HARM
+            | {
+                "settings": dict,
+                "cross_entropy": FIGURE,
+                "perplexity": FIGURE,
+                "infinite_kl": NUMBER,
+                "ruled_out": NUMBER,
+                "intervals": dict.fromkeys(("cross_entropy", "kl", "top1_agreement"), INTERVAL),
+            }
+        },
     },
     COST: {
         "model": str,
         "dtype": str,
         "memory": str,
         "random_weights": bool,
-        "environment": {"versions": dict},
+        "environment": {"versions": {"device": str}, "git?": GIT},
         "workload": {"prompt_tokens": int, "new_tokens": int},
         "batch_sizes": {"*": {"base": MEASURED, "*": MEASURED}},
     },
@@ -93,7 +127,7 @@ FORMS: dict[str, Any] = {
         "metrics": list,
         "differing": dict,
         "settings": dict,
-        "parts": dict,
+        "parts": {"*": {"*": COMPARED}},
     },
     HARNESS: {
         "results": {"*": dict},
@@ -104,13 +138,13 @@ FORMS: dict[str, Any] = {
                 "base_model": {"dtype": str},
                 "method": {"scoring": dict},
                 "versions": dict,
-                "git": object,
+                "git?": GIT,
             }
         },
     },
 }
 ANSWER = {"index": int, "question": str, "best": str, "method": str, "answer": str}
-START = {"started": str, "command": list}
+START = {"started": str, "command": list, "versions?": dict, "git?": GIT}
 # Fields of results that tables show, or that are too long to be read.
 SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark", "rows")
 LONGEST_LIST = 12
@@ -367,17 +401,38 @@ def read_training(number: int, path: Path) -> Training:
     return Training(number, path, stages, config, environment, data)
 
 
-def _check(file: Path, value: Any, form: Any, name: str = "it") -> None:
+def _check(file: Path, value: Any, form: Any, name: str = "it", metrics: Sequence[str] = ()) -> None:
     """Raises a `UserError` unless a value from a file has what a form, as in `FORMS`, names."""
-    fields = form if isinstance(form, dict) else {}
-    problem = None if isinstance(value, dict if fields else form) else f"{name} is a {type(value).__name__}"
-    if problem is None:
-        problem = next((f"{name} has no {key}" for key in fields if key != "*" and key not in value), None)
-    if problem is not None:
-        raise UserError(f"{file} is of another form than expected ({problem}): make the run again")
-    for key, inner in fields.items():
-        for found in value if key == "*" else [key]:
-            _check(file, value[found], inner, found)
+    if not isinstance(value, dict if isinstance(form, dict) else form):
+        raise _other_form(file, f"{name} is a {type(value).__name__}")
+    for key, inner in form.items() if isinstance(form, dict) else ():
+        optional = key.endswith("?")
+        for found in value if key == "*" else metrics if key == METRIC else [key.removesuffix("?")]:
+            if found in value and not (optional and value[found] is None):
+                _check(file, value[found], inner, found, metrics)
+            elif not optional:
+                raise _other_form(file, f"{name} has no {found}")
+
+
+def _check_results(file: Path, results: Any, kind: str) -> None:
+    """As `_check`, of a run of a kind of `KINDS`, and of a comparison."""
+    from .answers import DISTANCES, TEXTS
+    from .compare import HEADS
+
+    _check(file, results, COMMON)
+    metrics, known = results.get("metrics", []), list(HEADS.get(results["benchmark"], ()))
+    if "metrics" in FORMS[kind] and not (metrics and all(metric in known for metric in metrics)):
+        raise _other_form(file, f"metrics is {json.dumps(metrics)}")
+    # Runs of answers show more than they are compared by.
+    more = [*DISTANCES, *TEXTS] if kind == "truthfulqa-answers" else []
+    _check(file, results, FORMS[kind], metrics=[*metrics, *more])
+    for part in results.get("parts", {}).values():
+        name, form = ("settings", list) if kind == COMPARISON else ("methods", dict)
+        _check(file, results[name], dict.fromkeys(part, form), name)
+
+
+def _other_form(file: Path, problem: str) -> UserError:
+    return UserError(f"{file} is of another form than expected ({problem}): make the run again")
 
 
 def _read_json(path: Path) -> Any:
@@ -431,7 +486,7 @@ def read_results(path: Path) -> dict[str, Any]:
             return {**results, "benchmark": COST}
     elif (path / COMPARISON_FILE).is_file():
         comparison = _read_json(path / COMPARISON_FILE)
-        _check(path / COMPARISON_FILE, comparison, FORMS[COMPARISON])
+        _check_results(path / COMPARISON_FILE, comparison, COMPARISON)
         models = " → ".join(dict.fromkeys(comparison["models"]))
         return {**comparison, "of": comparison["benchmark"], "benchmark": COMPARISON, "model": models}
     elif (path / HARNESS_FILE).is_file():
@@ -439,7 +494,7 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_run(path)
     if results["benchmark"] not in KINDS:
         raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: leave it out")
-    _check(path / RESULTS_FILE, results, FORMS[results["benchmark"]])
+    _check_results(path / RESULTS_FILE, results, results["benchmark"])
     return results
 
 
@@ -461,7 +516,7 @@ def read_harness(file: Path) -> dict[str, Any]:
         "task_versions": found["versions"],
         **{name: found[name] for name in kept if name in found},
         "versions": ours["versions"],
-        "git": ours["git"],
+        "git": ours.get("git"),
     }
 
 
@@ -813,7 +868,7 @@ def provenance_sections(runs: Sequence[Evaluation | Training]) -> list[Section]:
 def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """Every method's settings, resolved."""
     if "batch_sizes" in results:
-        methods = next(iter(results["batch_sizes"].values()))
+        methods = next(iter(results["batch_sizes"].values()), {})
     else:
         methods = results.get("methods", {})
     kept = ("settings", "scored_with", "seconds")

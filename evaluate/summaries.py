@@ -145,7 +145,7 @@ def harness_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def against_baseline(methods: Mapping[str, Any]) -> dict[str, Any]:
     """The comparisons of `summarize`, of the methods that have one."""
-    return {k: row["against_baseline"] for k, row in methods.items() if "against_baseline" in row}
+    return {k: row["against_baseline"] for k, row in methods.items() if row.get("against_baseline")}
 
 
 def note_undefined(methods: Mapping[str, Any]) -> list[str]:

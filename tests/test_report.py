@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import error_of, write_rows
 
+from imae_jax.errors import UserError
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.report import main
+from imae_jax.evaluate.report import main, read_runs, sections_of
 from imae_jax.train.run_log import RunLog
 
 UNITS = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}
@@ -307,7 +308,7 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
         '{"benchmark": "truthfulqa"}': "lacks protocol",
         json.dumps(
             results_of(run) | {"methods": {"base": {}}}
-        ): "of another form than expected (base has no ",
+        ): "of another form than expected (base has no mc1)",
         json.dumps(results_of(run) | {"benchmark": "chess"}): "a run of chess",
         '{"batch_sizes": {"1": {}}}': "of another form",
     }.items():
@@ -338,6 +339,41 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     assert "environment.json is not readable" in error_of(capfd, main, training, "--out", out)
     shutil.rmtree(training / "icd")
     assert "has not trained yet" in error_of(capfd, main, training, "--out", out)
+
+
+def places_in(value, above=()):
+    """Every key of nested values, with those above it."""
+    for key in value if isinstance(value, dict) else ():
+        yield (*above, key)
+        yield from places_in(value[key], (*above, key))
+
+
+@pytest.mark.parametrize("kind", ["truthfulqa", "halueval", "harm", "comparison"])
+def test_what_a_file_lacks_is_no_fault_of_ours(runs, tmp_path, kind):
+    """Whatever single field is taken out of it: the report does without, or names the file."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[kind], run, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    file = run / ("comparison.json" if kind == "comparison" else "results.json")
+    text, refused = file.read_text(encoding="utf-8"), []
+    for *above, key in places_in(json.loads(text)):
+        changed = inner = json.loads(text)
+        for name in above:
+            inner = inner[name]
+        del inner[key]
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        try:
+            sections_of(read_runs([run]))
+        except UserError as error:
+            assert str(run) in str(error)
+            refused.append(key)
+    assert refused
+
+
+def test_an_infinite_length_ratio(runs, tmp_path):
+    """All pairs are matched: a legal setting, which JSON holds as a text."""
+    length = results_of(runs["halueval"])["length"] | {"ratio": "inf"}
+    text, _ = report(tmp_path / "out", changed(runs["halueval"], tmp_path / "run", length=length))
+    assert "lengths within × inf" in text
 
 
 def test_our_own_faults_are_not_called_the_users(runs, tmp_path, capfd, monkeypatch):
