@@ -336,7 +336,7 @@ class IMAEJaxLM(TemplateLM):
         special = self.tokenizer.special_ids
         stop_ids = {special[string] for string in generation.stop if string in special}
         rows: list[list[int]] = [[] for _ in prompts]
-        texts = [""] * len(prompts)
+        texts, closed = [""] * len(prompts), [False] * len(prompts)
         for tokens in stream_tokens(
             models,
             self.lm.config,
@@ -346,12 +346,12 @@ class IMAEJaxLM(TemplateLM):
             max_new_tokens=generation.max_new_tokens,
             eos_token_ids=sorted(stop_ids | set(self.lm.eos_token_ids)),
             seed=seed,
+            closed=closed,
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            if all(any(string in text for string in generation.stop) for text in texts):
-                break
+            closed[:] = [any(string in text for string in generation.stop) for text in texts]
         return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]
 
 

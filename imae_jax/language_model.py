@@ -264,6 +264,7 @@ class LanguageModel:
             eos_token_ids=sorted(ends_text),
             seed=seed,
             chunk_size=chunk_size,
+            closed=closed,
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new

@@ -95,6 +95,23 @@ def test_the_new_token_is_named(lm, bad, drawn, chunk_size):
     assert short == ended == [drawn[:3]]
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 32])
+def test_a_stop_string_ends_a_text_before_it(lm, bad, drawn, chunk_size):
+    """The other row goes on long after; what follows the stop string is nobody's."""
+    options = {"format": "raw", "max_new_tokens": 12, "chunk_size": chunk_size}
+
+    def text(prompts, **more):
+        return ["".join(pieces) for pieces in zip(*lm.stream(prompts, **options, **more), strict=True)]
+
+    stop = [words(drawn[1])]
+    (alone,) = text([words(*PROMPT)], stop=stop)
+    assert alone.split() == [words(drawn[0])]
+    other = words(11, 12)
+    assert text([words(*PROMPT), other], stop=stop) == [alone, *text([other], stop=stop)]
+    with user_error("base, prompt 1, new token 3"):
+        text([other, words(*PROMPT)], stop=["t9999"])
+
+
 def test_float32_and_padding_do_not_overflow(tiny, directory, tmp_path):
     """Padding is token 0, whose infinities would pass through attention weights of 0."""
     lm = load_model(directory, dtype="float32")

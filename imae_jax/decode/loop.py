@@ -117,8 +117,14 @@ def stream_tokens(
     seed: int,
     chunk_size: int = 32,
     padding_side: str = "left",
+    closed: Sequence[bool] | None = None,
 ) -> Iterator[list[list[int]]]:
-    """As `generate`, but yields every row's new tokens after the prefill and after every chunk."""
+    """As `generate`, but yields every row's new tokens after the prefill and after every chunk.
+
+    Args:
+        closed: rows whose text has ended otherwise, such as at a stop string: the caller may set them between
+            two yields. Nothing more comes of them, neither tokens nor errors.
+    """
     models = Models.of(model, config)
     method = method.resolve(config, generating=True)
     streams.check(models, method)
@@ -144,36 +150,36 @@ def stream_tokens(
             sampler=sampler,
             capacity=tokens.shape[1] + num_chunks * chunk_size,
         )
-    open_rows = np.ones(len(prompts), bool)
-    eos_set, left = set(eos_token_ids), max_new_tokens
-    drawn_before: list[np.ndarray] = []
+    closed = [False] * len(prompts) if closed is None else closed
+    rows: list[list[int]] = [[] for _ in prompts]
+    eos_set, ended = set(eos_token_ids), [False] * len(prompts)
 
-    def cut(drawn: jax.Array, state: DecodeState) -> list[list[int]]:
-        nonlocal left
-        drawn, not_finite = (to_host(x)[: len(prompts)] for x in (drawn, state.not_finite))
-        drawn_before.append(drawn)
-        for i in np.flatnonzero(open_rows & (not_finite < max_new_tokens)):
-            step, new = int(not_finite[i]), np.concatenate(drawn_before, axis=1)[i]
+    for number in range(1 + num_chunks):
+        drawn = state.token[:, None]
+        if number > 0:
+            with use_mesh(models.mesh):
+                state, drawn = _decode_chunk(
+                    models, state, eos, method=method, sampler=sampler, length=chunk_size
+                )
+        drawn, not_finite = (to_host(x)[: len(prompts)].tolist() for x in (drawn, state.not_finite))
+        new: list[list[int]] = [[] for _ in prompts]
+        for i, row in enumerate(rows):
+            if not (ended[i] or closed[i]):
+                sound = drawn[i][: min(not_finite[i], max_new_tokens) - len(row)]
+                end = next((j + 1 for j, token in enumerate(sound) if token in eos_set), None)
+                new[i], ended[i] = sound[:end], end is not None
+                row += new[i]
+        yield new
+        # Only now is known whose text goes on.
+        still_open = [i for i in range(len(prompts)) if not (ended[i] or closed[i])]
+        failed = [(not_finite[i], i) for i in still_open if not_finite[i] < max_new_tokens]
+        if failed:
+            step, i = min(failed)
             at = "prefill" if step == 0 else f"new token {step}"
-            text = [*prompts[i], *new[:step].tolist()]
-            raise streams.not_finite_error(models, method, text, f"{method.name}, prompt {i}, {at}")
-        drawn, left = drawn[:, :left], left - drawn.shape[1]
-        new = []
-        for i, row in enumerate(drawn.tolist()):
-            end = next((j + 1 for j, token in enumerate(row) if token in eos_set), None)
-            new.append(row[:end] if open_rows[i] else [])
-            open_rows[i] &= end is None
-        return new
-
-    yield cut(state.token[:, None], state)
-    for _ in range(num_chunks):
-        if not open_rows.any():
+            where = f"{method.name}, prompt {i}, {at}"
+            raise streams.not_finite_error(models, method, [*prompts[i], *rows[i]], where)
+        if not still_open:
             return
-        with use_mesh(models.mesh):
-            state, drawn = _decode_chunk(
-                models, state, eos, method=method, sampler=sampler, length=chunk_size
-            )
-        yield cut(drawn, state)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
