@@ -15,6 +15,9 @@ import xxhash
 FORM = "tensors-v1:"
 # Of a block, small enough for the processor's cache. They become columns in memory: whole cache lines.
 BLOCK_ROWS = 64
+# Settings that say where something lies, if a digest beside them says what it is.
+PLACES = ("model", "reference", "revision", "path", "source", "anti_expert", "amateur", "directions")
+DIGESTS = ("fingerprint", "sha256", "base_model")
 
 
 class TensorFiles:
@@ -89,3 +92,15 @@ def note(recorded: Any) -> str:
     if is_comparable(recorded):
         return ""
     return " (recorded by an older version in a form that cannot be compared: go on with that version)"
+
+
+def without_places(settings: Any) -> Any:
+    """Recorded settings as they are compared: what they name is the same wherever it lies."""
+    if not isinstance(settings, Mapping):
+        return settings
+    identified = any(settings.get(name) for name in DIGESTS)
+    return {
+        name: without_places(value)
+        for name, value in settings.items()
+        if not (identified and name in PLACES and isinstance(value, str | None))
+    }

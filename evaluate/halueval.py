@@ -7,6 +7,7 @@ all pairs and on those whose answers have about the same length, beside what len
 Source: Li et al., "HaluEval", EMNLP 2023 (arXiv 2305.11747); its qa_data.json has the pairs.
 """
 
+import hashlib
 import logging
 import math
 import sys
@@ -170,6 +171,10 @@ def length_statistics(tokens: Sequence[tuple[int, int]]) -> dict[str, Any]:
     }
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(dumps(value).encode()).hexdigest()
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
@@ -200,8 +205,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_arguments(args, methods)
     if not args.length_ratio >= 1:
         raise UserError(f"--length-ratio {args.length_ratio}: give at least 1")
-    import hashlib
-
     from imae_jax.convert import load_model
     from imae_jax.decode import encode
     from imae_jax.train.config import DataConfig
@@ -247,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": BENCHMARK,
         "protocol": f"{PROTOCOL}/{format}",
         **model_settings(lm, args),
-        "data": {"path": args.data, "sha256": hashlib.sha256(dumps(fields).encode()).hexdigest()},
-        "train_run": args.train_run,
+        "data": {"path": args.data, "sha256": digest(fields)},
+        "train_run": args.train_run and {"path": args.train_run, "sha256": digest(sorted(trained))},
         "split": {"name": args.split, "seed": args.split_seed, "dev_share": args.dev_share},
         "limit": args.limit,
     }

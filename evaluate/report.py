@@ -14,11 +14,20 @@ from typing import Any, ClassVar
 
 from imae_jax import __version__
 from imae_jax.cli import ArgumentParser, command, lock_outputs
+from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
 
 from .questions import DATA_DIRECTORY
-from .runs import COMPARISON_FILE, HARNESS_FILE, RESULTS_FILE, RUN_FILE, SCORES_FILE, read_run, same_model
+from .runs import (
+    COMPARISON_FILE,
+    HARNESS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SCORES_FILE,
+    read_run,
+    same_model,
+)
 from .summaries import (
     HARNESS_COLUMNS,
     against_baseline,
@@ -638,7 +647,7 @@ def _harm_of(run: Evaluation, harms: Sequence[Evaluation]) -> dict[str, tuple[Ma
             continue
         for label, row in methods.items():
             for other in harm.results["methods"].values():
-                if other["settings"] == row["settings"]:
+                if without_places(other["settings"]) == without_places(row["settings"]):
                     found.setdefault(label, (other, f"run {harm.number}"))
     return found
 

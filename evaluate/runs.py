@@ -27,7 +27,7 @@ import numpy as np
 
 from imae_jax import runtime
 from imae_jax.cli import lock_outputs
-from imae_jax.convert.identity import note
+from imae_jax.convert.identity import note, without_places
 from imae_jax.distributed import barrier, is_main
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import check_new_directory, new_directory, read_text, write_text
@@ -287,7 +287,7 @@ def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, A
         "base_model": dataclasses.asdict(lm.base),
         "dtype": lm.base.dtype,
         "int8": args.int8,
-        "tokenizer": args.tokenizer,
+        "tokenizer": {"path": args.tokenizer, "sha256": lm.tokenizer.fingerprint},
         "anti_expert": lm.imae and lm.imae["anti_expert"],
         "units": lm.units_fingerprint,
     }
@@ -295,6 +295,7 @@ def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, A
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two runs' `model_settings` are of one model, wherever its directory is."""
+    a, b = without_places(a), without_places(b)
     return all(a.get(name) == b.get(name) for name in IDENTITY)
 
 
@@ -338,7 +339,7 @@ class Run:
             raise UserError(
                 f"{self.out / RUN_FILE} cannot be read ({first_line(error)}): start anew"
             ) from error
-        for name, old, new in differences(before, settings):
+        for name, old, new in differences(without_places(before), without_places(settings)):
             older = note(old) if name.endswith("fingerprint") else ""
             raise UserError(
                 f"{self.out} was scored with another {name} ({old}, now {new}){older}: restore it, or choose "

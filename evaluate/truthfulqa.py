@@ -24,6 +24,7 @@ from imae_jax.cli import (
     join_processes,
     model_arguments,
 )
+from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError
 
 from . import plots, stats
@@ -177,7 +178,7 @@ def read_harm(
     found = {}
     for name, settings in methods.items():
         other = harm["methods"].get(name)
-        if other is not None and other["settings"] != jsonable(settings):
+        if other is not None and without_places(other["settings"]) != without_places(jsonable(settings)):
             raise UserError(f"--harm {path}: {name} has other settings there: measure it again")
         if other is not None:
             found[name] = {key: other[key] for key in ("kl", "top1_agreement", "cross_entropy")}

@@ -23,6 +23,7 @@ from imae_jax.cli import (
     lock_outputs,
     model_arguments,
 )
+from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError
 from imae_jax.files import read_text, write_text
 from imae_jax.prompts import resolve_format
@@ -110,8 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
     }
     if args.out is not None:
-        model = {"reference": args.model, **model_arguments(args)}
-        del model["mesh"]  # It changes no text.
+        model = {
+            "reference": args.model,
+            "fingerprint": lm.base.fingerprint,
+            "units": lm.units_fingerprint,
+            "tokenizer": lm.tokenizer.fingerprint,
+            "dtype": lm.base.dtype,
+            "int8": args.int8,
+        }
         _continue_file(
             lm, model, args.prompts, args.out, methods[0], args.batch_size, options, quiet=args.quiet
         )
@@ -158,12 +165,13 @@ def _continue_file(
     from imae_jax.distributed import is_main
 
     lines = read_text(source, "file of prompts").split("\n")
-    settings = {"model": model, "method": method.settings(), **options}
-    settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
-    done = _done(out, settings)
     # What is wrong with the settings is not a line's fault.
     resolve_format(lm.tokenizer, options["format"], allow_raw=True)
     models, _ = lm.prepare(method, generating=True)
+    named = {} if method.resource is None else {"fingerprint": lm.resource_fingerprint(method)}
+    settings = {"model": model, "method": method.settings() | named, **options}
+    settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
+    done = _done(out, settings)
     prompts, bad = {}, {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -231,7 +239,7 @@ def _done(out: Path, settings: dict[str, Any]) -> dict[int, str]:
             if line.startswith(b'{"line"') and not line.endswith(b"\n"):
                 break  # A killed process left it.
             raise UserError(f"{out} was not written by this command: choose another --out") from error
-        if used != settings:
+        if without_places(used) != without_places(settings):
             raise UserError(f"{out} was written with other settings: choose another --out")
         done[number] = prompt
         kept.append(line)

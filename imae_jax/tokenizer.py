@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +51,17 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that ids and text depend on, wherever its files are."""
+        parts = [
+            self.backend_tokenizer.to_str(),
+            dict(self.special_tokens),
+            dict(self.chat_templates),
+            self.clean_up_tokenization_spaces,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, Any]:
         """Token ids of a text, or a list of them of several, as `input_ids`.

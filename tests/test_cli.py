@@ -413,6 +413,9 @@ def test_an_output_is_gone_on_with_for_the_same_model_and_prompts_alone(
         assert not out.exists()
     output_of(capfd, generate, "--model", tiny_dir, "--prompts", prompts, "--out", out, "--max-new-tokens", 2)
     content = out.read_bytes()
+    moved = shutil.copytree(tiny_dir, tmp_path / "moved")
+    output_of(capfd, generate, "--model", moved, "--prompts", prompts, "--out", out, "--max-new-tokens", 2)
+    assert out.read_bytes() == content
     assert "other settings" in run()
     assert "other settings" in run("--dtype", "bfloat16", model=tiny_dir)
     write_prompts(prompts, '{"prompt": "t6"}')

@@ -1,20 +1,24 @@
 """Evaluation runs: going on after a kill, what is refused, shared passes, statistics, comparisons, tables."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import error_of, user_error, with_changes, write_questions
+from conftest import TINY, error_of, user_error, with_changes, word_tokenizer, write_questions
+from safetensors.numpy import load_file, save_file
 
+from imae_jax.convert import load_model
+from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.evaluate import stats
 from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.runs import dumps, read_run
+from imae_jax.evaluate.runs import dumps, read_run, same_model
 from imae_jax.evaluate.summaries import values_of
 from imae_jax.evaluate.tables import Table
 from imae_jax.evaluate.truthfulqa import main
@@ -58,8 +62,11 @@ def test_a_killed_run_goes_on(scored, killed):
             assert results["methods"][name][key] == pytest.approx(row[key], abs=1e-3)
 
 
-def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_path, capfd):
+def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tmp_path, capfd):
     command, out = killed
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_tokenizer(word_tokenizer(TINY.vocab_size, "another template"), tokenizer)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "unfinished run: pass --resume" in error_of(capfd, main, *command)
     assert "exclude each other" in error_of(capfd, main, *command, "--resume", "--overwrite")
@@ -68,7 +75,7 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_pa
         "another split.name": [*command, "--split", "dev"],
         "another limit (None, now 3)": [*command, "--limit", "3"],
         "another int8 (None, now base)": [*command, "--int8", "base"],
-        "another tokenizer (None, now ": [*command, "--tokenizer", tiny().directory],
+        "another tokenizer.sha256 (": [*command, "--tokenizer", tokenizer],
         "another base_model.dtype (float32, now bfloat16)": [*command, "--dtype", "bfloat16"],
         "csv-data-": with_out(command, out, data=write_questions(tmp_path / "q.csv", seed=1)),
         "another methods.in-model-contrast.beta (1.0, now 2.0)": None,
@@ -88,6 +95,29 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tiny, tmp_pa
     assert "scores.jsonl line 1 is damaged" in error_of(capfd, main, *command, "--resume")
     with user_error("unfinished", "--resume"):
         read_run(out)
+
+
+def test_a_run_goes_on_wherever_its_files_are_now(scored, killed, tmp_path):
+    """Model, base, tokenizer, data and primer are the same ones in other places, of which results tell."""
+    command, out = killed
+    places = {name: command[command.index(f"--{name}") + 1] for name in ("model", "data", "primer")}
+    base = json.loads((out / "run.json").read_text())["base_model"]["reference"]
+    moved = {name: tmp_path / "moved" / Path(path).name for name, path in (places | {"base": base}).items()}
+    (tmp_path / "moved").mkdir()
+    for name, path in (places | {"base": base}).items():
+        (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, moved[name])
+    command = with_out(command, out, **{name: moved[name] for name in places})
+    command += ["--base", moved["base"], "--tokenizer", moved["base"]]
+    assert run(*command, "--resume") == 0
+    results, before = read_run(out), read_run(scored[1])
+    assert results["resumed_lines"] == 8
+    assert results["model"] == str(moved["model"])
+    assert same_model(results, before)
+    weights = load_file(moved["base"] / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, moved["base"] / "model.safetensors", {"format": "pt"})
+    changed = before | {"base_model": dataclasses.asdict(load_model(str(moved["base"])).base)}
+    assert not same_model(results, changed)
 
 
 def test_a_question_may_hold_any_break_of_lines(scored, tmp_path):
