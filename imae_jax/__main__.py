@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ COMMANDS = {
     "evaluate iti": ("imae_jax.evaluate.iti", "fit the directions of inference-time intervention"),
 }
 """Module and purpose by name."""
+
+MESSAGE_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
 FIRST_STEPS = (
     'imae generate --model smollm2-135m-instruct --format chat --prompt "Who wrote Hamlet?"',
@@ -74,16 +77,18 @@ def without_command(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the first two words name, or the first one.
+    """Runs the command that the first two words name, or the first one; options of messages may stand before.
 
     Returns:
         Its exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    options = list(itertools.takewhile(MESSAGE_OPTIONS.__contains__, words))
+    words = words[len(options) :]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return importlib.import_module(COMMANDS[name][0]).main(words[length:])
+            return importlib.import_module(COMMANDS[name][0]).main([*options, *words[length:]])
     return without_command(words)
 
 

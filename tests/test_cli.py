@@ -263,6 +263,20 @@ def test_every_name_is_a_command_that_calls_itself_so(monkeypatch, capfd):
         assert f"(see imae {name}" in error_of(capfd, every_command, *name.split(), "--no-such-option")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_messages_may_stand_before_any_command(capfd, name):
+    assert every_command(["-q", "--debug", *name.split(), "--no-such-option"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].endswith(" --help)")
+
+
+def test_options_before_no_command_change_nothing(capfd):
+    assert every_command(["--verbose"]) == 0
+    assert "To begin with" in capfd.readouterr().out
+    assert "'generat' is no command: did you mean" in error_of(capfd, every_command, "-q", "generat")
+
+
 @pytest.mark.parametrize("words", [(), ("--help",), ("evaluate",), ("--version",)])
 def test_help_does_not_wait_for_jax(words):
     code, output, error, imported = imae(*words)
