@@ -96,6 +96,10 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Where nothing can be written, more is missing than locks. A mount point alone may be writable.
+        inside = path.is_dir() and not os.access(file.parent, os.W_OK)
+        with tempfile.TemporaryFile(dir=path if inside else file.parent):
+            pass
     except OSError as error:
         raise UserError(f"{path} cannot be written in {file.parent}: choose another output") from error
     try:

@@ -161,6 +161,13 @@ def test_an_output_in_a_file_is_refused_in_one_line(tmp_path):
         pass
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files, not even root's")
+def test_an_output_where_nothing_can_be_written_is_refused_at_once(capfd):
+    for out in ("/proc/out", "/proc/new/out"):
+        command = ["--model", "nowhere", "--out", out]
+        assert f"{out} cannot be written in" in error_of(capfd, truthfulqa, *command)
+
+
 def test_where_no_lock_can_be_made_a_warning_says_so(tmp_path, caplog):
     out = tmp_path / ("x" * 252)  # Of the longest names a file system takes: the lock's is longer.
     with locked(out):
