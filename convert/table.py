@@ -43,12 +43,8 @@ class Row:
         inputs = self.shape[: -self.outputs]
         return (int(np.prod(self.shape[-self.outputs :])), int(np.prod(inputs)))
 
-    def from_hf(self, array: np.ndarray) -> np.ndarray:
-        """A view of a HuggingFace array `hf_shape` in this library's `shape`."""
-        return (array.T if self.outputs else array).reshape(self.shape)
-
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `from_hf`."""
+        """A HuggingFace array `hf_shape` of one in this library's `shape`."""
         if not self.outputs:
             return array.reshape(self.hf_shape)
         return array.reshape(self.hf_shape[::-1]).T
