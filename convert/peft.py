@@ -38,21 +38,24 @@ PLAIN = {
     "layer_replication": None,
 }
 HEEDED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Other settings of PEFT that may have any value: what is checked elsewhere, what matters to training alone,
-# what goes with an initialization, and where an adapter acts, which its tensors show. All others must be off.
+# and what goes with an initialization. All others must be off.
 KNOWN = {
     *HEEDED,
+    *WHERE,
     *("base_model_name_or_path", "revision", "init_lora_weights"),
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "runtime_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 OFF = (None, False, [], {}, "")
 # Initializations that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and perhaps what comes
 # after them take a part out of its weights, which an adapter on the whole weights would count twice.
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 MERGE = "merge it into its base with PEFT's merge_and_unload, and give the result"
+# PEFT's for Llama, Mistral, Qwen and Gemma.
+DEFAULT_TARGETS = ("q_proj", "v_proj")
 PREFIX, LORA_A = "base_model.model.", ".lora_A."
 
 
@@ -147,33 +150,46 @@ def open_adapter(path: Path, config: LlamaConfig) -> Adapter:
             f"{MERGE}"
         )
 
-    def rank_of(name):
-        return _by_pattern(settings["rank_pattern"], name, rank)
+    def rank_of(module):
+        return _by_pattern(settings["rank_pattern"], module, rank)
 
-    def scale_of(name):
-        own_alpha, own_rank = _by_pattern(settings["alpha_pattern"], name, alpha), rank_of(name)
+    def scale_of(module):
+        own_alpha, own_rank = _by_pattern(settings["alpha_pattern"], module, alpha), rank_of(module)
         return own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
 
-    suffixes = {
-        row.path.split(".")[1]: row.hf.partition("{layer}")[2] for row in rows if row.path.endswith(".a")
-    }
-    targets = [
-        target for target in LORA_TARGETS if any(name.endswith(suffixes[target]) for name in source.shapes)
-    ]
-    largest = max(map(rank_of, source.shapes))
-    lora = LoraConfig(largest, alpha * (math.sqrt(rank) if rslora else 1) * largest / rank, tuple(targets))
+    # Projections of `DecoderLayers` by the modules that they are in the base.
+    modules = {_module(row.hf_name(i)): row.path.split(".")[1] for row, i in expand(rows, config.num_layers)}
+    others = {"model.embed_tokens", "lm_head"}
+    try:
+        acting = {module for module in others | modules.keys() if _acts_on(settings, module)}
+    except re.error as error:
+        raise UserError(
+            f"{path / CONFIG_FILE}: a pattern in {', '.join(WHERE)} is none ({first_line(error)})"
+        ) from error
+    if acting & others:
+        raise UserError(
+            f"{path} acts on {min(acting & others)} besides the layers' projections, which is not supported: "
+            f"{MERGE}"
+        )
+    if not acting:
+        raise UserError(f"{path / CONFIG_FILE}: {', '.join(WHERE)} name none of this model's projections")
+    targets = tuple(target for target in LORA_TARGETS if target in {modules[module] for module in acting})
+    largest = max(map(rank_of, acting))
+    lora = LoraConfig(largest, alpha * (math.sqrt(rank) if rslora else 1) * largest / rank, targets)
     shapes = {row.hf_name(i): row.hf_shape for row, i in expand(lora_rows(config, lora), config.num_layers)}
-    there = {_module(name) for name in source.shapes}
     expected = {
-        name: (rank_of(name), shape[1]) if LORA_A in name else (shape[0], rank_of(name))
+        name: (rank_of(module), shape[1]) if LORA_A in name else (shape[0], rank_of(module))
         for name, shape in shapes.items()
-        if _module(name) in there or not _is_selective(settings)
+        if (module := _module(name)) in acting
     }
     try:
         check_shapes(expected, source, expected)
     except UserError as error:
-        raise UserError(f"{path} is an adapter of another base, give its own: {error}") from error
-    factors = {name: scale_of(name) / lora.scale for name in expected if LORA_A not in name}
+        raise UserError(
+            f"{path} is an adapter of another base, or acts elsewhere than {', '.join(WHERE)} of its "
+            f"{CONFIG_FILE} say: give its own base, or restore its files ({error})"
+        ) from error
+    factors = {name: scale_of(_module(name)) / lora.scale for name in expected if LORA_A not in name}
     heeded = {name: settings.get(name) for name in HEEDED}
     return Adapter(config, lora, source, shapes, factors, heeded)
 
@@ -203,6 +219,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {name} must map patterns to numbers ({first_line(error)})") from error
         if not valid:
             raise UserError(f"{path}: {name} must map patterns to numbers above 0")
+    for name in WHERE:
+        value, kind = settings.get(name, []), int if name == "layers_to_transform" else str
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, kind) and not isinstance(item, bool) for item in values):
+            raise UserError(f"{path}: {name}={value!r} must be of type {kind.__name__} or a list of that")
+    if isinstance(settings.get("target_modules"), str) and settings.get("layers_to_transform") is not None:
+        raise UserError(f"{path}: layers_to_transform goes with a list of target_modules, not with a pattern")
     return settings
 
 
@@ -210,13 +233,34 @@ def _is_positive(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _is_selective(settings: dict[str, Any]) -> bool:
-    """Whether an adapter may leave layers out."""
-    targets = settings.get("target_modules")
-    if isinstance(targets, str):
-        return targets != "all-linear"
-    chosen = any(settings.get(name) not in OFF for name in ("layers_to_transform", "exclude_modules"))
-    return chosen or any("." in str(target) for target in targets or ())
+def _acts_on(settings: dict[str, Any], module: str) -> bool:
+    """Whether an adapter acts on a module of the base, such as `model.layers.0.mlp.up_proj`, as PEFT decides.
+
+    See `check_target_module_exists` in peft/tuners/tuners_utils.py.
+    """
+
+    def chosen(names):
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names)
+
+    targets, layers = settings.get("target_modules", DEFAULT_TARGETS), settings.get("layers_to_transform", [])
+    if chosen(settings.get("exclude_modules", [])):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return module.endswith("_proj")
+    if not chosen(targets):
+        return False
+    if layers == [] or module in targets:
+        return True
+    patterns = settings.get("layers_pattern") or r"[^.]*"
+    matches = (
+        re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module)
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    )
+    match = next(filter(None, matches), None)
+    layers = layers if isinstance(layers, list) else [layers]
+    return match is not None and match["layer"] is not None and int(match["layer"]) in layers
 
 
 def _module(name: str) -> str:
@@ -224,11 +268,9 @@ def _module(name: str) -> str:
     return name.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
-def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that is the end of a tensor's module, as PEFT matches them."""
-    matches = (
-        value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", _module(name))
-    )
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that is the end of a module's name, as PEFT matches them."""
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
     return next(matches, default)
 
 

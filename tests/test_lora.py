@@ -48,6 +48,13 @@ ADAPTERS = {
     "a pattern": {"target_modules": r".*\.0\.self_attn\.q_proj|.*\.[12]\.mlp\.(up|down)_proj"},
     "full names": {"target_modules": ["layers.2.mlp.gate_proj", "k_proj"]},
     "without a layer": {"exclude_modules": r".*\.1\..*"},
+    "without projections": {"exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]},
+    "all linear": {"target_modules": "all-linear"},
+    "a full name beyond the layers": {
+        "target_modules": ["model.layers.1.mlp.up_proj", "layers.1.mlp.gate_proj", "q_proj"],
+        "layers_to_transform": [2],
+        "layers_pattern": ["h", "layers"],
+    },
     "own ranks": PATTERNS,
     "own ranks, rslora": PATTERNS | {"use_rslora": True},
     "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -243,6 +250,29 @@ def test_bad_adapters(adapter, tiny, tmp_path):
     with user_error("1 missing", name):
         fewer = {k: v for k, v in tensors.items() if k != name}
         open_adapter(variant("fewer", tensors=fewer), config)
+    fewer = {k: v for k, v in tensors.items() if "k_proj" not in k}
+    for what, change in {
+        "target_modules": {"target_modules": ["q_proj"]},
+        "a pattern": {"target_modules": r".*\.q_proj"},
+        "default targets": {"target_modules": None},
+        "exclude_modules": {"exclude_modules": ["k_proj"]},
+        "layers_to_transform": {"layers_to_transform": [0]},
+        "layers_pattern": {"layers_to_transform": [0, 1, 2], "layers_pattern": "blocks"},
+    }.items():
+        with user_error(what, "name none" if what == "layers_pattern" else "unexpected"):
+            open_adapter(variant(what, **change), config)
+    with user_error("6 missing", "k_proj.lora_A"):
+        open_adapter(variant("without k", tensors=fewer), config)
+    for what, change in {
+        "5": {"target_modules": 5},
+        "[True]": {"layers_to_transform": [True]},
+        "pattern": {"target_modules": "q_proj(", "layers_to_transform": None},
+        "goes with a list": {"target_modules": ".*proj", "layers_to_transform": 1},
+        "acts on lm_head": {"target_modules": [*MODULES.values(), "lm_head"]},
+        "acts on model.embed_tokens": {"target_modules": ".*"},
+    }.items():
+        with user_error(what):
+            open_adapter(variant(f"bad {what}", **change), config)
     with user_error("another base", "missing", "layers.2."):
         # Of a base with a layer less, whose other sizes are the same.
         fewer = {k: v for k, v in tensors.items() if ".layers.2." not in k}
