@@ -198,29 +198,17 @@ def load_model(
         UserError: says what cannot be loaded and why.
     """
     directory = Path(reference if _exists(reference) else ".no-such-directory")
+    adapter = None
     if peft.is_adapter(directory):
-        base_reference, base_revision = _base_of_adapter(directory, base)
-        try:
-            lm = load_model(
-                base_reference,
-                dtype=dtype,
-                stacked=stacked,
-                mesh=mesh,
-                revision=revision or base_revision,
-                tokenizer=tokenizer,
-            )
-        except UserError as error:
-            raise _base_not_found(directory, error) from error
-        adapter = peft.open_adapter(directory, lm.config)
-        peft.merge_into(lm.model, adapter.read(stacked=stacked, mesh=lm.mesh), adapter.lora.scale)
-        if int8 is not None:
-            quantize(lm.model, int8)
-        fingerprint = adapter.fingerprint(lm.base.fingerprint)
-        return dataclasses.replace(lm, base=BaseReference(reference, None, fingerprint, lm.base.dtype))
-    opened = open_model(reference, revision=revision, base=base)
+        opened, adapter = _open_adapter(directory, revision=revision, base=base)
+    else:
+        opened = open_model(reference, revision=revision, base=base)
     mesh = model_mesh(mesh, opened.config, opened.anti_expert)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
     found = opened.identified()
+    if adapter is not None:
+        peft.merge_into(model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
+        found = BaseReference(reference, None, adapter.fingerprint(found.fingerprint), found.dtype)
     if int8 is not None:
         quantize(model, int8)
     loaded_tokenizer = opened.tokenizer(tokenizer)
@@ -235,6 +223,28 @@ def load_model(
     )
 
 
+def _open_adapter(
+    directory: Path, *, revision: str | None = None, base: str | None = None
+) -> tuple[OpenedModel, peft.Adapter]:
+    """An adapter and its base, which must be a plain model."""
+    location, recorded_revision = _base_of_adapter(directory, base)
+    opened = _open_base(directory, location, revision or recorded_revision)
+    return opened, peft.open_adapter(directory, opened.config)
+
+
+def _open_base(directory: Path, location: str, revision: str | None) -> OpenedModel:
+    """Opens the base of an adapter or IMAE directory."""
+    try:
+        opened = _open(location, revision)
+    except UserError as error:
+        raise UserError(
+            f"the base of {directory} cannot be loaded ({error}); pass --base if it has moved"
+        ) from error
+    if opened.unit_source is not None:
+        raise UserError(f"the base of {directory} is {location}, which has units of its own")
+    return opened
+
+
 def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | None]:
     """Reference and revision of an adapter's base."""
     settings = read_json(directory / peft.CONFIG_FILE)
@@ -246,10 +256,6 @@ def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | Non
             f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path: pass --base, where its base is"
         )
     return base, None if _exists(base) or not isinstance(revision, str) else revision
-
-
-def _base_not_found(directory: Path, error: UserError) -> UserError:
-    return UserError(f"the base of {directory} cannot be loaded ({error}); pass --base if it has moved")
 
 
 def open_model(reference: str, *, revision: str | None = None, base: str | None = None) -> OpenedModel:
@@ -270,14 +276,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     imae = imae_dir.read_config(directory)
     recorded = BaseReference(**imae["base"])
     location = base or recorded.reference
-    try:
-        opened = _open(location, revision or (None if base else recorded.revision))
-    except UserError as error:
-        raise UserError(
-            f"the base of {directory} is not found ({error}); pass --base if it has moved"
-        ) from error
-    if opened.unit_source is not None:
-        raise UserError(f"the base of {directory} is {location}, which has units of its own")
+    opened = _open_base(directory, location, revision or (None if base else recorded.revision))
     parse_dtype(recorded.dtype)
     return dataclasses.replace(
         opened,
@@ -373,12 +372,7 @@ def fingerprint(reference: str) -> str:
     directory = Path(reference if _exists(reference) else ".no-such-directory")
     if not peft.is_adapter(directory):
         return _open(reference, None).identified().fingerprint
-    base, revision = _base_of_adapter(directory, None)
-    try:
-        opened = _open(base, revision)
-    except UserError as error:
-        raise _base_not_found(directory, error) from error
-    adapter = peft.open_adapter(directory, opened.config)
+    opened, adapter = _open_adapter(directory)
     return adapter.fingerprint(opened.identified().fingerprint)
 
 
@@ -388,16 +382,13 @@ def local_paths(reference: str, base: str | None = None) -> list[Path]:
     Args:
         reference, base: see `load_model`.
     """
-    path = Path(_split_suffix(reference)[0])
-    if str(path) in BUILT_IN or not _exists(str(path)):
-        return []
-    if peft.is_adapter(path):
-        base = base or read_json(path / peft.CONFIG_FILE).get("base_model_name_or_path")
-    elif imae_dir.is_imae_dir(path):
-        base = base or imae_dir.read_config(path)["base"]["reference"]
-    else:
-        base = None
-    return [path, *(local_paths(base) if isinstance(base, str) and base != reference else [])]
+    path = Path(reference)
+    if base is None and _exists(reference) and peft.is_adapter(path):
+        base = read_json(path / peft.CONFIG_FILE).get("base_model_name_or_path")
+    elif base is None and _exists(reference) and imae_dir.is_imae_dir(path):
+        base = imae_dir.read_config(path)["base"]["reference"]
+    names = [_split_suffix(name)[0] for name in (reference, base) if isinstance(name, str)]
+    return [Path(name) for name in names if name not in BUILT_IN and _exists(name)]
 
 
 def _open(reference: str, revision: str | None) -> OpenedModel:
@@ -421,6 +412,10 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     if path.is_dir():
         if imae_dir.is_imae_dir(path):
             raise UserError(f"{name} is an IMAE directory: a plain base model is needed here")
+        if peft.is_adapter(path):
+            raise UserError(
+                f"{name} is an adapter: a plain base model is needed here, such as convert export makes of it"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: it is no HuggingFace checkpoint")
         hf = read_json(path / "config.json")

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import hf_logits, logits, random_tokens, user_error
+from conftest import UNIT_SIZE, error_of, hf_logits, logits, random_tokens, user_error, with_random_units
 from safetensors.numpy import load_file, save_file
 from test_losses import PAIR, examples, random_deltas
 
-from imae_jax.config import LORA_TARGETS, LoraConfig
+from imae_jax.config import LORA_TARGETS, AntiExpertConfig, LoraConfig
 from imae_jax.convert import load_model
+from imae_jax.convert.__main__ import main as convert
+from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import open_adapter, write_adapter
+from imae_jax.convert.references import fingerprint
 from imae_jax.convert.table import expand, lora_rows
 from imae_jax.llama import Weights
 from imae_jax.lora import adapter_factors, side_by_side
@@ -345,3 +348,37 @@ def test_an_adapter_whose_base_has_moved(adapter, named):
     lm, tokens = load_model(str(path), base=str(checkpoint.directory)), random_tokens(1, 9)
     actual = logits(lm.model.weights(), lm.config, tokens)
     np.testing.assert_allclose(actual, hf_logits(model, tokens), atol=2e-4)
+
+
+def test_the_base_of_an_adapter_must_be_plain(adapter, tmp_path, capfd):
+    """Not an IMAE model, whose units were trained on weights without the adapter, and not an adapter."""
+    checkpoint, _, path = adapter
+    lm = checkpoint.load()
+    weights, sizes = with_random_units(lm.model.weights(), lm.config), AntiExpertConfig(UNIT_SIZE)
+    write_imae_dir(
+        tmp_path / "imae", weights, lm.config, sizes, base=dataclasses.asdict(lm.base), training={}
+    )
+    export = ["export", "--no-verify", "--out", tmp_path / "exported"]
+    convert([str(argument) for argument in [*export, "--model", tmp_path / "imae"]])
+    settings = json.loads((path / "adapter_config.json").read_text())
+
+    def variant(name, base):
+        shutil.copytree(path, tmp_path / name)
+        named = settings | {"base_model_name_or_path": str(base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(named))
+        return tmp_path / name
+
+    # The last two are each other's.
+    cases = [
+        (variant("on imae", tmp_path / "imae"), "imae", "plain base model is needed"),
+        (variant("on exported", tmp_path / "exported"), "exported", "units of its own"),
+        (variant("on adapter", path), path.name, "plain base model is needed"),
+        (variant("one", tmp_path / "another"), "another", "is an adapter"),
+        (variant("another", tmp_path / "one"), "one", "is an adapter"),
+    ]
+    for directory, base, reason in cases:
+        for read in (load_model, fingerprint):
+            with user_error(directory, tmp_path / base, reason):
+                read(str(directory))
+        message = error_of(capfd, convert, "export", "--model", directory, "--out", tmp_path / "out")
+        assert reason in message and "--iti" not in message
