@@ -63,14 +63,6 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
-def adapter_of(reference: str, base_reference: str) -> Path | None:
-    """The directory, if `reference` is an adapter of exactly this base; else None."""
-    path = Path(reference)
-    if is_adapter(path) and read_json(path / CONFIG_FILE).get("base_model_name_or_path") == base_reference:
-        return path
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """An adapter for a base after look-up: its files, opened but not read.

@@ -237,12 +237,24 @@ def _open_base(directory: Path, location: str, revision: str | None) -> OpenedMo
     try:
         opened = _open(location, revision)
     except UserError as error:
+        file = peft.CONFIG_FILE if peft.is_adapter(directory) else imae_dir.CONFIG_FILE
         raise UserError(
-            f"the base of {directory} cannot be loaded ({error}); pass --base if it has moved"
+            f"the base of {directory} cannot be loaded ({error}); if it has moved, say where it is in {file} "
+            "there, or, for --model, with --base"
         ) from error
     if opened.unit_source is not None:
         raise UserError(f"the base of {directory} is {location}, which has units of its own")
     return opened
+
+
+def adapter_of(reference: str, base: BaseReference) -> Path | None:
+    """The directory, if `reference` is an adapter of exactly this base, a plain model; else None."""
+    directory = Path(reference)
+    if not peft.is_adapter(directory) or peft.is_adapter(Path(base.reference)):
+        return None
+    location, revision = _base_of_adapter(directory, None)
+    is_same = _recorded(location) == base.reference and revision in (None, base.revision)
+    return directory if is_same else None
 
 
 def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | None]:
@@ -253,7 +265,8 @@ def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | Non
         return moved, None
     if not isinstance(base, str) or Path(base).resolve() == directory.resolve():
         raise UserError(
-            f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path: pass --base, where its base is"
+            f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path: say where its base is there, "
+            "or, for --model, with --base"
         )
     return base, None if _exists(base) or not isinstance(revision, str) else revision
 
@@ -313,7 +326,7 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
 
         return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
     if resource.kind == "anti_expert_llm":
-        path = peft.adapter_of(resource.reference, lm.base.reference)
+        path = adapter_of(resource.reference, lm.base)
         if path is not None:
             adapter = peft.open_adapter(path, lm.config)
             deltas = adapter.read(stacked=model.stacked, mesh=lm.mesh)
@@ -394,12 +407,11 @@ def local_paths(reference: str, base: str | None = None) -> list[Path]:
 def _open(reference: str, revision: str | None) -> OpenedModel:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
-        path, recorded = _built_in(name), name
+        path = _built_in(name)
     elif _exists(name):
         path = Path(name)
-        recorded = str(path.resolve())
     elif HUB_ID.fullmatch(name):
-        path, recorded = _download(name, revision, HUB_FILES), name
+        path = _download(name, revision, HUB_FILES)
         revision = path.name
     else:
         hint = "; a suffix must be #layers=N" if "#" in name else ""
@@ -433,13 +445,12 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     else:
         raise UserError(f"{path} is neither a directory nor a .gguf file")
 
-    if revision is not None and (name in BUILT_IN or recorded.startswith("/")):
+    if revision is not None and (name in BUILT_IN or _exists(name)):
         raise UserError(f"--revision {revision} goes with a hub model, which {name} is not")
     num_source_layers = config.num_layers
     if num_layers is not None:
         config = _cut(config, num_layers, reference)
-        recorded += f"#layers={num_layers}"
-    base = BaseReference(recorded, revision, None, str(jnp.dtype(source.dtype)))
+    base = BaseReference(_recorded(reference), revision, None, str(jnp.dtype(source.dtype)))
     return OpenedModel(config, source, num_source_layers, base, path if path.is_dir() else None, **units)
 
 
@@ -463,6 +474,14 @@ def _exported_units(path: Path, hf: dict[str, Any], source: SafetensorsSource) -
 def _split_suffix(reference: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(.+)#layers=(\d+)", reference)
     return (match[1], int(match[2])) if match else (reference, None)
+
+
+def _recorded(reference: str) -> str:
+    """A reference as it is recorded: paths whole, without links."""
+    name, num_layers = _split_suffix(reference)
+    if name not in BUILT_IN and _exists(name):
+        name = str(Path(name).resolve())
+    return name if num_layers is None else f"{name}#layers={num_layers}"
 
 
 def _cut(config: LlamaConfig, num_layers: int | None, reference: str) -> LlamaConfig:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -560,6 +561,18 @@ def test_an_adapter_of_the_same_base_shares_its_weights(world):
     assert len(models.weights) == 2
 
 
+def test_the_base_of_an_adapter_may_be_written_in_another_way(world, tmp_path):
+    base = world.lm.base.reference
+    (tmp_path / "link").symlink_to(base)
+    for number, name in enumerate(
+        [f"{base}/", f"{base}/../{os.path.basename(base)}", str(tmp_path / "link")]
+    ):
+        adapter = random_adapter(tmp_path / str(number), world.config, name)
+        models, method = world.lm.prepare(f"icd:anti_expert={adapter}", generating=False)
+        assert method.shared
+        assert len(models.weights) == 1
+
+
 def test_resources_are_loaded_once(world, monkeypatch):
     lm = dataclasses.replace(world.lm, _loaded={})
     loads = []
@@ -800,6 +813,7 @@ def misfits(world, tiny, tmp_path_factory):
     paths = {
         "wider": wider,
         "narrower": random_adapter(directory / "narrower", narrower, world.lm.base.reference),
+        "moved": random_adapter(directory / "moved", world.config, "/home/trainer/base"),
         "deeper": directory / "deeper",
         "garbage": directory / "garbage",
         "nothing": directory / "nothing",
@@ -815,6 +829,7 @@ def misfits(world, tiny, tmp_path_factory):
         ("icd:anti_expert={wider}", ["anti_expert", "{wider}", "vocabulary"]),
         ("cd:amateur={nothing}", ["amateur", "{nothing}"]),
         ("icd:anti_expert={nothing}", ["anti_expert", "{nothing}"]),
+        ("icd:anti_expert={moved}", ["anti_expert", "{moved}", "say where it is in adapter_config.json"]),
         ("icd:anti_expert={narrower}", ["anti_expert", "{narrower}", "wrong shape"]),
         ("cd:amateur={cut}0", ["amateur", "{cut}0", LAYERS]),
         ("iti:directions={deeper}", ["directions", "{deeper}", (LAYERS, TINY.num_heads, TINY.head_dim)]),

@@ -16,8 +16,8 @@ import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
-from imae_jax.convert.peft import Adapter, adapter_of, open_adapter
-from imae_jax.convert.references import fingerprint
+from imae_jax.convert.peft import Adapter, open_adapter
+from imae_jax.convert.references import adapter_of, fingerprint
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
@@ -79,7 +79,7 @@ def filter_tokens(
     if not models:
         return list(examples), {"kept_share": 1.0}
     adapters = [
-        own_adapter(model, base) if len(models) == 2 or adapter_of(model, base.base.reference) else None
+        own_adapter(model, base) if len(models) == 2 or adapter_of(model, base.base) else None
         for model in models
     ]
     path = cache / _key(examples, base, models, adapters)
@@ -173,7 +173,7 @@ def own_adapter(reference: str, base: LanguageModel) -> Adapter:
     Raises:
         UserError: the reference is no such adapter.
     """
-    path = adapter_of(reference, base.base.reference)
+    path = adapter_of(reference, base.base)
     if path is None:
         raise UserError(
             f"{reference} is no LoRA adapter of {base.base.reference} in PEFT's format: objective=pairs "
