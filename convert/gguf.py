@@ -7,7 +7,7 @@ other to 2⁻²⁴.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,6 @@ class GGUFSource(TensorFiles):
 
     def _stored_dtype(self, name: str) -> str:
         return self._tensors[name].type.name
-
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """As of all `TensorFiles`, with the tensor that became part of the config."""
-        return super().fingerprint([*names, *({ROPE_FACTORS} & self._tensors.keys())])
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(key, default)

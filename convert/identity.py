@@ -1,10 +1,13 @@
 """Whose weights these are: a digest over every tensor that is read, made while it is read.
 
 It covers names, types as stored, shapes and contents, so that it is the same however tensors are spread over
-files, and whatever lies beside them. The GGUF and the HuggingFace form of one model differ.
+files, and whatever lies beside them; for a base its config as well, since the same tensors compute something
+else with another RoPE. The GGUF and the HuggingFace form of one model differ.
 """
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +15,9 @@ import numpy as np
 import xxhash
 
 # Begins every digest: another way to make them gets another name.
-FORM = "tensors-v1:"
+FORM = "weights-v2:"
+# Fields of configs that no computation with the weights depends on.
+UNUSED_FIELDS = ("initializer_range",)
 # Of a block, small enough for the processor's cache. They become columns in memory: whole cache lines.
 BLOCK_ROWS = 64
 # Settings that say where something lies, if a digest beside them says what it is.
@@ -80,6 +85,23 @@ class TensorFiles:
 def fingerprint(lines: Iterable[str]) -> str:
     """The digest of lines in any order."""
     return FORM + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def config_line(config: Any) -> str:
+    """A config as one line of those fields that are not at their defaults: new fields change no digest."""
+    return json.dumps(_changed_fields(config), sort_keys=True)
+
+
+def _changed_fields(config: Any) -> dict[str, Any]:
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in UNUSED_FIELDS and getattr(config, field.name) != field.default
+    }
+    return {
+        name: _changed_fields(value) if dataclasses.is_dataclass(value) else value
+        for name, value in values.items()
+    }
 
 
 def is_comparable(recorded: Any) -> bool:

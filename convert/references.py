@@ -101,13 +101,14 @@ class OpenedModel:
         )
 
     def identified(self) -> BaseReference:
-        """`base` with the fingerprint of its tensors. Those that `load` has read are not read again.
+        """`base` with the fingerprint of its tensors, which `load` may have read, and of its config.
 
         Raises:
             UserError: the units were trained on other weights.
         """
         rows = expand(base_rows(self.config), self.config.num_layers)
-        fingerprint = self.source.fingerprint(row.hf_name(layer) for row, layer in rows)
+        tensors = self.source.fingerprint(row.hf_name(layer) for row, layer in rows)
+        fingerprint = identity.fingerprint([tensors, identity.config_line(self.config)])
         if self.imae is not None and not self.is_export:
             directory, recorded = self.unit_source.location, BaseReference(**self.imae["base"])
             if not identity.is_comparable(recorded.fingerprint):
@@ -121,8 +122,8 @@ class OpenedModel:
                 )
             elif fingerprint != recorded.fingerprint:
                 raise UserError(
-                    f"{directory} was trained on other weights than those of {self.base.reference}: restore "
-                    f"its base {recorded.reference}, or pass --base"
+                    f"{directory} was trained on other weights, or another config, than those of "
+                    f"{self.base.reference}: restore its base {recorded.reference}, or pass --base"
                 )
         return dataclasses.replace(self.base, fingerprint=fingerprint)
 

@@ -30,8 +30,8 @@ class BaseReference:
     Attributes:
         reference: as the user gave it; local paths are absolute.
         revision: commit of a hub model, else None.
-        fingerprint: of every tensor that is read, see `convert.identity`; of an adapter, of its tensors and
-            settings and its base's fingerprint. None where they have not been read.
+        fingerprint: of every tensor that is read and of the config, see `convert.identity`; of an adapter, of
+            its tensors and settings and its base's fingerprint. None where they have not been read.
         dtype: that the base was loaded in.
     """
 

@@ -1,6 +1,7 @@
 """Whose weights these are: what a fingerprint depends on, and that nothing is read twice for it."""
 
 import collections
+import copy
 import dataclasses
 import json
 import shutil
@@ -8,11 +9,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import EVEN_SIZES, UNIT_SIZE, error_of, user_error, with_random_units
+from conftest import EVEN_SIZES, TINY_GEMMA, UNIT_SIZE, error_of, user_error, with_random_units
 from safetensors.numpy import load_file, save_file
+from test_convert import write_gguf
 from test_methods import random_adapter
 
-from imae_jax.config import AntiExpertConfig
+from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import identity, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import fingerprint
@@ -75,6 +77,50 @@ def test_other_tensors_have_another_fingerprint(base, imae, change):
     assert load_model(str(base)).base.fingerprint == fingerprint(str(base))
     with user_error(imae, base, "trained on other weights", "--base"):
         load_model(str(imae))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({"rms_norm_eps": 1e-2}, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, False),
+        ({"max_position_embeddings": 32}, False),
+        ({"initializer_range": 0.5}, True),
+        ({"eos_token_id": 9, "use_cache": False, "mlp_bias": False}, True),
+    ],
+    ids=str,
+)
+def test_the_config_counts_as_far_as_weights_are_computed_with_it(base, imae, tmp_path, change, is_same):
+    other = shutil.copytree(base, tmp_path / "other")
+    file = other / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert (fingerprint(str(base)) == fingerprint(str(other))) is is_same
+    if is_same:
+        load_model(str(imae), base=str(other))
+    else:
+        with user_error(imae, other, "another config", "--base"):
+            load_model(str(imae), base=str(other))
+
+
+def test_a_new_field_of_the_config_changes_no_digest():
+    @dataclasses.dataclass(frozen=True)
+    class Config(LlamaConfig):
+        new: bool = False
+
+    fields = {name: getattr(TINY_GEMMA, name) for name in (f.name for f in dataclasses.fields(LlamaConfig))}
+    assert identity.config_line(Config(**fields)) == identity.config_line(TINY_GEMMA)
+    assert identity.config_line(Config(**fields, new=True)) != identity.config_line(TINY_GEMMA)
+
+
+@pytest.mark.parametrize("change", [1.0, 2.0])
+def test_a_gguf_files_table_of_frequencies_counts(tiny, tmp_path, change):
+    hf = copy.deepcopy(tiny("rope_llama3").hf)
+    before, after = (tmp_path / f"{name}.gguf" for name in ("before", "after"))
+    write_gguf(before, hf, {})
+    hf.model.rotary_emb.inv_freq[1] /= change
+    write_gguf(after, hf, {})
+    first, second = (fingerprint(str(path)) for path in (before, after))
+    assert (first == second) is (change == 1.0)
 
 
 def split_over_files(directory):
