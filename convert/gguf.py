@@ -13,20 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from imae_jax.config import LlamaConfig, RopeConfig
+from imae_jax.config import NUMBER, LlamaConfig, RopeConfig, check_kinds
 from imae_jax.convert import gguf_tokenizer
 from imae_jax.convert.gguf_file import read_gguf
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
 from imae_jax.convert.table import base_rows, expand
-from imae_jax.errors import UserError, first_line
+from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 # What files of Gemma 3 leave to llama.cpp.
 GEMMA3_WINDOW_PATTERN, GEMMA3_LOCAL_THETA, LAYERS_OF_GEMMA3_27B = 6, 10000.0, 62
 ROPE_FACTORS = "rope_freqs.weight"
-# What reading a damaged file can raise.
-_DAMAGE = (ValueError, IndexError, KeyError, ArithmeticError, MemoryError, TypeError, AttributeError)
+# Metadata that are numbers, after the architecture's name.
+NUMBERS = (
+    *("context_length", "embedding_length", "block_count", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window"),
+    *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa"),
+    *("rope.scaling.factor", "rope.scale_linear"),
+)
 
 
 class GGUFSource(TensorFiles):
@@ -52,13 +58,7 @@ class GGUFSource(TensorFiles):
                 f"{path} is of architecture {self._architecture!r}: only "
                 f"{' and '.join(ARCHITECTURES)} can be loaded"
             )
-        try:
-            self.config = self._read_config(tensors)
-        except UserError:
-            raise
-        except _DAMAGE as error:
-            reason = first_line(error)
-            raise UserError(f"{path} holds metadata of a wrong kind ({reason}): download it again") from error
+        self.config = self._read_config(tensors)
         names = {
             row.gguf.format(layer=layer): row.hf_name(layer)
             for row, layer in expand(base_rows(self.config), self.config.num_layers)
@@ -72,17 +72,16 @@ class GGUFSource(TensorFiles):
         if self._architecture == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
             head_dim = self.config.head_dim
             num_rows = -(-BLOCK_ROWS // head_dim) * head_dim
-        try:
-            for stored, block in tensor.blocks(num_rows):
-                block = block[0] if len(tensor.shape) == 1 else block
-                if self._architecture == "gemma3" and name.endswith("norm.weight"):
-                    block = block - np.float32(1)
-                yield stored, block if head_dim is None else _half_split(block, head_dim)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{name} in {self.location} is stored as {tensor.type.name}, which the gguf package cannot "
-                f"dequantize ({error}): use a file of another quantization"
-            ) from error
+            if self.shapes[name][0] % head_dim:
+                raise UserError(
+                    f"{name} in {self.location} has {self.shapes[name][0]} rows, which heads of {head_dim} "
+                    "do not fill: download it again"
+                )
+        for stored, block in tensor.blocks(num_rows):
+            block = block[0] if len(tensor.shape) == 1 else block
+            if self._architecture == "gemma3" and name.endswith("norm.weight"):
+                block = block - np.float32(1)
+            yield stored, block if head_dim is None else _half_split(block, head_dim)
 
     def _stored_dtype(self, name: str) -> str:
         return self._tensors[name].type.name
@@ -92,16 +91,19 @@ class GGUFSource(TensorFiles):
 
     def _read_config(self, tensors: dict[str, Any]) -> LlamaConfig:
         prefix = self._architecture
+        numbers = (f"{prefix}.{name}" for name in NUMBERS)
+        check_kinds(self.metadata, NUMBER, "a number", *numbers, place=self.location)
+        check_kinds(self.metadata, str, "a text", f"{prefix}.rope.scaling.type", place=self.location)
 
         def required(key):
             value = self._get(f"{prefix}.{key}")
-            if not isinstance(value, int | float):
+            if value is None:
                 raise UserError(f"{self.location} has no number {prefix}.{key}: download it again")
             return value
 
         num_heads = int(required("attention.head_count"))
         hidden_size = int(required("embedding_length"))
-        head_dim = int(self._get(f"{prefix}.attention.key_length") or hidden_size // num_heads)
+        head_dim = int(self._get(f"{prefix}.attention.key_length") or hidden_size // max(num_heads, 1))
         rope = self._read_rope(tensors, head_dim)
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
@@ -119,7 +121,7 @@ class GGUFSource(TensorFiles):
             theta = self._get(f"{prefix}.rope.freq_base_swa", GEMMA3_LOCAL_THETA)
             local_rope = RopeConfig(theta=float(theta)) if sliding_layers else None
             is_27b = num_layers == LAYERS_OF_GEMMA3_27B
-            query_pre_attn_scalar = hidden_size // num_heads if is_27b else head_dim
+            query_pre_attn_scalar = hidden_size // max(num_heads, 1) if is_27b else head_dim
 
         def has(suffix):
             return any(name.endswith(suffix) for name in tensors)
@@ -195,6 +197,11 @@ class GGUFSource(TensorFiles):
             pattern = GEMMA3_WINDOW_PATTERN if pattern is None else pattern
             if isinstance(pattern, list):
                 return tuple(map(bool, pattern)) if any(pattern) else ()
+            if type(pattern) is not int or pattern < 1:
+                raise UserError(
+                    f"attention.sliding_window_pattern of {self.location} is {pattern!r}: an integer of at "
+                    "least 1, or a list, is needed"
+                )
             return tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
         if not self._get(f"{prefix}.attention.sliding_window"):
             return ()
@@ -207,12 +214,12 @@ class GGUFSource(TensorFiles):
 
     def end_token_ids(self, tokenizer: Tokenizer) -> set[int]:
         """Tokens that end a text, a turn or a message."""
-        return gguf_tokenizer.end_token_ids(self._get, tokenizer)
+        return gguf_tokenizer.end_token_ids(self.metadata, tokenizer)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file's metadata describe; see `gguf_tokenizer.read_tokenizer`."""
         length = self.config.max_position_embeddings
-        return gguf_tokenizer.read_tokenizer(self._get, self.location, self._architecture, length)
+        return gguf_tokenizer.read_tokenizer(self.metadata, self.location, self._architecture, length)
 
 
 def _half_split(array: np.ndarray, head_dim: int) -> np.ndarray:

@@ -40,12 +40,14 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
+        name: in the file.
         path: of the file.
         shape: as the file has it, the fastest axis first; every other order here is NumPy's.
         type: how its values are quantized.
         offset: of its first byte.
     """
 
+    name: str
     path: Path
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -60,8 +62,7 @@ class StoredTensor:
         """The bytes of every `num_rows` rows as they are stored, uint8, and as float32 [rows, columns].
 
         Raises:
-            RuntimeError, ValueError: the `gguf` package cannot dequantize this type, or the file has become
-                shorter.
+            UserError: the `gguf` package cannot dequantize this type, or the file has become shorter.
         """
         columns, num_left = self.shape[0], math.prod(self.shape[1:])
         row_bytes = self.num_bytes // num_left
@@ -70,8 +71,17 @@ class StoredTensor:
             while num_left:
                 rows = min(num_rows, num_left)
                 stored = np.fromfile(file, np.uint8, rows * row_bytes)
+                if stored.size < rows * row_bytes:
+                    raise UserError(f"{self.path} ends before {self.name} does: download it again")
                 # A few rows at a time, whose intermediate results stay in the cache: 2 to 5 times faster.
-                yield stored, dequantize(stored.reshape(rows, row_bytes), self.type).reshape(rows, columns)
+                try:
+                    values = dequantize(stored.reshape(rows, row_bytes), self.type)
+                except NotImplementedError as error:
+                    raise UserError(
+                        f"{self.name} in {self.path} is stored as {self.type.name}, which the gguf package "
+                        f"cannot dequantize ({first_line(error)}): use a file of another quantization"
+                    ) from error
+                yield stored, values.reshape(rows, columns)
                 num_left -= rows
 
     def read(self) -> np.ndarray:
@@ -93,7 +103,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             of_part, found = _read_part(part)
         except OSError as error:
             raise UserError(f"{part} cannot be read ({first_line(error)})") from error
-        except (ValueError, OverflowError, MemoryError, RecursionError, struct.error) as error:
+        except (ValueError, RecursionError, struct.error) as error:
             reason = first_line(error)
             raise UserError(f"{part} is damaged or not a GGUF file ({reason}): download it again") from error
         count = of_part.get("split.count", 1)
@@ -158,7 +168,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     for name, (shape, kind, offset) in infos.items():
         if not shape or not all(shape) or shape[0] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"{name} has shape {list(reversed(shape))} and type {kind.name}")
-        tensors[name] = StoredTensor(path, shape, kind, start + offset)
+        tensors[name] = StoredTensor(name, path, shape, kind, start + offset)
         if start + offset + tensors[name].num_bytes > reader.size:
             raise ValueError(f"it ends before {name} does")
     return metadata, tensors

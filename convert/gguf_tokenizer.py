@@ -1,15 +1,16 @@
 """Tokenizers that GGUF metadata describe, as llama.cpp reads them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from imae_jax.config import check_kinds
 from imae_jax.convert import sentencepiece_model
-from imae_jax.errors import UserError, first_line
-from imae_jax.tokenizer import Tokenizer
+from imae_jax.errors import UserError
+from imae_jax.tokenizer import Tokenizer, damage_in
 
 logger = logging.getLogger(__name__)
 
@@ -55,38 +56,32 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 # Their vocabularies hold words that their merges cannot reach, and texts begin with BOS.
 WHOLE_WORDS = tuple(name for name, patterns in PATTERNS.items() if patterns in (_LLAMA3, _TEKKEN))
 
-Get = Callable[..., Any]
-"""A metadata value by its key, or a default (None)."""
+# Values by their kinds, without `tokenizer.`.
+TEXTS = ("ggml.model", "ggml.pre", "chat_template")
+TEXT_LISTS = ("ggml.tokens", "ggml.merges", "chat_templates")
+NUMBER_LISTS = ("ggml.token_type", "ggml.scores")
+IDS = tuple(f"ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
+FLAGS = ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix")
 
 
-def end_token_ids(get: Get, tokenizer: Tokenizer) -> set[int]:
+def end_token_ids(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
     """Tokens that end a text, a turn or a message, by their keys and by their texts."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    ids = {*map(get, keys), *map(tokenizer.convert_tokens_to_ids, END_TOKENS)}
+    ids = {*map(metadata.get, keys), *map(tokenizer.convert_tokens_to_ids, END_TOKENS)}
     return {i for i in ids if type(i) is int}
 
 
-def read_tokenizer(get: Get, location: str, architecture: str, max_length: int) -> Tokenizer:
+def read_tokenizer(
+    metadata: Mapping[str, Any], location: str, architecture: str, max_length: int
+) -> Tokenizer:
     """The tokenizer that a file's metadata describe.
 
     Raises:
         UserError: the tokenizer is damaged, or of a kind that this reader does not know.
     """
-    try:
-        return _read(get, location, architecture, max_length)
-    except UserError:
-        raise
-    except Exception as error:  # The tokenizers package raises plain Exceptions.
-        reason = first_line(error)
-        raise UserError(
-            f"the tokenizer in {location} is damaged ({reason}): pass --tokenizer DIRECTORY"
-        ) from error
-
-
-def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokenizer:
+    get = metadata.get
+    _check(metadata, location)
     tokens = get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise UserError(f"{location} has no tokenizer: pass --tokenizer DIRECTORY")
     kinds = get("tokenizer.ggml.token_type") or [1] * len(tokens)
     added = [
         AddedToken(token, special=kind == CONTROL_TOKEN or token in END_TOKENS, normalized=False)
@@ -96,10 +91,10 @@ def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokeni
     model = get("tokenizer.ggml.model")
     if model == "gpt2":
         pre = _pre_tokenizer(get, location, architecture, tokens)
-        tokenizer, adds_bos = _byte_level_bpe(get, tokens, pre), pre in WHOLE_WORDS
+        tokenizer, adds_bos = _byte_level_bpe(get, location, tokens, pre), pre in WHOLE_WORDS
         tokenizer.add_tokens(added)
     elif model == "llama":
-        tokenizer, adds_bos = _sentencepiece_bpe(get, tokens, added), True
+        tokenizer, adds_bos = _sentencepiece_bpe(get, location, tokens, added), True
     else:
         raise UserError(
             f"tokenizer model {model!r} of {location} is not supported: pass --tokenizer "
@@ -118,11 +113,13 @@ def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokeni
     )
     eos = [special["eos_token"]] if get("tokenizer.ggml.add_eos_token") and "eos_token" in special else []
     if bos or eos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos],
-            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
-            special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys([*bos, *eos])],
-        )
+        ids = [(token, tokens.index(token)) for token in dict.fromkeys([*bos, *eos])]
+        with damage_in(location):
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[*bos, "$A", *eos],
+                pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+                special_tokens=ids,
+            )
     templates = {
         name: get(f"tokenizer.chat_template.{name}") for name in get("tokenizer.chat_templates") or ()
     }
@@ -136,7 +133,32 @@ def _read(get: Get, location: str, architecture: str, max_length: int) -> Tokeni
     return Tokenizer(tokenizer, special, templates, config=config)
 
 
-def _pre_tokenizer(get: Get, location: str, architecture: str, tokens: list[str]) -> str:
+def _check(metadata: Mapping[str, Any], location: str) -> None:
+    """Raises a `UserError` for a value of another kind, and for lists that do not fit the tokens."""
+    for kind, items, what, names in (
+        (str, None, "a text", TEXTS),
+        (list, str, "a list of texts", TEXT_LISTS),
+        (list, int | float, "a list of numbers", NUMBER_LISTS),
+        (int, None, "an integer", IDS),
+        (bool | int, None, "true or false", FLAGS),
+    ):
+        keys = (f"tokenizer.{name}" for name in names)
+        check_kinds(metadata, kind, what, *keys, items=items, place=location)
+    names = (f"tokenizer.chat_template.{name}" for name in metadata.get("tokenizer.chat_templates") or ())
+    check_kinds(metadata, str, "a text", *names, place=location)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise UserError(f"{location} has no tokenizer: pass --tokenizer DIRECTORY")
+    for name in NUMBER_LISTS:
+        values = metadata.get(f"tokenizer.{name}")
+        if values and len(values) != len(tokens):
+            raise UserError(
+                f"tokenizer.{name} in {location} has {len(values)} values for {len(tokens)} tokens: download "
+                "it again"
+            )
+
+
+def _pre_tokenizer(get: Callable, location: str, architecture: str, tokens: list[str]) -> str:
     """The name of the pre-tokenizer; for older files, which have none, that of the model's family."""
     pre = get("tokenizer.ggml.pre") or "default"
     if pre not in PATTERNS:
@@ -158,10 +180,12 @@ def _pre_tokenizer(get: Get, location: str, architecture: str, tokens: list[str]
     return pre
 
 
-def _byte_level_bpe(get: Get, tokens: list[str], pre: str) -> tokenizers.Tokenizer:
+def _byte_level_bpe(get: Callable, location: str, tokens: list[str], pre: str) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges") or []]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
+    with damage_in(location):
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS)
+    tokenizer = tokenizers.Tokenizer(model)
     steps = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -169,14 +193,21 @@ def _byte_level_bpe(get: Get, tokens: list[str], pre: str) -> tokenizers.Tokeniz
     return tokenizer
 
 
-def _sentencepiece_bpe(get: Get, tokens: list[str], added: list[AddedToken]) -> tokenizers.Tokenizer:
-    bpe = models.BPE(
-        {token: i for i, token in enumerate(tokens)},
-        sentencepiece_model.merges_of(tokens, get("tokenizer.ggml.scores") or []),
-        unk_token=tokens[get("tokenizer.ggml.unknown_token_id", 0)],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+def _sentencepiece_bpe(
+    get: Callable, location: str, tokens: list[str], added: list[AddedToken]
+) -> tokenizers.Tokenizer:
+    scores, unknown = get("tokenizer.ggml.scores"), get("tokenizer.ggml.unknown_token_id", 0)
+    if not scores or not 0 <= unknown < len(tokens):
+        raise UserError(f"{location} has no tokenizer.ggml.scores, or no token {unknown}: download it again")
+    merges = sentencepiece_model.merges_of(tokens, scores)
+    with damage_in(location):
+        bpe = models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            merges,
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     # After every special token, too.
     prefix = get("tokenizer.ggml.add_space_prefix", True)
     return sentencepiece_model.build(bpe, prefix=prefix, special=added)

@@ -16,9 +16,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from imae_jax.errors import UserError, first_line
-from imae_jax.files import read_json
-from imae_jax.tokenizer import Tokenizer
+from imae_jax.config import check_kinds
+from imae_jax.errors import UserError
+from imae_jax.files import read_json, read_text
+from imae_jax.tokenizer import Tokenizer, damage_in
 
 TOKENIZER_FILE, CONFIG_FILE, MODEL_FILE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
@@ -33,6 +34,8 @@ COPIED = (
     f"{TEMPLATE_DIR}/*.jinja",
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+OTHER_NAMES = ("additional_special_tokens", "extra_special_tokens")
+TOKEN_FIELDS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -41,26 +44,20 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         UserError: names what is missing, damaged or contradictory.
     """
-    try:
-        return _read(directory)
-    except UserError:
-        raise
-    except Exception as error:  # The tokenizers package raises plain Exceptions, and any JSON may be there.
-        raise UserError(
-            f"the tokenizer in {directory} cannot be loaded ({first_line(error)}): pass --tokenizer DIRECTORY"
-        ) from error
-
-
-def _read(directory: Path) -> Tokenizer:
     config, special_map, added = (
         read_json(path) if (path := directory / name).is_file() else {}
         for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
     )
+    _check_config(config, directory / CONFIG_FILE)
+    _check_names(special_map, directory / SPECIAL_TOKENS_FILE)
+    check_kinds(added, int, "an integer", *added, place=directory / ADDED_TOKENS_FILE)
+    check_kinds({name: name for name in added}, str, "a text", *added, place=directory / ADDED_TOKENS_FILE)
     files = [path for pattern in COPIED for path in sorted(directory.glob(pattern))]
     named = special_map | config
     if (directory / TOKENIZER_FILE).is_file():
-        text = (directory / TOKENIZER_FILE).read_text(encoding="utf-8-sig")
-        backend = tokenizers.Tokenizer.from_str(text)
+        text = read_text(directory / TOKENIZER_FILE, "the tokenizer")
+        with damage_in(directory):
+            backend = tokenizers.Tokenizer.from_str(text)
         flags = {}
     elif (directory / MODEL_FILE).is_file():
         from imae_jax.convert.sentencepiece_model import read_model
@@ -80,16 +77,13 @@ def _read(directory: Path) -> Tokenizer:
 
     special = {name: _content(named.get(name)) for name in NAMES}
     special = {name: token for name, token in special.items() if token}
-    changed = _add_tokens(backend, _declared(named, added), directory)
-    others = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
-    others = [
-        token for value in others for token in (value.values() if isinstance(value, dict) else value or ())
-    ]
+    changed = _add_tokens(backend, _declared(config, added), directory)
+    others = [token for key in OTHER_NAMES for token in _tokens(named.get(key)).values()]
     changed |= _make_special(backend, [*special.values(), *map(_content, others)])
     flags |= {
         name: config[name] for name in ("add_bos_token", "add_eos_token") if config.get(name) is not None
     }
-    changed |= _set_ends(backend, special, flags)
+    changed |= _set_ends(backend, special, flags, directory)
     if text is not None and not changed:
         files.append(directory / TOKENIZER_FILE)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
@@ -103,17 +97,48 @@ def _read(directory: Path) -> Tokenizer:
     )
 
 
+def _tokens(value: list | dict | None) -> dict[str | int, Any]:
+    """Several tokens, in a list or by their names."""
+    return value if isinstance(value, dict) else dict(enumerate(value or ()))
+
+
+def _check_names(values: Mapping[str, Any], file: Path) -> None:
+    """Raises a `UserError` where what should name tokens is of another kind."""
+    check_kinds(values, list | dict, "a list or an object", *OTHER_NAMES, place=file)
+    tokens = {name: values.get(name) for name in NAMES}
+    for key in OTHER_NAMES:
+        tokens |= {f"{name} of {key}": token for name, token in _tokens(values.get(key)).items()}
+    texts = {
+        name: token.get("content", token) if isinstance(token, dict) else token
+        for name, token in tokens.items()
+    }
+    check_kinds(texts, str, "a token", *texts, place=file)
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raises a `UserError` where a value of `tokenizer_config.json` is of another kind."""
+    _check_names(config, file)
+    check_kinds(config, bool | int, "true or false", "add_bos_token", "add_eos_token", place=file)
+    check_kinds(config, dict, "an object", "added_tokens_decoder", place=file)
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        if not (i.isascii() and i.isdigit() and isinstance(token, dict) and token.get("content")):
+            raise UserError(
+                f"added_tokens_decoder in {file} must hold tokens by their ids, not {i!r}: {token!r}"
+            )
+        check_kinds(token, str, "a token", "content", place=file)
+        check_kinds(token, bool, "true or false", *TOKEN_FIELDS, place=file)
+
+
 def _content(token: Any) -> str | None:
     """The text of a token that is written as such or as an object; None for an empty one."""
     return (token.get("content") if isinstance(token, dict) else token) or None
 
 
-def _declared(named: Mapping[str, Any], added: Mapping[str, int]) -> dict[int, AddedToken]:
+def _declared(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[int, AddedToken]:
     """Added tokens by id, as the files beside `tokenizer.json` declare them."""
-    fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
     tokens = {i: AddedToken(text, normalized=False) for text, i in added.items()}
-    for i, token in (named.get("added_tokens_decoder") or {}).items():
-        options = {name: token[name] for name in fields if name in token}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        options = {name: token[name] for name in TOKEN_FIELDS if token.get(name) is not None}
         tokens[int(i)] = AddedToken(token["content"], **options)
     return tokens
 
@@ -148,7 +173,9 @@ def _make_special(backend: tokenizers.Tokenizer, tokens: list[str | None]) -> bo
     return changed
 
 
-def _set_ends(backend: tokenizers.Tokenizer, special: Mapping[str, str], flags: Mapping[str, Any]) -> bool:
+def _set_ends(
+    backend: tokenizers.Tokenizer, special: Mapping[str, str], flags: Mapping[str, Any], directory: Path
+) -> bool:
     """Makes the post-processor do what the flags say; see the module. Returns whether it did not before."""
     ends = {}
     for name, flag in (("bos_token", "add_bos_token"), ("eos_token", "add_eos_token")):
@@ -157,16 +184,21 @@ def _set_ends(backend: tokenizers.Tokenizer, special: Mapping[str, str], flags: 
             ends[name] = [token] if flags[flag] else []
     if not ends:
         return False
-    processor = _described(backend.post_processor)
-    steps = processor.get("processors", [processor] if processor else [])
-    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
-    if template is None:
+    steps = _steps(_described(backend.post_processor))
+    templates = [step for step in steps if step["type"] == "TemplateProcessing"]
+    if not templates:
         if not any(ends.values()):
             return False
-        template = {"type": "TemplateProcessing", "single": [_SEQUENCE], "pair": [], "special_tokens": {}}
-        steps = [*steps, template]
-    single = template["single"]
-    place = next(i for i, part in enumerate(single) if "Sequence" in part)
+        templates = [_template([_SEQUENCE], {})]
+        steps += templates
+    single = templates[0]["single"]
+    places = [i for i, part in enumerate(single) if "Sequence" in part]
+    if len(templates) > 1 or len(places) != 1:
+        raise UserError(
+            f"the post-processor in {directory / TOKENIZER_FILE} is not supported beside add_bos_token or "
+            f"add_eos_token in {CONFIG_FILE}: remove those, if it adds BOS and EOS by itself"
+        )
+    template, (place,) = templates[0], places
     before, after = single[:place], single[place + 1 :]
     wanted = [
         [_special_part(token) for token in ends[name]] if name in ends else found
@@ -193,6 +225,23 @@ def _set_ends(backend: tokenizers.Tokenizer, special: Mapping[str, str], flags: 
 _SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
 
 
+def _template(single: list[dict[str, Any]], ids: Mapping[str, int]) -> dict[str, Any]:
+    tokens = {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in ids.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+
+
+def _steps(processor: dict[str, Any]) -> list[dict[str, Any]]:
+    """The post-processors that one consists of, BERT's and RoBERTa's as the templates that they are."""
+    kind = processor.get("type")
+    if kind == "Sequence":
+        return [step for part in processor["processors"] for step in _steps(part)]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        (first, first_id), (last, last_id) = processor["cls"], processor["sep"]
+        parts = [_special_part(first), _SEQUENCE, _special_part(last)]
+        return [_template(parts, {first: first_id, last: last_id})]
+    return [processor] if processor else []
+
+
 def _special_part(token: str) -> dict[str, Any]:
     return {"SpecialToken": {"id": token, "type_id": 0}}
 
@@ -215,21 +264,22 @@ def _post_processor(description: dict[str, Any]) -> Any:
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name; a file of its own comes before what `tokenizer_config.json` holds."""
     old = directory / OLD_TEMPLATE_FILE
-    found = chat_templates(read_json(old).get("chat_template")) if old.is_file() else {}
-    found |= chat_templates(config.get("chat_template"))
+    found = _named_templates(read_json(old).get("chat_template"), old) if old.is_file() else {}
+    found |= _named_templates(config.get("chat_template"), directory / CONFIG_FILE)
     paths = {path.stem: path for path in sorted((directory / TEMPLATE_DIR).glob("*.jinja"))}
     if (directory / TEMPLATE_FILE).is_file():
         paths["default"] = directory / TEMPLATE_FILE
-    return found | {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    return found | {name: read_text(path, "the chat template") for name, path in paths.items()}
 
 
-def chat_templates(value: Any) -> dict[str, str]:
+def _named_templates(value: Any, file: Path) -> dict[str, str]:
     """Templates by name: of one text, of a list of `name` and `template`, or of an object."""
-    if isinstance(value, list):
-        return {item["name"]: item["template"] for item in value}
-    if isinstance(value, dict):
-        return dict(value)
-    return {"default": value} if value else {}
+    keys = {"name", "template"}
+    if isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= keys for item in value):
+        value = {str(item["name"]): item["template"] for item in value}
+    templates = value if isinstance(value, dict) else {"default": value}
+    check_kinds(templates, str, "a text", *templates, place=f"the chat templates of {file}")
+    return {name: template for name, template in templates.items() if template}
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

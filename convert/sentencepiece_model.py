@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from imae_jax.errors import UserError, first_line
+from imae_jax.tokenizer import damage_in
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
@@ -81,29 +82,38 @@ def read_model(path: Path, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[
         ) from error
     proto = sentencepiece_model_pb2.ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {_HINT}") from error
+    try:
+        proto.ParseFromString(content)
     except Exception as error:  # protobuf's own, which differs among its implementations.
         raise UserError(f"{path} is no SentencePiece model ({first_line(error)}): {_HINT}") from error
     trainer, rules, kind = proto.trainer_spec, proto.normalizer_spec, type(proto).SentencePiece
     if trainer.model_type not in (UNIGRAM, BPE) or not proto.pieces or trainer.treat_whitespace_as_suffix:
         raise UserError(f"{path} is no SentencePiece model of kind BPE or unigram: {_HINT}")
     pieces = [piece.piece for piece in proto.pieces]
+    if not 0 <= trainer.unk_id < len(pieces):
+        raise UserError(f"{path} has no piece {trainer.unk_id}, which is its unk_id: {_HINT}")
+    clean = []
     if trainer.model_type == BPE:
-        usable = (kind.NORMAL, kind.USER_DEFINED)
-        scored = [(p.piece, p.score) for p in proto.pieces if p.type in usable]
-        model = models.BPE(
-            {piece: i for i, piece in enumerate(pieces)},
-            merges_of(*zip(*scored, strict=True)),
-            unk_token=pieces[trainer.unk_id],
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
+        usable = [piece for piece in proto.pieces if piece.type in (kind.NORMAL, kind.USER_DEFINED)]
+        merges = merges_of([piece.piece for piece in usable], [piece.score for piece in usable])
+        with damage_in(path):
+            model = models.BPE(
+                {piece: i for i, piece in enumerate(pieces)},
+                merges,
+                unk_token=pieces[trainer.unk_id],
+                fuse_unk=True,
+                byte_fallback=trainer.byte_fallback,
+            )
     else:
         vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
-        model = models.Unigram(vocabulary, trainer.unk_id, trainer.byte_fallback)
-    clean = []
+        with damage_in(path):
+            model = models.Unigram(vocabulary, trainer.unk_id, trainer.byte_fallback)
     if rules.precompiled_charsmap:
-        clean.append(normalizers.Precompiled(rules.precompiled_charsmap))
+        with damage_in(path):
+            clean.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         replaced = {r"\A +| +\Z": "", " {2,}": " "}
         clean += [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced.items()]

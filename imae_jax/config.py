@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from imae_jax.errors import UserError
@@ -48,6 +49,7 @@ NUMBERS = (
     *("rope_local_base_freq", "query_pre_attn_scalar"),
 )
 LARGEST = 2**31 - 1  # of a size
+LONGEST_SHOWN = 60  # of a value in an error
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -86,12 +88,12 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
-        _check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
+        check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        _check_kinds(rope, str, "a text", "rope_type", "type")
+        check_kinds(rope, str, "a text", "rope_type", "type")
         for values in (hf, rope):
             names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-            _check_kinds(values, NUMBER, "a number", *names)
+            check_kinds(values, NUMBER, "a number", *names)
         theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
@@ -111,7 +113,7 @@ class RopeConfig:
                     f"{name} is missing from the model's config: rope_type {rope_type!r} needs it; add the "
                     "value that the model was trained with"
                 )
-            _check_kinds(fields, NUMBER, "a number", name)
+            check_kinds(fields, NUMBER, "a number", name)
             fields[name] = int(value) if name == "original_max_position_embeddings" else float(value)
         return cls(type=rope_type, theta=float(theta), **fields)
 
@@ -268,13 +270,13 @@ class LlamaConfig:
         for name in required:
             if type(hf.get(name)) is not int or hf[name] > LARGEST:
                 raise UserError(f"{name} in the model's config is {hf.get(name)!r}: an integer is needed")
-        _check_kinds(hf, NUMBER, "a number", *NUMBERS)
+        check_kinds(hf, NUMBER, "a number", *NUMBERS)
         for name in ("rms_norm_eps", "initializer_range"):
             if hf.get(name, 0) is None:
                 raise UserError(f"{name} in the model's config is null: a number is needed")
-        _check_kinds(hf, str, "a text", "hidden_act", "hidden_activation")
-        _check_kinds(hf, list | tuple, "a list", "layer_types")
-        _check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
+        check_kinds(hf, str, "a text", "hidden_act", "hidden_activation")
+        check_kinds(hf, list | tuple, "a list", "layer_types")
+        check_kinds(hf, Mapping, "an object", "rope_parameters", "rope_scaling")
         num_heads = hf["num_attention_heads"]
         attention_bias = bool(hf.get("attention_bias", False))
         rope, local_rope = _ropes(hf)
@@ -386,14 +388,42 @@ def _refuse_experts(hf: Mapping[str, Any]) -> None:
             )
 
 
-def _check_kinds(values: Mapping[str, Any], kind: Any, what: str, *names: str) -> None:
-    """Raises a `UserError` where a value of a config is of another type; it may be missing or null."""
+def check_kinds(
+    values: Mapping[str, Any],
+    kind: Any,
+    what: str,
+    *names: str,
+    items: Any = None,
+    place: str | PurePath = "the model's config",
+) -> None:
+    """Raises a `UserError` where a value is of another type; it may be missing or null.
+
+    Args:
+        values: as read from a file.
+        kind: type of the values.
+        what: names it in the error.
+        names: of the values.
+        items: type of what lists hold.
+        place: where the values stand.
+    """
     for name in names:
         value = values.get(name)
-        fits = isinstance(value, kind) and not (kind is NUMBER and isinstance(value, bool))
-        # Neither NaN nor over what arithmetic can hold.
-        if value is not None and (not fits or (kind is NUMBER and not abs(value) < 2**63)):
-            raise UserError(f"{name} in the model's config is {value!r}: {what} is needed")
+        fits = isinstance(value, kind) and not (kind in (NUMBER, int) and isinstance(value, bool))
+        if fits and items is not None and isinstance(value, list):
+            fits = all(isinstance(item, items) for item in value)
+        # Neither NaN nor over what arithmetic can hold; no halves of characters, which JSON can write.
+        if fits and kind in (NUMBER, int):
+            fits = abs(value) < 2**63
+        if fits and isinstance(value, str):
+            fits = value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+        if value is not None and not fits:
+            raise UserError(f"{name} in {place} is {_shortened(value)}: {what} is needed")
+
+
+def _shortened(value: Any) -> str:
+    """A value for an error."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:

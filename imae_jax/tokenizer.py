@@ -1,11 +1,12 @@
 """Text to token ids and back, by the checkpoint's own rules."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tokenizers
 
 from imae_jax import chat_template
 from imae_jax.chat_template import ChatTemplateError
+from imae_jax.errors import UserError, first_line
 
 # What `clean_up_tokenization_spaces` replaces, in this order.
 _CLEAN_UP = (
@@ -24,6 +26,22 @@ _CLEAN_UP = (
 _UNCLEAN_END = re.compile(r"[ ']+(?:n'?|[vr])?\Z")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 INCOMPLETE = "\ufffd"
+
+
+@contextlib.contextmanager
+def damage_in(location: str | Path) -> Iterator[None]:
+    """A `UserError` where a call of the tokenizers package refuses what a file holds.
+
+    It raises plain Exceptions: only its calls belong in such a block.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {location} cannot be loaded ({first_line(error)}): pass --tokenizer DIRECTORY"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

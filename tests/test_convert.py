@@ -733,6 +733,16 @@ def test_small_gguf_equals_the_model_that_it_holds(tiny_gguf, name):
     assert loaded.eos_token_ids == (2,)
 
 
+def test_a_fault_of_ours_is_no_damaged_gguf(tiny_gguf, monkeypatch):
+    def fault(*_):
+        raise AttributeError("a fault of ours")
+
+    _, path = tiny_gguf("tied")
+    monkeypatch.setattr(GGUFSource, "_sliding_layers", fault)
+    with pytest.raises(AttributeError, match="a fault of ours"):
+        GGUFSource(path)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "tied", "llama3"])
 def test_small_gguf_tokenizer_equals_transformers(tiny_gguf, name):
     from transformers import AutoTokenizer

@@ -22,6 +22,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import SafetensorsSource
+from imae_jax.convert.hf_tokenizer import read_tokenizer
 from imae_jax.convert.imae_dir import read_config, write_imae_dir
 from imae_jax.convert.references import open_model
 from imae_jax.errors import UserError
@@ -223,6 +224,91 @@ def test_imae_configs(base, tmp_path_factory, changes):
         load_model(str(directory / "imae"))
 
 
+# Tokenizers
+
+names = st.sampled_from(["<s>", "</s>", "t5", "", "\ud800"])
+fields = ["content", "special", "normalized", "lstrip"]
+tokens = st.one_of(
+    names, values, st.dictionaries(st.sampled_from(fields), st.one_of(st.booleans(), names, values))
+)
+many = st.one_of(
+    st.lists(tokens, max_size=3), st.dictionaries(st.text(max_size=2), tokens, max_size=2), values
+)
+by_id = st.dictionaries(st.sampled_from(["5", "97", "98", "-1", "x", "²"]), tokens, max_size=3)
+template = st.one_of(values, st.lists(st.dictionaries(st.sampled_from(["name", "template"]), values)))
+tokenizer_configs = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokens),
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "legacy", "split_special_tokens"), values),
+        **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), many),
+        "added_tokens_decoder": st.one_of(by_id, values),
+        "clean_up_tokenization_spaces": values,
+        "chat_template": template,
+    },
+)
+post_processors = st.sampled_from(
+    [
+        None,
+        {"type": "RobertaProcessing", "cls": ["<s>", 1], "sep": ["</s>", 2]},
+        {"type": "BertProcessing", "cls": ["<s>", 1], "sep": ["</s>", 2]},
+        {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        {"type": "Sequence", "processors": [{"type": "Sequence", "processors": []}]},
+        {"type": "Unheard"},
+    ]
+)
+
+
+@fuzz(150)
+@given(
+    config=st.one_of(tokenizer_configs, values),
+    special=st.one_of(tokenizer_configs, values),
+    added=st.one_of(st.dictionaries(names, st.integers(-1, 99)), values),
+    post_processor=post_processors,
+)
+def test_tokenizers_with_other_files_beside_them(
+    tiny, tmp_path_factory, config, special, added, post_processor
+):
+    directory = fresh(tmp_path_factory, "tokenizer")
+    whole = json.loads((tiny().directory / "tokenizer.json").read_text()) | {"post_processor": post_processor}
+    contents = {"tokenizer": whole, "tokenizer_config": config, "special_tokens_map": special}
+    for name, content in (contents | {"added_tokens": added}).items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    with only_user_errors():
+        tokenizer = read_tokenizer(directory)
+        assert all(type(i) is int for i in tokenizer("t5 t6")["input_ids"])
+        assert all(isinstance(text, str) for text in tokenizer.chat_templates.values())
+
+
+@pytest.fixture(scope="module")
+def valid_sentencepiece(tmp_path_factory):
+    model = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    (directory / "corpus.txt").write_text("Who wrote Hamlet? Someone who wrote a lot.\n" * 50)
+    model.train(
+        input=str(directory / "corpus.txt"),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=40,
+        minloglevel=2,
+    )
+    return (directory / "tokenizer.model").read_bytes()
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_sentencepiece_models(valid_sentencepiece, tmp_path_factory, data):
+    changed = bytearray(valid_sentencepiece)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(changed)))
+        new = data.draw(st.binary(min_size=1, max_size=4))
+        changed[place : place + len(new)] = new
+    directory = fresh(tmp_path_factory, "sentencepiece")
+    (directory / "tokenizer.model").write_bytes(changed)
+    with only_user_errors():
+        read_tokenizer(directory)("Who wrote it?")
+
+
 # GGUF
 
 
@@ -265,6 +351,8 @@ DEFAULTS = {
     "llama.rope.freq_base": 1e4,
     "llama.rope.scaling.type": "none",
     "llama.rope.scaling.factor": 1.0,
+    "llama.rope.dimension_count": 2,
+    "llama.attention.sliding_window": 0,
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": ["<unk>", "<s>", "a", "b", "ab"],
     "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -1.0],

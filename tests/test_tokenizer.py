@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_convert import edit_json
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from imae_jax.convert import hf_tokenizer
 from imae_jax.convert.gguf_tokenizer import PATTERNS, end_token_ids
 from imae_jax.convert.gguf_tokenizer import read_tokenizer as read_gguf
 from imae_jax.convert.hf_tokenizer import read_tokenizer, write_tokenizer
@@ -99,6 +100,9 @@ PROCESSORS = {
     "byte level, then BOS": processors.Sequence(
         [processors.ByteLevel(trim_offsets=False), adding("<s>", "$A")]
     ),
+    "BOS in a sequence of sequences": processors.Sequence([processors.Sequence([adding("<s>", "$A")])]),
+    "BOS and EOS as RoBERTa's": processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
+    "BOS and EOS as BERT's": processors.BertProcessing(("</s>", 2), ("<s>", 1)),
 }
 
 
@@ -129,7 +133,7 @@ def test_the_checkpoints_flag_decides_about_bos(tmp_path, processor, add_bos, to
     ids = read_tokenizer(directory)("Who wrote it?")["input_ids"]
     wanted = "BOS" in processor if add_bos in (None, "absent") else add_bos
     plain = backend.encode("Who wrote it?", add_special_tokens=False).ids
-    assert ids == [1] * wanted + plain + [2] * (processor == "BOS and EOS")
+    assert ids == [1] * wanted + plain + [2] * ("EOS" in processor)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -140,6 +144,12 @@ def test_the_checkpoints_flag_decides_about_eos(tmp_path, processor, add_eos):
     )
     ids, plain = (tokenizer("Who?", add_special_tokens=special)["input_ids"] for special in (True, False))
     assert ids == [1] * ("BOS" in processor) + plain + [2] * add_eos
+
+
+def test_flags_beside_two_templates_are_refused(tmp_path):
+    twice = processors.Sequence([adding("<s>", "$A"), adding("$A", "</s>")])
+    with user_error(tmp_path, "post-processor", "add_bos_token"):
+        read_tokenizer(write(tmp_path, byte_level(twice), **SPECIAL, add_bos_token=True))
 
 
 def test_llama_2_reads_the_same_ids_whatever_its_class(tmp_path):
@@ -243,6 +253,44 @@ def test_damaged_tokenizers_are_refused(tmp_path, content, parts):
         (tmp_path / "tokenizer.json").write_text(content)
     with user_error(str(tmp_path), *parts):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("tokenizer_config.json", {"bos_token": ["<s>"]}, ["bos_token", "a token"]),
+        ("tokenizer_config.json", {"bos_token": {"text": "<s>"}}, ["bos_token", "a token"]),
+        ("tokenizer_config.json", {"add_bos_token": "true"}, ["add_bos_token", "true or false"]),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+            ["'x'", "by their ids"],
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": "<x>"}}, ["'1'", "by their ids"]),
+        ("tokenizer_config.json", {"chat_template": [{"template": "x"}]}, ["chat templates", "a text"]),
+        (
+            "special_tokens_map.json",
+            {"additional_special_tokens": ["<x>", 3]},
+            ["1 of additional", "a token"],
+        ),
+        ("added_tokens.json", {"<x>": "5"}, ["<x>", "an integer"]),
+    ],
+)
+def test_values_of_other_kinds_beside_a_tokenizer_are_named(tmp_path, file, content, parts):
+    write(tmp_path, byte_level(), **SPECIAL)
+    edit_json(tmp_path / file, **content)
+    with user_error(tmp_path / file, *parts):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["_set_ends", "_make_special", "_chat_templates"])
+def test_a_fault_of_ours_is_no_damaged_tokenizer(tmp_path, monkeypatch, step):
+    def fault(*_):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(hf_tokenizer, step, fault)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        read_tokenizer(write(tmp_path, byte_level(), **SPECIAL))
 
 
 def test_no_command_imports_transformers(tmp_path):
@@ -551,7 +599,28 @@ def metadata_of(backend: tokenizers.Tokenizer, **more) -> dict:
 
 
 def gguf_tokenizer(metadata: dict, architecture: str = "llama") -> Tokenizer:
-    return read_gguf(metadata.get, "model.gguf", architecture, 64)
+    return read_gguf(metadata, "model.gguf", architecture, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"ggml.bos_token_id": "1"}, ["bos_token_id", "an integer"]),
+        ({"ggml.add_bos_token": "yes"}, ["add_bos_token", "true or false"]),
+        ({"ggml.tokens": ["a", 2]}, ["ggml.tokens", "a list of texts"]),
+        ({"ggml.scores": [0.5]}, ["ggml.scores", "1 values"]),
+        ({"ggml.token_type": [1, 1]}, ["ggml.token_type", "2 values"]),
+        ({"ggml.unknown_token_id": 9999}, ["no token 9999"]),
+        ({"ggml.scores": None}, ["no tokenizer.ggml.scores"]),
+        ({"chat_template": ["x"]}, ["chat_template", "a text"]),
+        ({"chat_templates": ["rag"], "chat_template.rag": 5}, ["chat_template.rag", "a text"]),
+    ],
+)
+def test_gguf_values_of_other_kinds_are_named(change, parts):
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    metadata = {"ggml.model": "llama", "ggml.tokens": tokens, "ggml.scores": [0.0] * 5 + [-1.0]} | change
+    with user_error("model.gguf", *parts):
+        gguf_tokenizer({f"tokenizer.{name}": value for name, value in metadata.items()})
 
 
 def gguf_byte_level(pre: str | None, architecture: str = "llama", **more) -> Tokenizer:
@@ -586,7 +655,7 @@ def test_tokens_that_end_a_turn_are_found_by_their_text(text):
     metadata["tokenizer.ggml.tokens"].append(text)
     metadata["tokenizer.ggml.token_type"].append(1)
     tokenizer = gguf_tokenizer(metadata)
-    assert end_token_ids(metadata.get, tokenizer) == {2, place}
+    assert end_token_ids(metadata, tokenizer) == {2, place}
     assert tokenizer(f"a{text}")["input_ids"][-1] == place
     assert tokenizer.decode([place], skip_special_tokens=True) == ""
 
