@@ -53,7 +53,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     check_kinds(added, int, "an integer", *added, place=directory / ADDED_TOKENS_FILE)
     check_kinds({name: name for name in added}, str, "a text", *added, place=directory / ADDED_TOKENS_FILE)
     files = [path for pattern in COPIED for path in sorted(directory.glob(pattern))]
-    named = special_map | config
+    # As transformers: the map counts, and comes first, where the config does not declare the added tokens.
+    sources = [config] if "added_tokens_decoder" in config else [config, special_map]
+    named = {name: source[name] for source in sources for name in NAMES if source.get(name)}
     if (directory / TOKENIZER_FILE).is_file():
         text = read_text(directory / TOKENIZER_FILE, "the tokenizer")
         with damage_in(directory):
@@ -78,7 +80,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     special = {name: _content(named.get(name)) for name in NAMES}
     special = {name: token for name, token in special.items() if token}
     changed = _add_tokens(backend, _declared(config, added), directory)
-    others = [token for key in OTHER_NAMES for token in _tokens(named.get(key)).values()]
+    others = [
+        token for source in sources for name in OTHER_NAMES for token in _tokens(source.get(name)).values()
+    ]
     changed |= _make_special(backend, [*special.values(), *map(_content, others)])
     flags |= {
         name: config[name] for name in ("add_bos_token", "add_eos_token") if config.get(name) is not None

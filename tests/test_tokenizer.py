@@ -172,6 +172,29 @@ def test_special_tokens_as_text_as_objects_and_in_a_file_of_their_own(tmp_path, 
     assert tokenizer.decode([1, 2], skip_special_tokens=True) == ""
 
 
+@pytest.mark.parametrize(
+    "declared", [{}, {"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}}]
+)
+@pytest.mark.parametrize("in_map", [{}, {"eos_token": "<s>"}, {"eos_token": {"content": "<s>"}}])
+@pytest.mark.parametrize("in_config", [{}, {"eos_token": None}, {"eos_token": "</s>"}])
+def test_tokens_named_in_two_files_are_those_of_transformers(tmp_path, declared, in_map, in_config):
+    write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast", **declared, **in_config)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(in_map))
+    assert read_tokenizer(tmp_path).eos_token == in_transformers(tmp_path).eos_token
+
+
+def test_a_null_names_no_token_and_erases_none(tmp_path):
+    """In transformers it erases the config's."""
+    backend = byte_level()
+    backend.add_tokens(["<a>", "<b>"])
+    write(tmp_path, backend, **SPECIAL, additional_special_tokens=["<a>"])
+    more = dict.fromkeys(SPECIAL) | {"additional_special_tokens": ["<b>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(more))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.special_tokens == SPECIAL
+    assert tokenizer.decode(tokenizer("<a>so<b>")["input_ids"], skip_special_tokens=True) == "so"
+
+
 def test_added_tokens_that_only_the_config_has(tmp_path):
     added = {
         "380": {"content": "<|user|>", "special": True, "normalized": False},
