@@ -194,7 +194,7 @@ class SelectedSource:
         self.shapes = {name: source.shapes[name] for name, source in self._sources.items()}
 
     def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._sources[name].read(name), self.dtypes[name])
+        return _converted(self._sources[name].read(name), self.dtypes[name], name)
 
 
 def _weight_files(directory: Path) -> list[str]:
@@ -342,8 +342,22 @@ def _read_into(target: np.ndarray, row: Row, name: str, source: Blocks) -> None:
     target, start = row.to_hf(target), 0  # A view.
     for block in source.blocks(name):
         # Converted first: an assignment that transposes as well takes three times as long.
-        target[start : start + len(block)] = block.astype(target.dtype, copy=False)
+        target[start : start + len(block)] = _converted(block, target.dtype, name)
         start += len(block)
+
+
+def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A tensor, or some rows, in another type, which must hold its values."""
+    if dtype != np.float16 or array.dtype == dtype:
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if (np.isinf(converted) & ~np.isinf(array)).any():
+        raise UserError(
+            f"{name} holds {np.abs(array.astype(np.float32)).max():g}, which is too large for float16: give "
+            "--dtype bfloat16 or float32"
+        )
+    return converted
 
 
 def _empty(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:

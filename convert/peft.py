@@ -326,13 +326,22 @@ def write_adapter(
 
 
 def merge_into(model: Llama, deltas: Any, scale: float) -> None:
-    """Adds deltas to the base weights of a model in place, computed in float32, stored in its dtype."""
+    """Adds deltas to the base weights of a model in place, computed in float32, stored in its dtype.
+
+    Raises:
+        UserError: that dtype does not hold a sum.
+    """
 
     def add(layers: Any, deltas: Any, multiply: Callable) -> None:
         for name, pair in deltas.items():
             weight = getattr(layers, name)
             total = weight[...].astype(jnp.float32) + scale * multiply(pair["a"], pair["b"])
-            weight.set_value(total.astype(weight.dtype))
+            merged = total.astype(weight.dtype)
+            if jnp.any(jnp.isinf(merged) & jnp.isfinite(total)):
+                raise UserError(
+                    f"with the adapter, {name} is too large for {weight.dtype}: choose another --dtype"
+                )
+            weight.set_value(merged)
 
     def multiply(a, b):
         return jnp.tensordot(a, b, axes=1, precision="highest")

@@ -19,6 +19,7 @@ from conftest import (
     TINY_GEMMA,
     UNIT_SIZE,
     assert_bitwise,
+    error_of,
     hf_logits,
     import_torch,
     logits,
@@ -112,6 +113,30 @@ def test_lowest_layers_alone(tiny, stacked):
     tokens = random_tokens(2, 12)
     actual = logits(cut.model.weights(), cut.config, tokens)
     np.testing.assert_allclose(actual, hf_logits(hf, tokens), rtol=0, atol=PARITY)
+
+
+@pytest.mark.parametrize("stored", [np.float32, jnp.bfloat16])
+def test_values_that_float16_does_not_hold_are_named(tiny, tmp_path, capfd, stored):
+    """When a model is loaded, and when it is exported without being loaded."""
+    from imae_jax.convert.__main__ import main
+
+    directory = shutil.copytree(tiny().directory, tmp_path / "model")
+    tensors = {name: array.astype(stored) for name, array in tensors_of(directory).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def store(value):
+        tensors[name][7, 3] = value
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    store(65000)
+    weights = load_model(str(directory), dtype="float16").model.weights()
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(weights.base))
+    store(70000)
+    with user_error(name, "float16", "--dtype"):
+        load_model(str(directory), dtype="float16")
+    command = ["export", "--model", directory, "--dtype", "float16", "--out", tmp_path / "out"]
+    message = error_of(capfd, main, *command)
+    assert name in message and "--dtype" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

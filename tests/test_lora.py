@@ -321,6 +321,17 @@ def test_an_adapter_in_bfloat16(adapter):
         np.testing.assert_array_equal(deltas[target][part][layer], expected)
 
 
+def test_a_merged_weight_that_float16_does_not_hold_is_named(adapter):
+    _, _, path = adapter
+    file = path / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * np.float32(1e6)
+    save_file(tensors, file)
+    with user_error("w_up", "float16", "--dtype"):
+        load_model(str(path), dtype="float16")
+
+
 def test_a_directory_without_the_adapters_tensors_says_what_it_is(adapter, tmp_path):
     checkpoint, _, path = adapter
     merged = tmp_path / "merged"
