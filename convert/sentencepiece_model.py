@@ -115,7 +115,8 @@ def read_model(path: Path, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[
         with damage_in(path):
             clean.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        replaced = {r"\A +| +\Z": "", " {2,}": " "}
+        # At the end SentencePiece takes its sign for a space away, too.
+        replaced = {rf"\A +|[ {SPACE}]+\Z": "", " {2,}": " "}
         clean += [normalizers.Replace(Regex(pattern), text) for pattern, text in replaced.items()]
     tokenizer = build(
         model,
