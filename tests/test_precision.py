@@ -17,6 +17,7 @@ from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.streams import Models
 from imae_jax.evaluate.probes import fit_probes
+from imae_jax.llama import Weights
 from imae_jax.losses import LossConfig
 from imae_jax.sharding import make_mesh
 from imae_jax.train.config import OptimizerConfig
@@ -88,7 +89,7 @@ def test_training(dtype, objective, remat):
     """Gradients inherit the precision of what they are gradients of."""
     mesh = make_mesh(data=jax.device_count())
     weights = tiny_llama(stacked=True).weights()
-    base = jax.tree.map(lambda x: x.astype(dtype), weights.base)
+    frozen = Weights(jax.tree.map(lambda x: x.astype(dtype), weights.base))
     if objective == "units":
         objective = ImaeObjective(UNITS, LossConfig(), remat=remat)
     else:
@@ -98,7 +99,7 @@ def test_training(dtype, objective, remat):
     state = init_state(TINY, objective, optimizer, shardings, 0)
     batch = place_batch(make_batch(examples(8), 1), mesh)
     step = make_train_step(TINY, objective, optimizer, shardings, mesh)
-    check(step.lower(state, base, batch), dtype, 30)
+    check(step.lower(state, frozen, batch), dtype, 30)
 
 
 def test_probes():
