@@ -96,20 +96,17 @@ def side_by_side(adapters: Sequence[tuple[Mapping[str, Any], float]]) -> dict[st
     return combined
 
 
-def adapter_factors(
-    deltas: Mapping[str, Any], count: int, numbers: Sequence[int | None], rows: int
-) -> jax.Array:
-    """Which of the adapters `side_by_side` each row of a batch gets.
+def adapter_factors(deltas: Mapping[str, Any], count: int, numbers: Sequence[int | None]) -> jax.Array:
+    """Which of the adapters `side_by_side` rows get.
 
     Args:
         deltas: from `side_by_side`.
         count: how many adapters they hold.
-        numbers: of the adapter (from 0) of each group of rows; None for the base.
-        rows: of each group.
+        numbers: of the adapter (from 0) of every row; None for the base.
 
     Returns:
-        Float32 [groups · rows, rank]: `adapter` of `llama.forward`.
+        Float32 [rows, rank]: `adapter` of `llama.forward`.
     """
     rank = next(iter(deltas.values()))["a"].shape[-1] // count
     one_hot = jnp.asarray([[number == i for i in range(count)] for number in numbers], jnp.float32)
-    return jnp.repeat(jnp.repeat(one_hot, rank, axis=1), rows, axis=0)
+    return jnp.repeat(one_hot, rank, axis=1)

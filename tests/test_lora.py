@@ -119,7 +119,7 @@ def test_rows_of_several_adapters_in_one_batch(tiny):
     adapters = [(random_deltas(lm.config, lora, seed), lora.scale) for seed, lora in enumerate(PAIR)]
     both = dataclasses.replace(lm.model.weights(), lora=side_by_side(adapters))
     tokens = random_tokens(3, 11)
-    rows = logits(both, lm.config, tokens, adapter=adapter_factors(both.lora, 2, (1, None, 0), 1))
+    rows = logits(both, lm.config, tokens, adapter=adapter_factors(both.lora, 2, (1, None, 0)))
     np.testing.assert_allclose(rows[1], logits(lm.model.weights(), lm.config, tokens)[1], atol=1e-5)
     for row, (deltas, scale) in ((0, adapters[1]), (2, adapters[0])):
         alone = dataclasses.replace(lm.model.weights(), lora=deltas, lora_scale=scale)

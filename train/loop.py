@@ -409,7 +409,9 @@ def run_stage(
             chosen = data.batch_rows(
                 lengths, schedule.batch_size, config.seed, step, config.data.group_by_length
             )
-            batch = data.make_batch(data.flat(stage.train[i] for i in chosen), schedule.accumulation)
+            rows = data.flat(stage.train[i] for i in chosen)
+            trees = len(objective.answers) == 2 and objective.takes_trees
+            batch = data.make_batch(rows, schedule.accumulation, trees=trees)
             return batch, chosen, place_batch(batch, mesh)
 
         run.check_stop(f"stopped before stage {name}")
@@ -486,13 +488,13 @@ class _Measurement:
         `wins_`, the share of pairs where it does, ties counted half.
         """
         rows = data.flat(sorted(self._stage.held_out[:limit], key=data.longest))
-        parts = self._run(self._losses, rows, trainable, frozen)
+        parts = self._run(self._losses, rows, trainable, frozen, trees=len(self._objective.answers) == 2)
         totals = jax.tree.map(lambda *x: sum(x), *parts)
         sums, counts = totals["sums"], at_least_one(totals["counts"])
         metrics = {k: float(v) for k, v in self._objective.metrics(sums, counts).items()}
 
         pairs = sorted(self._stage.answers[:limit], key=data.longest)
-        parts = self._run(self._answers, data.flat(pairs), trainable, frozen)
+        parts = self._run(self._answers, data.flat(pairs), trainable, frozen, trees=True)
         tokens = np.array([[len(example.fact) for example in pair] for pair in pairs]).sum(axis=0)
         for mode in parts[0]:
             log_probs = np.concatenate([part[mode] for part in parts])[: 2 * len(pairs)].reshape(-1, 2)
@@ -504,12 +506,21 @@ class _Measurement:
         per_layer = self._objective.per_layer(sums, counts)
         return metrics | {f"{k}_by_layer": np.asarray(v).tolist() for k, v in per_layer.items()}
 
-    def _run(self, function: Any, rows: list[data.Example], trainable: Any, frozen: Weights) -> list[Any]:
-        """What `function` gives for every batch; rows of a question are neighbours."""
-        batches = data.in_batches(rows, len(self._objective.answers) * self._batch_size)
+    def _run(
+        self, function: Any, rows: list[data.Example], trainable: Any, frozen: Weights, *, trees: bool
+    ) -> list[Any]:
+        """What `function` gives for every batch.
+
+        Args:
+            trees: rows are pairs of neighbours, which may run as trees.
+        """
+        size = (2 if trees else 1) * self._batch_size
+        trees = trees and self._objective.takes_trees
         return [
-            jax.device_get(function(trainable, frozen, place_batch(data.make_batch(batch, 1), self._mesh)))
-            for batch in batches
+            jax.device_get(
+                function(trainable, frozen, place_batch(data.make_batch(batch, 1, trees=trees), self._mesh))
+            )
+            for batch in data.in_batches(rows, size)
         ]
 
 

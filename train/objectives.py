@@ -42,6 +42,8 @@ class Objective(abc.ABC):
     """Metrics that the progress bar shows."""
     answers: ClassVar[tuple[str, ...]] = ("wrong",)
     """The rows of each question, neighbours in a batch: see `data.TokenizedData.stage`."""
+    attention: str
+    """See `llama.forward`."""
 
     @abc.abstractmethod
     def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
@@ -55,6 +57,11 @@ class Objective(abc.ABC):
     def identity(self) -> dict[str, str]:
         """Settings that a checkpoint belongs to, besides its base and its data."""
         return {}
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether batches of both rows of every question may come as `data.Trees`."""
+        return self.attention == "plain"  # The others' kernels take no mask.
 
     @abc.abstractmethod
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
@@ -108,7 +115,7 @@ class UnitsObjective(Objective):
 
     @abc.abstractmethod
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
-        """Hidden states [B, T, D] that the losses need without a gradient; those of the base come first."""
+        """Hidden states of `run` that the losses need without a gradient; those of the base come first."""
 
     @abc.abstractmethod
     def mode_sums(
@@ -119,7 +126,7 @@ class UnitsObjective(Objective):
         anti: jax.Array,
         expert: jax.Array,
     ) -> Arrays:
-        """Sums of L_anti and L_expert from the hidden states [B, T, D] of `frozen_rows` and of the modes."""
+        """Sums of L_anti and L_expert from the hidden states of `frozen_rows` and of the modes."""
 
     def mode_count(self, batch: Arrays) -> jax.Array:
         """What those are means over: T_fact."""
@@ -141,26 +148,23 @@ class UnitsObjective(Objective):
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         """Rows without a gradient run without units, and nothing of theirs is saved. The anti-expert and
         expert rows run as one doubled batch."""
-        tokens, mask = batch["tokens"], batch["attention_mask"]
-        B = tokens.shape[0]
         frozen = jax.lax.stop_gradient(self.frozen_rows(weights, llama, batch))
-        both = forward(
+        anti, expert, gates = run(
             weights,
             llama,
-            jnp.concatenate([tokens, tokens]),
-            attention_mask=jnp.concatenate([mask, mask]),
-            strength=jnp.repeat(jnp.asarray([1.0, -1.0]), B),
+            batch,
+            copies=2,
+            strength=jnp.asarray([1.0, -1.0]),
             taps=Taps(gates=True),
             remat=self.remat,
             attention=self.attention,
         )
-        anti, expert = both.hidden_states[:B], both.hidden_states[B:]
         sums = self.mode_sums(weights, batch, frozen, anti, expert)
         fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
-        sums |= gate_loss_sums(both.gates, fact, answer, token_weights(answer, self.settings.mean))
+        sums |= gate_loss_sums(gates, fact, answer, token_weights(answer, self.settings.mean))
         if self.settings.keep:
             weight = token_weights(_other_tokens(batch), self.settings.mean)
-            sums |= keep_loss_sums(weights, frozen[0], anti, expert, weight)
+            sums |= keep_loss_sums(weights, frozen[0], anti, expert, weights_as_run(batch, weight))
         return sums
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
@@ -199,7 +203,7 @@ class ImaeObjective(UnitsObjective):
     """Objective `paper`: hallucinated answers alone (IMAE, section 3.2)."""
 
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
-        return (_base_rows(weights, llama, batch, self.attention),)
+        return run(weights, llama, batch, attention=self.attention)[:1]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         hidden = (at_facts(batch, x) for x in (*frozen, anti, expert))
@@ -219,16 +223,8 @@ class PairsObjective(UnitsObjective):
 
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
         """Base, right and wrong rows as one batch: each base weight is read once."""
-        B = batch["tokens"].shape[0]
-        output = forward(
-            weights,
-            llama,
-            jnp.concatenate([batch["tokens"]] * 3),
-            attention_mask=jnp.concatenate([batch["attention_mask"]] * 3),
-            adapter=adapter_factors(weights.lora, 2, (None, RIGHT, WRONG), B),
-            attention=self.attention,
-        )
-        return tuple(jnp.split(output.hidden_states, 3))
+        factors = adapter_factors(weights.lora, 2, (None, RIGHT, WRONG))
+        return run(weights, llama, batch, copies=3, adapter=factors, attention=self.attention)[:3]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         frozen = tuple(at_facts(batch, x) for x in frozen)
@@ -246,7 +242,7 @@ class PreferenceObjective(UnitsObjective):
     answers = ("wrong", "right")
 
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
-        return (_base_rows(weights, llama, batch, self.attention),)
+        return run(weights, llama, batch, attention=self.attention)[:1]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         pairs = (_fact_log_probs(weights, batch, hidden).reshape(-1, 2) for hidden in (*frozen, anti, expert))
@@ -287,17 +283,8 @@ class AnswerObjective(Objective):
         return dataclasses.replace(frozen, lora=trainable, lora_scale=self.lora.scale)
 
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        output = forward(
-            weights,
-            llama,
-            batch["tokens"],
-            attention_mask=batch["attention_mask"],
-            adapter=1.0,
-            remat=self.remat,
-            attention=self.attention,
-        )
-        hidden = at_facts(batch, output.hidden_states)
-        return answer_loss_sums(weights, hidden, batch["fact_targets"], batch["fact_valid"])
+        hidden, _ = run(weights, llama, batch, adapter=1.0, remat=self.remat, attention=self.attention)
+        return answer_loss_sums(weights, at_facts(batch, hidden), batch["fact_targets"], batch["fact_valid"])
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {"answer": jnp.sum(batch["fact_valid"], dtype=jnp.float32)}
@@ -315,18 +302,87 @@ class AnswerObjective(Objective):
         }
 
 
-def _base_rows(weights: Weights, llama: LlamaConfig, batch: Arrays, attention: str) -> jax.Array:
-    mask = batch["attention_mask"]
-    return forward(weights, llama, batch["tokens"], attention_mask=mask, attention=attention).hidden_states
+def run(
+    weights: Weights,
+    llama: LlamaConfig,
+    batch: Arrays,
+    *,
+    copies: int = 1,
+    strength: float | jax.Array | None = None,
+    adapter: float | jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array | None, ...]:
+    """`forward` of copies of a batch's rows, or of its token trees where it has them.
+
+    Args:
+        copies: of the rows, which run as one batch.
+        strength, adapter: see `forward`; an array's first axis is copies.
+        options: of `forward`.
+
+    Returns:
+        The copies' hidden states, each [B, T, D], of trees [B / 2, S, D]; then the gates [L, copies · B, T]
+        with that tap, else None.
+    """
+    rows = {"tokens": batch["tokens"], "attention_mask": batch["attention_mask"]}
+    if "tree_tokens" in batch:
+        branch = batch["tree_branch"]
+        rows = {"tokens": batch["tree_tokens"], "attention_mask": branch >= 0}
+        rows |= {"positions": batch["tree_positions"], "attend": _attend_in_tree(branch)}
+    size = rows["tokens"].shape[0]
+
+    def of_rows(value):
+        return jnp.repeat(value, size, axis=0) if jnp.ndim(value) else value
+
+    output = forward(
+        weights,
+        llama,
+        **{name: jnp.concatenate([value] * copies) for name, value in rows.items()},
+        strength=None if strength is None else of_rows(strength),
+        adapter=None if adapter is None else of_rows(adapter),
+        **options,
+    )
+    gates = output.gates
+    if gates is not None and "tree_places" in batch:
+        places = jnp.concatenate([batch["tree_places"]] * copies)
+        gates = jnp.take_along_axis(gates, places[None], axis=2)
+        gates = gates.reshape(len(gates), -1, batch["tokens"].shape[1])
+    return *jnp.split(output.hidden_states, copies), gates
+
+
+def _attend_in_tree(branch: jax.Array) -> jax.Array:
+    """Bool [B, S, S] from [B, S]: a token looks at what is before it in its own row."""
+    looking, seen = branch[:, :, None], branch[:, None, :]
+    before = jnp.tril(jnp.ones((branch.shape[1],) * 2, bool))
+    return before & ((seen == 0) | (seen == looking)) & (seen >= 0)
+
+
+def weights_as_run(batch: Arrays, weight: jax.Array) -> jax.Array:
+    """What each position counts, float32 [B, T], at the positions of `run`'s hidden states: a token that is
+    in both rows of its tree counts for both."""
+    if "tree_places" not in batch:
+        return weight
+    size = batch["tree_tokens"].shape[1]
+    places = batch["tree_places"]
+    return jax.vmap(lambda at, w: jnp.zeros(size).at[at].add(w))(places, weight.reshape(places.shape))
+
+
+def at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
+    """Of one of `run`'s hidden states those that predict a token of T_fact: [B, P, D]."""
+    positions = batch["fact_positions"]
+    if "tree_places" in batch:
+        places = batch["tree_places"].reshape(batch["tokens"].shape)
+        positions = jnp.take_along_axis(places, positions, axis=1).reshape(len(hidden), -1)
+    taken = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    return taken.reshape(*batch["fact_positions"].shape, -1)
 
 
 def _answer_log_probs(weights: Weights, llama: LlamaConfig, batch: Arrays, **options: Any) -> jax.Array:
-    output = forward(weights, llama, batch["tokens"], attention_mask=batch["attention_mask"], **options)
-    return _fact_log_probs(weights, batch, output.hidden_states)
+    hidden, _ = run(weights, llama, batch, **options)
+    return _fact_log_probs(weights, batch, hidden)
 
 
 def _fact_log_probs(weights: Weights, batch: Arrays, hidden: jax.Array) -> jax.Array:
-    """Summed log-probability of each row's tokens of T_fact, float32 [B], from [B, T, D]."""
+    """Summed log-probability of each row's tokens of T_fact, float32 [B], from `run`'s hidden states."""
     log_probs = token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"])
     return jnp.sum(jnp.where(batch["fact_valid"], log_probs, 0.0), axis=-1)
 
@@ -343,8 +399,3 @@ def _other_tokens(batch: Arrays) -> jax.Array:
     real = batch["attention_mask"] & batch["answer"].any(axis=-1, keepdims=True)
     predicting = jnp.pad(real[..., 1:], [(0, 0)] * (real.ndim - 1) + [(0, 1)])
     return predicting & ~batch["fact"]
-
-
-def at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
-    """[B, T, D] at the positions that predict a token of T_fact: [B, P, D]."""
-    return jnp.take_along_axis(hidden, batch["fact_positions"][..., None], axis=1)

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imae_jax.config import LlamaConfig
@@ -21,12 +20,12 @@ from imae_jax.convert.references import adapter_of, fingerprint
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
-from imae_jax.llama import Weights, forward
+from imae_jax.llama import Weights
 from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
 from imae_jax.sharding import sharding
 from imae_jax.train.data import Example, in_batches, make_batch
-from imae_jax.train.objectives import RIGHT, WRONG, at_facts
+from imae_jax.train.objectives import RIGHT, WRONG, at_facts, run
 from imae_jax.train.step import place_batch
 
 logger = logging.getLogger(__name__)
@@ -57,14 +56,15 @@ def filter_tokens(
     computed once; γ only thresholds them.
 
     Args:
-        examples: from `data.tokenize`, every answer token in T_fact.
+        examples: from `data.tokenize`, every answer token in T_fact; with two adapters, both rows of every
+            question as neighbours.
         base: the model to be trained on.
         models: reference of the anti-expert LLM; or those of two adapters of the base, trained on right and
             on wrong answers; or none, which keeps every answer token.
         gamma: γ.
         cache: directory for the log-ratios.
         mesh: on which the base lies.
-        batch_size: rows at a time.
+        batch_size: questions at a time.
         reuse: another such directory, from which they are copied.
         progress: wraps an iteration to show how far it is.
 
@@ -223,14 +223,17 @@ def _log_ratios(
             return anti - compiled(weights, config, batch)
 
     # Neighbours of about equal length waste little padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    size = len(models)
+    groups = [range(i, i + size) for i in range(0, len(examples), size)]
+    groups.sort(key=lambda group: max(len(examples[i].tokens) for i in group))
+    order = [i for group in groups for i in group]
     ratios: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
-    batches = in_batches([examples[i] for i in order], batch_size)
+    batches = in_batches([examples[i] for i in order], size * batch_size)
     with jax.set_mesh(mesh):
         for number, rows in enumerate(progress(batches, "token filter")):
-            arrays = place_batch(make_batch(rows, 1), mesh)
+            arrays = place_batch(make_batch(rows, 1, trees=size == 2), mesh)
             values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
-            for i, row in zip(order[number * batch_size :], values, strict=False):
+            for i, row in zip(order[number * size * batch_size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
                 if not np.isfinite(ratios[i]).all():
                     raise UserError(
@@ -240,25 +243,21 @@ def _log_ratios(
     return ratios
 
 
-def _answer_log_probs(
-    weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array], adapter: jax.Array | None = None
-) -> jax.Array:
+def _answer_log_probs(weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array]) -> jax.Array:
     """Log-probabilities [B, P] of the batch's `fact` tokens; every answer token is one here."""
-    output = forward(
-        weights, config, batch["tokens"], attention_mask=batch["attention_mask"], adapter=adapter
-    )
-    return token_log_probs(weights, at_facts(batch, output.hidden_states), batch["fact_targets"])
+    hidden, _ = run(weights, config, batch)
+    return token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"])
 
 
 def _ratio_in_one_batch(
     weights: Weights, config: LlamaConfig, batch: dict[str, jax.Array], numbers: tuple[int | None, int | None]
 ) -> jax.Array:
-    """Difference of the models of these numbers, as rows of one batch over the same weights."""
-    B = batch["tokens"].shape[0]
-    twice = {name: jnp.concatenate([x, x]) for name, x in batch.items()}
-    count = sum(number is not None for number in numbers)
-    factors = adapter_factors(weights.lora, count, numbers, B)
-    first, second = jnp.split(_answer_log_probs(weights, config, twice, factors), 2)
+    """Difference [B, P] of the models of these numbers, which run as one batch over the same weights."""
+    factors = adapter_factors(weights.lora, sum(number is not None for number in numbers), numbers)
+    *models, _ = run(weights, config, batch, copies=2, adapter=factors)
+    first, second = (
+        token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"]) for hidden in models
+    )
     return first - second
 
 
