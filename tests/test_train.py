@@ -63,7 +63,8 @@ def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype=
         frozen = dataclasses.replace(frozen, lora=side_by_side(adapters))
     metrics = []
     for i in range(steps):
-        batch = place_batch(data.make_batch(make_rows(rows, seed=i), accumulation), mesh)
+        batch = data.make_batch(make_rows(rows, seed=i), accumulation, trees=name != "paper")
+        batch = place_batch(batch, mesh)
         state, values = step(state, frozen, batch)
         metrics.append({name: float(value) for name, value in values.items()})
     return metrics, state, base

@@ -161,7 +161,11 @@ def _plan_stage(
     # A model that knows shorter rows only is given no longer ones.
     length = min(config.data.max_length, llama.context_length)
     longest = data.Example(0, (0,) * length, 1, (True,) * (length - 1))
-    rows = data.make_batch([longest] * (len(objective.answers) * stage.batch_size), stage.accumulation)
+    # Nothing in common but the first token.
+    other = dataclasses.replace(longest, tokens=(0,) + (1,) * (length - 1))
+    question = [longest, other][: len(objective.answers)]
+    trees = len(question) == 2 and objective.takes_trees
+    rows = data.make_batch(question * stage.batch_size, stage.accumulation, trees=trees)
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
 
