@@ -32,11 +32,13 @@ install = $(BIN)/pip install --progress-bar off $(1) | \
 demo: .venv/run
 	$(BIN)/python -m imae_jax.convert export --model smollm2-135m-instruct --out out/demo/base --overwrite
 	$(BIN)/python -m imae_jax.train --config demo model=out/demo/base --overwrite
-	$(BIN)/python -m imae_jax.evaluate.truthfulqa --model out/demo/train/imae --data demo \
-	  --methods base,expert,anti-expert,in-model-contrast --out out/demo/truthfulqa --overwrite
+	$(BIN)/python -m imae_jax.evaluate.truthfulqa --model out/demo/train/imae --data demo --protocol tqa-v1/chat \
+	  --methods base,expert,anti-expert,-2 --out out/demo/truthfulqa --overwrite
 	$(BIN)/python -m imae_jax.evaluate.report out/demo/train out/demo/truthfulqa --out out/demo/report --overwrite
-	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --format plain \
-	  --prompt "Which planet is closest to the Sun?" --max-new-tokens 32
+	@# Questions that were not trained on.
+	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --format chat --max-new-tokens 32 \
+	  --prompt "Which planet is closest to the Sun?" --prompt "How many legs does a spider have?" \
+	  --prompt "Who wrote Romeo and Juliet?"
 
 # The figures of docs/results.md: hours on two CPU cores. See results/Makefile.
 results: .venv/test
