@@ -172,13 +172,19 @@ def read_rows(path: str | os.PathLike, name: str) -> list[tuple[str, Any]]:
 def read_csv(path: str | os.PathLike, name: str) -> list[tuple[str, dict[str, str]]]:
     """The rows of a CSV file with a header line, each with its place for errors; see `read_rows`.
 
-    A cell that a short line lacks is missing from its row; cells without a header are dropped.
+    A line with another number of fields is refused: a comma that is not quoted moves the cells behind it.
     """
-    reader, rows = csv.DictReader(io.StringIO(read_text(path, name), newline=""), strict=True), []
+    reader, rows = csv.reader(io.StringIO(read_text(path, name), newline=""), strict=True), []
     try:
-        for cells in reader:
-            there = {key: cell for key, cell in cells.items() if key is not None and cell is not None}
-            rows.append((f"{path} line {reader.line_num}", there))
+        header = next(reader, [])
+        for cells in filter(None, reader):
+            place = f"{path} line {reader.line_num}"
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{place} has {len(cells)} fields, the header {len(header)} ({', '.join(header)}): quote "
+                    "what holds a comma, or fill the row"
+                )
+            rows.append((place, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
     return rows

@@ -306,6 +306,9 @@ class LanguageModel:
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompt", [prompt])
         _check_texts("answers", answers)
+        for i, answer in enumerate(answers):
+            if not answer:
+                raise UserError(f"answers {i} is empty: there is nothing to score")
         if not answers:
             return []
         lead, _ = answer_frame(self.tokenizer, format)
@@ -406,6 +409,8 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
     if isinstance(texts, str):
         raise UserError(f"{name} is one text: give a list of texts")
     for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{name} {i} is no text but {text!r}")
         try:
             text.encode()
         except UnicodeEncodeError as error:

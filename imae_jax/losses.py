@@ -52,13 +52,12 @@ class LossConfig:
             raise UserError(f"loss.valid_form {self.valid_form!r}: use {' or '.join(FORMS)}")
         if self.mean not in MEANS:
             raise UserError(f"loss.mean {self.mean!r}: use {' or '.join(MEANS)}")
-        if not (math.isfinite(self.beta) and 0 <= self.gate_weight < math.inf):
-            raise UserError(f"loss.beta {self.beta} and loss.gate_weight {self.gate_weight} must be finite")
-        for name, value in (("alpha", self.alpha), ("tau", self.tau)):
-            if not 0 < value < math.inf:
-                raise UserError(f"loss.{name} {value} must be above 0 and finite")
-        if self.keep is not None and not 0 <= self.keep < math.inf:
-            raise UserError(f"loss.keep {self.keep} must be at least 0 and finite")
+        for name in ("beta", "alpha", "tau"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"loss.{name} {getattr(self, name)} must be above 0 and finite")
+        for name in ("gate_weight", "keep"):
+            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
+                raise UserError(f"loss.{name} {getattr(self, name)} must be at least 0 and finite")
         if not 0 < self.delta <= 1:
             raise UserError(f"loss.delta {self.delta} must be above 0 and at most 1")
 

@@ -76,9 +76,10 @@ def test_equal_answers_and_damaged_tables_are_named(tmp_path):
     path.write_text('q,good,bad\n"Q?,a,b\n')
     with user_error(path, "not valid CSV"):
         load_rows(config_of(f"data.source={path}", *NAMED))
-    path.write_text("q,good,bad\nQ?,a\n")
-    with user_error(f"{path} line 2", "'bad'"):
-        load_rows(config_of(f"data.source={path}", *NAMED))
+    for line, fields in (("Q?,a", 2), ("Q?,Yes, sir.,No.", 4)):
+        path.write_text(f"q,good,bad\n{line}\n")
+        with user_error(f"{path} line 2 has {fields} fields, the header 3", "quote"):
+            load_rows(config_of(f"data.source={path}", *NAMED))
     path.write_text("q,good,bad\n")
     with user_error(path, "no rows"):
         load_rows(config_of(f"data.source={path}", *NAMED))

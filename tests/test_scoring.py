@@ -346,7 +346,13 @@ def test_perplexity_is_that_of_transformers(tiny):
     for function in (lm.perplexity, lm.generate, lambda text: lm.score("t3", text)):
         with user_error("one text", "list"):
             function("t3 t4")
+        with user_error("1 is no text but ['t3']"):
+            function(["t3 t4", ["t3"]])
         assert function([]) == []
+    with user_error("prompt 0 is no text"):
+        lm.score(["t3"], ["t4"])
+    with user_error("answers 1 is empty"):
+        lm.score("t3", ["t4", ""])
 
 
 def test_perplexity_cuts_texts_at_the_shorter_context_of_two_models(tiny):

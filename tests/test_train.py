@@ -403,6 +403,10 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
     assert not (tmp_path / "third" / "icd").exists()
     assert losses_of(tmp_path / "third") == losses_of(out)
     capfd.readouterr()
+    same = [s.replace(f"out={out}", f"out={tmp_path / 'same'}") for s in run]
+    same += [given[0], given[0].replace("adapters.right", "adapters.wrong"), "filter.gamma=0"]
+    assert main([*same, "--quiet"]) == 2
+    assert "are the same adapter" in capfd.readouterr().err
     assert main(["icd", *third, *given, "--quiet", "--overwrite"]) == 2
     assert "stage icd has nothing to train" in capfd.readouterr().err
 
@@ -507,6 +511,7 @@ BAD_SETTINGS = {
     "optimizer.beta1=2": "optimizer.beta1=2",
     "optimizer.learning_rate=0": "optimizer.learning_rate=0",
     "loss.beta=nan": "loss.beta nan",
+    "loss.beta=-1": "loss.beta -1.0 must be above 0",
     "batch_size=12": "12 rows cannot be spread over",
     "icd.accumulation=3": "icd.accumulation=3",
     "icd.batch_size=0": "icd.batch_size=0",

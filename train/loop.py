@@ -293,10 +293,11 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
     frozen, identity = run.model.model.weights(), _identity(run.model, stage) | objective.identity
     if config.objective == "pairs":
         adapters = [own_adapter(model, run.model) for model in models]
+        fingerprints = [adapter.fingerprint(run.model.base.fingerprint) for adapter in adapters]
+        if len(set(fingerprints)) == 1:
+            raise UserError(f"{models[0]} and {models[1]} are the same adapter: their contrast is 0")
         frozen = adapter_pair(frozen, adapters, run.mesh)
-        identity["pair of adapters"] = " and ".join(
-            a.fingerprint(run.model.base.fingerprint) for a in adapters
-        )
+        identity["pair of adapters"] = " and ".join(fingerprints)
     units = run_stage(
         run,
         "train",

@@ -118,7 +118,11 @@ def filter_tokens(
     lengths = np.array([len(e.fact) for e in filtered])
     kept = np.array([sum(e.fact) for e in filtered])
     if kept.sum() == 0:
-        raise UserError(f"filter.gamma={gamma} keeps no answer token: lower it, or train stage icd longer")
+        largest = max(np.abs(r).max() if len(models) == 2 else r.max() for r in ratios)
+        raise UserError(
+            f"filter.gamma={gamma} keeps no answer token, the largest ratio is {largest:.3g}: go on with "
+            "--resume and a lower one, or train stage icd longer"
+        )
     share = float(kept.sum() / lengths.sum())
     thirds = np.array_split(np.argsort(lengths, kind="stable"), 3)
     statistics = {
