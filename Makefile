@@ -36,9 +36,9 @@ demo: .venv/run
 	  --methods base,expert,anti-expert,-2 --out out/demo/truthfulqa --overwrite
 	$(BIN)/python -m imae_jax.evaluate.report out/demo/train out/demo/truthfulqa --out out/demo/report --overwrite
 	@# Questions that were not trained on.
-	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --compare --format chat --max-new-tokens 32 \
+	$(BIN)/python -m imae_jax.generate --model out/demo/train/imae --format chat --max-new-tokens 32 \
 	  --prompt "Which planet is closest to the Sun?" --prompt "How many legs does a spider have?" \
-	  --prompt "Who wrote Romeo and Juliet?"
+	  --prompt "Who wrote Romeo and Juliet?" --compare base,expert,anti-expert
 
 # The figures of docs/results.md: hours on two CPU cores. See results/Makefile.
 results: .venv/test
