@@ -170,8 +170,8 @@ def _messages(argv: Sequence[str] | None) -> Iterator[None]:
         options = argparse.Namespace(verbose=False, quiet=False, debug=False)
     level = logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
     levels = {"": logging.INFO if options.verbose else logging.WARNING, **dict.fromkeys(OUR_LOGGERS, level)}
-    # Orbax logs through absl what it raises as well.
-    levels["absl"] = logging.INFO if options.verbose else logging.CRITICAL
+    # Orbax logs through absl what it raises as well, asyncio what failed beside it.
+    levels |= dict.fromkeys(("absl", "asyncio"), logging.INFO if options.verbose else logging.CRITICAL)
     before = {name: logging.getLogger(name).level for name in levels}
     handler, debug = _Handler(), os.environ.get(DEBUG_VARIABLE)
     try:
