@@ -5,6 +5,7 @@ files, and whatever lies beside them; for a base its config as well, since the s
 else with another RoPE. The GGUF and the HuggingFace form of one model differ.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ PLACES = ("model", "reference", "revision", "path", "source", "anti_expert", "am
 DIGESTS = ("fingerprint", "sha256", "base_model")
 
 
-class TensorFiles:
+class TensorFiles(abc.ABC):
     """What all sources in files are: tensors come in blocks of rows, and are hashed on the way.
 
     XXH3 reads memory as fast as it can be read. It is no protection against somebody who wants two models to
@@ -43,9 +44,9 @@ class TensorFiles:
     def __init__(self):
         self._digests: dict[str, str] = {}
 
+    @abc.abstractmethod
     def _blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """About `BLOCK_ROWS` rows at a time: their bytes as stored, uint8, and their values."""
-        raise NotImplementedError
 
     def _stored_dtype(self, name: str) -> str:
         return str(self.dtypes[name])

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from imae_jax.cli import ArgumentParser, command
+from imae_jax.cli import ArgumentParser, command, lock_outputs
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory, read_csv
 from imae_jax.train.config import DataConfig
@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.held_out < 0:
         raise UserError(f"--held-out {args.held_out} must be at least 0")
+    lock_outputs(args.out)
     if args.kind == "triviaqa":
         pairs, skipped = from_triviaqa(args.file)
     else:

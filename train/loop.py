@@ -411,7 +411,7 @@ def run_stage(
                 lengths, schedule.batch_size, config.seed, step, config.data.group_by_length
             )
             rows = data.flat(stage.train[i] for i in chosen)
-            trees = len(objective.answers) == 2 and objective.takes_trees
+            trees = objective.takes_trees(len(objective.answers))
             batch = data.make_batch(rows, schedule.accumulation, trees=trees)
             return batch, chosen, place_batch(batch, mesh)
 
@@ -488,14 +488,14 @@ class _Measurement:
         by how much a right answer's summed log-probability exceeds the wrong one's, the mean over pairs;
         `wins_`, the share of pairs where it does, ties counted half.
         """
-        rows = data.flat(sorted(self._stage.held_out[:limit], key=data.longest))
-        parts = self._run(self._losses, rows, trainable, frozen, trees=len(self._objective.answers) == 2)
+        questions = sorted(self._stage.held_out[:limit], key=data.longest)
+        parts = self._run(self._losses, questions, trainable, frozen)
         totals = jax.tree.map(lambda *x: sum(x), *parts)
         sums, counts = totals["sums"], at_least_one(totals["counts"])
         metrics = {k: float(v) for k, v in self._objective.metrics(sums, counts).items()}
 
         pairs = sorted(self._stage.answers[:limit], key=data.longest)
-        parts = self._run(self._answers, data.flat(pairs), trainable, frozen, trees=True)
+        parts = self._run(self._answers, pairs, trainable, frozen)
         tokens = np.array([[len(example.fact) for example in pair] for pair in pairs]).sum(axis=0)
         for mode in parts[0]:
             log_probs = np.concatenate([part[mode] for part in parts])[: 2 * len(pairs)].reshape(-1, 2)
@@ -508,20 +508,16 @@ class _Measurement:
         return metrics | {f"{k}_by_layer": np.asarray(v).tolist() for k, v in per_layer.items()}
 
     def _run(
-        self, function: Any, rows: list[data.Example], trainable: Any, frozen: Weights, *, trees: bool
+        self, function: Any, questions: Sequence[data.Question], trainable: Any, frozen: Weights
     ) -> list[Any]:
-        """What `function` gives for every batch.
-
-        Args:
-            trees: rows are pairs of neighbours, which may run as trees.
-        """
-        size = (2 if trees else 1) * self._batch_size
-        trees = trees and self._objective.takes_trees
+        """What `function` gives for every batch."""
+        num_rows = len(questions[0])
+        trees = self._objective.takes_trees(num_rows)
         return [
             jax.device_get(
-                function(trainable, frozen, place_batch(data.make_batch(batch, 1, trees=trees), self._mesh))
+                function(trainable, frozen, place_batch(data.make_batch(rows, 1, trees=trees), self._mesh))
             )
-            for batch in data.in_batches(rows, size)
+            for rows in data.in_batches(data.flat(questions), num_rows * self._batch_size)
         ]
 
 

@@ -58,10 +58,9 @@ class Objective(abc.ABC):
         """Settings that a checkpoint belongs to, besides its base and its data."""
         return {}
 
-    @property
-    def takes_trees(self) -> bool:
-        """Whether batches of both rows of every question may come as `data.Trees`."""
-        return self.attention == "plain"  # The others' kernels take no mask.
+    def takes_trees(self, num_rows: int) -> bool:
+        """Whether batches of that many rows a question come as `data.Trees`."""
+        return num_rows == 2 and self.attention == "plain"  # The others' kernels take no mask.
 
     @abc.abstractmethod
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:

@@ -184,7 +184,7 @@ def check(
         records: of `read_source`.
         config: a `DataConfig`.
         against: files of evaluation sets.
-        tokenizer: a transformers tokenizer, to count tokens instead of words.
+        tokenizer: a model's `Tokenizer`, to count tokens instead of words.
 
     Raises:
         UserError: no row can be used, or an evaluation set cannot be read.

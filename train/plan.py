@@ -164,7 +164,7 @@ def _plan_stage(
     # Nothing in common but the first token.
     other = dataclasses.replace(longest, tokens=(0,) + (1,) * (length - 1))
     question = [longest, other][: len(objective.answers)]
-    trees = len(question) == 2 and objective.takes_trees
+    trees = objective.takes_trees(len(question))
     rows = data.make_batch(question * stage.batch_size, stage.accumulation, trees=trees)
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
