@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -807,17 +806,24 @@ def test_wrong_arguments_leave_nothing_behind(imae_dir, tmp_path, capfd, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+TERMINATED = """
+import os, runpy, signal, sys
+
+def terminate(event, arguments):
+    if event == "open" and "/.out." in str(arguments[0]) and "w" in str(arguments[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sys.addaudithook(terminate)
+runpy.run_module("imae_jax.convert", run_name="__main__")
+"""
+
+
 def test_a_terminated_export_leaves_nothing_behind(imae_dir, tmp_path):
-    command = ["-m", "imae_jax.convert", "export", "--model", imae_dir(), "--out", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True)
-    # The lock is there before JAX is imported, which no exception may interrupt.
-    while not any(path.is_dir() for path in tmp_path.glob(".out.*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    error = process.communicate(timeout=300)[1]
+    """The signal comes while it writes its first file."""
+    command = ["-c", TERMINATED, "export", "--model", imae_dir(), "--out", tmp_path / "out"]
+    process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     assert process.returncode == 128 + signal.SIGTERM
-    assert error == "terminated\n"
+    assert process.stderr == "terminated\n"
     assert list(tmp_path.iterdir()) == []
 
 
