@@ -341,15 +341,17 @@ def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], setting
     Args:
         sums: of this micro-batch; `keep` only where λ is not 0.
         counts: of the whole batch, by the names of the sums: of weights of tokens or of pairs, and of gates
-            over layers and modes; at least 1.
+            over layers and modes. A mean over nothing adds nothing.
         settings: of the losses.
     """
+    counts = jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
     loss = (sums["anti"] + sums["expert"]) / counts["anti"]
     loss = loss + settings.gate_weight * sums["gate"] / counts["gate"]
     return loss + settings.keep * sums["keep"] / counts["keep"] if settings.keep else loss
 
 
 def metrics_of(sums: dict[str, Any], counts: dict[str, Any], settings: LossConfig) -> dict[str, Any]:
-    """The means to report, from the sums and counts of a whole batch; the gate's over all layers."""
+    """The means to report, from the sums and counts of a whole batch; the gate's over all layers. NaN is the
+    mean over nothing."""
     means = {name: jnp.mean(total) / counts[name] for name, total in sums.items()}
     return {"loss": total_loss(sums, counts, settings)} | means

@@ -123,8 +123,8 @@ def of_training(run: Path, root: Path) -> dict[str, Any]:
         config["data"]["path"] = place(config["data"]["path"], root)
     steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
     gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
-    # Without a token filter there is nothing off T_fact: its mean is written as 0, which no gate's mean is.
-    found = {key: [value for value in own if value > 0] for key, own in gates.items()}
+    # Without a token filter there is nothing off T_fact: null, 0 in runs of an earlier version.
+    found = {key: [value for value in own if value] for key, own in gates.items()}
     return {
         "config": config,
         "starts": [

@@ -412,13 +412,19 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
 
 
 def test_preference_has_one_stage(settings, tmp_path):
-    assert main([*settings, "objective=preference", "icd.enabled=true", "--quiet"]) == 0
+    run = [*settings, "objective=preference", "icd.enabled=true", "data.held_out=4", "eval_every=4"]
+    assert main([*run, "--quiet"]) == 0
     out = tmp_path / "run"
     assert not (out / "icd").exists() and not (out / "token_filter").exists()
     lines = losses_of(out)
     # Units begin at zero: both modes are the base, and each loss is log 2.
     assert lines[0]["anti"] == pytest.approx(np.log(2), abs=1e-5)
     assert lines[0]["expert"] == pytest.approx(np.log(2), abs=1e-5)
+    # Every answer token is in T_fact: a gate's mean over the others is over nothing.
+    lines += [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["gate_off_fact"] for line in lines] == [None] * len(lines)
+    assert all(line["gate_on_fact"] > 0 for line in lines)
+    assert (out / "training.png").stat().st_size > 0
     assert load_model(str(out / "imae")).imae["training"]["config"]["objective"] == "preference"
 
 

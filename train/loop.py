@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import signal
 import sys
@@ -38,7 +39,6 @@ from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
 from imae_jax.train.objectives import UNITS_OBJECTIVES, AnswerObjective, Objective, UnitsObjective
 from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR, RunLog
 from imae_jax.train.step import (
-    at_least_one,
     init_state,
     make_evaluation,
     make_optimizer,
@@ -443,7 +443,7 @@ def run_stage(
                 if log is not None:
                     extra = {"learning_rate": float(learning_rate(done - 1)), "tokens_per_second": rate}
                     log.train(done, metrics | extra)
-                shown = {k: f"{metrics[k]:.3f}" for k in objective.shown}
+                shown = {k: f"{metrics[k]:.3f}" for k in objective.shown if not math.isnan(metrics[k])}
                 bar.set_postfix(shown | {"tok/s": f"{rate:.0f}"})
             bar.update()
             if eval_every is not None and (done % eval_every == 0 or done == steps):
@@ -491,7 +491,7 @@ class _Measurement:
         questions = sorted(self._stage.held_out[:limit], key=data.longest)
         parts = self._run(self._losses, questions, trainable, frozen)
         totals = jax.tree.map(lambda *x: sum(x), *parts)
-        sums, counts = totals["sums"], at_least_one(totals["counts"])
+        sums, counts = totals["sums"], totals["counts"]
         metrics = {k: float(v) for k, v in self._objective.metrics(sums, counts).items()}
 
         pairs = sorted(self._stage.answers[:limit], key=data.longest)

@@ -76,7 +76,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def metrics(self, sums: Arrays, counts: Arrays) -> Arrays:
-        """Scalars to log; has `loss`."""
+        """Scalars to log; has `loss`. NaN is the mean over nothing."""
 
     def per_layer(self, sums: Arrays, counts: Arrays) -> dict[str, Any]:
         """What to log of every layer where the model is evaluated: [L] arrays."""
@@ -189,7 +189,7 @@ class UnitsObjective(Objective):
         return metrics_of(sums, counts, self.settings)
 
     def per_layer(self, sums: Arrays, counts: Arrays) -> dict[str, Any]:
-        return {name: sums[name] / counts[name] for name in ("gate_on_fact", "gate_off_fact")}
+        return {name: jnp.divide(sums[name], counts[name]) for name in ("gate_on_fact", "gate_off_fact")}
 
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {

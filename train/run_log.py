@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
@@ -21,6 +22,8 @@ TENSORBOARD_DIR, PLOT_FILE = "tensorboard", "training.png"
 
 class RunLog:
     """Writes metrics of a stage into a directory. Used by the main process only.
+
+    NaN, the mean over nothing, is null in the files and left out elsewhere.
 
     Args:
         out: the stage's directory.
@@ -38,11 +41,14 @@ class RunLog:
             self._lines[name] = _cut(out / name, start)
         with self._writing():
             self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
-            self._writer = EventFileWriter(str(out / TENSORBOARD_DIR))
+            (out / TENSORBOARD_DIR).mkdir(exist_ok=True)
+            events = out / TENSORBOARD_DIR / f"events.out.tfevents.{time.time_ns()}"
+            # Not its `EventFileWriter`: that writes in a thread, which prints its errors itself.
+            self._events = RecordWriter(events.open("xb"))
+            self._write_event(file_version="brain.Event:2")
             # TensorBoard then drops what earlier files hold of these steps.
-            begin = SessionLog(status=SessionLog.START)
             first = start + 1 if start else 0
-            self._writer.add_event(Event(wall_time=time.time(), step=first, session_log=begin))
+            self._write_event(step=first, session_log=SessionLog(status=SessionLog.START))
         self._wandb = _init_wandb(wandb) if wandb else None
 
     def train(self, step: int, metrics: dict[str, Any]) -> None:
@@ -65,9 +71,7 @@ class RunLog:
 
     def close(self) -> None:
         # Every line has been flushed; an error that is on its way must not be replaced.
-        with contextlib.suppress(Exception):
-            self._writer.close()
-        for file in self._files.values():
+        for file in (self._events, *self._files.values()):
             with contextlib.suppress(OSError):
                 file.close()
         if self._wandb is not None:
@@ -75,19 +79,26 @@ class RunLog:
                 self._wandb.finish()
 
     def _write(self, name: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
+        metrics = {k: _null_if_nan(v) for k, v in metrics.items()}
         line = {"step": step, **metrics}
         self._lines[name].append(line)
-        scalars = {f"{prefix}/{k}": v for k, v in metrics.items() if not isinstance(v, list)}
+        numbers = {k: v for k, v in metrics.items() if v is not None}
+        scalars = {f"{prefix}/{k}": v for k, v in numbers.items() if not isinstance(v, list)}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         with self._writing():
             self._files[name].write(json.dumps(line) + "\n")
             self._files[name].flush()
-            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        for key, values in metrics.items():
+            self._write_event(step=step, summary=Summary(value=values))
+        for key, values in numbers.items():
             if isinstance(values, list):
-                scalars |= {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
+                of_layer = {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
+                scalars |= {k: v for k, v in of_layer.items() if v is not None}
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    def _write_event(self, **fields: Any) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.flush()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -95,6 +106,12 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(f"logs cannot be written to {self._out}: {error.strerror or error}") from error
+
+
+def _null_if_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_null_if_nan(x) for x in value]
+    return None if math.isnan(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

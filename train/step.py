@@ -104,8 +104,9 @@ def make_train_step(
         mesh: on which everything lies.
 
     Returns:
-        The step; `batch` holds the arrays of `data.Batch`, metrics are float32 scalars. Its attribute
-        `lower` takes the same arguments, concrete or abstract, and returns `jax.stages.Lowered`.
+        The step; `batch` holds the arrays of `data.Batch`, metrics are float32 scalars, NaN where a mean is
+        over nothing. Its attribute `lower` takes the same arguments, concrete or abstract, and returns
+        `jax.stages.Lowered`.
     """
 
     def loss_of(trainable, frozen, micro, counts):
@@ -113,7 +114,7 @@ def make_train_step(
         return objective.loss(sums, counts), sums
 
     def step(state: TrainState, frozen, batch):
-        counts = at_least_one(objective.counts(llama, batch))
+        counts = objective.counts(llama, batch)
         gradient = jax.grad(loss_of, has_aux=True)
 
         def accumulate(carry, micro):
@@ -177,11 +178,6 @@ def make_evaluation(
         return run
 
     return compile(losses), compile(answers)
-
-
-def at_least_one(counts: dict) -> dict:
-    """Counts as divisors."""
-    return jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
 
 
 def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
