@@ -1,19 +1,22 @@
-"""ms per IMAE train step, model FLOPs utilization (MFU) and memory against the same step in torch.
+"""ms per train step, model FLOPs utilization (MFU) and memory; of objective `paper` against torch.
 
 SmolLM2 on a CPU; and sizes of Llama-2-7B on one H200 (target: at least 45 % MFU, at most 60 GB):
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --objective pairs --batch-size 4
     python benchmarks/train_step.py --shapes llama2-7b --dtype bfloat16 --batch-size 24 --length 256 \\
         --remat full --attention flash
 
-A step is what `train/step.py` compiles for `ImaeObjective`: the base mode without gradient, anti-expert and
-expert mode as one doubled batch, gradients of the units alone, AdamW. The peer is the same with transformers'
+A step is what `train/step.py` compiles for an objective: the base mode without gradient (of `pairs` with its
+adapters beside), anti-expert and expert mode as one doubled batch, gradients of the units alone, AdamW; of
+`adapter`, stage 1, the LoRA alone. Of `pairs` and `preference` a row is a token tree: a question of half of
+`--length` and two answers of the other half. The peer, of `paper` alone, is the same step with transformers'
 model, run eagerly (sdpa attention): units hooked onto the MLPs, the vocabulary projected at T_fact only,
 frozen base, fused AdamW; `--remat` is for both. Needs torch (`pip install -e '.[test]'`).
 
 Each side runs in a process and on one device of its own. The first step is left out of the times, which are
 medians of `--repeats`; compiling is not served by a cache. Tokens are random, every row has `--length`, and
-tokens/s counts each row once, though a step runs it in three modes. Peak memory is the device's, with what
+tokens/s counts each row once, though a step runs it in several modes. Peak memory is the device's, with what
 initializing took, or on a CPU the whole process's, libraries, loading and compiling included.
 
 With `--model` both sides start from the same weights and units, and in float32 their first losses and
@@ -25,15 +28,17 @@ other, take many times longer. `CPU cores used` below the number of cores tells 
 
 MFU = FLOPs / (time · peak), where FLOPs are what the mathematics of a step needs. Recomputation does not
 count. With N tokens, M positions of T_fact, P_base and P_unit parameters in the matrices of the layers and of
-the units, L layers of heads that are N_h · H wide together, T tokens a row:
+what is trained, L layers of heads that are N_h · H wide together, T tokens a row; F modes without a gradient
+(1; of `pairs` 3, whose adapters are left out; of `adapter` 0) and G with one (2; of `adapter` 1):
 
-    base mode, forward                                2 · P_base · N
-    both modes, forward                               2 · (P_base + P_unit) · 2N
-    both modes, backward through activations          2 · (P_base + P_unit) · 2N
-    gradients of the units' weights                   2 · P_unit · 2N
-    vocabulary: three forward, two backward           (3 + 2) · 2 · D · V · M
+    forward without gradient                          2 · P_base · F · N
+    forward with it                                   2 · (P_base + P_unit) · G · N
+    backward through activations                      2 · (P_base + P_unit) · G · N
+    gradients of what is trained                      2 · P_unit · G · N
+    vocabulary, forward and backward                  2 · D · V · (F + G + G) · M
+    L_keep, where there is one, on all tokens         2 · D · V · (1 + G + G) · N
     attention: 4 · L · N_h · H · T a token forward,
-      twice that backward, in both modes              4 · L · N_h · H · T · (N + 2N + 2 · 2N)
+      twice that backward                             4 · L · N_h · H · T · (F + G + 2 · G) · N
 
 Attention is counted without the causal half off, and the backward pass down to the embeddings, though nothing
 needs it below the lowest unit.
@@ -81,12 +86,14 @@ PEAKS = {
 MATMUL_SIZE, MATMUL_REPEATS = 2048, 10
 TOLERANCE = 1e-4
 OURS, PEER = "imae_jax", "torch"
+OBJECTIVES = ("paper", "pairs", "preference", "adapter")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--shapes", choices=SHAPES, help="random weights of these sizes instead of --model")
+    parser.add_argument("--objective", default="paper", choices=OBJECTIVES)
     parser.add_argument("--layers", type=int, help="fewer layers, with --shapes")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=8)
@@ -109,6 +116,7 @@ def main() -> None:
         parser.error(f"--facts {args.facts} must be between 1 and {args.length - 1}")
     if args.batch_size % args.accumulation:
         parser.error(f"--accumulation {args.accumulation} does not divide --batch-size {args.batch_size}")
+    args.no_peer |= args.objective != "paper"
     if args.side:
         result = SIDES[args.side](args)
         (args.exchange / f"{args.side}.json").write_text(json.dumps(result))
@@ -141,8 +149,8 @@ def run_side(side: str, exchange: str, required: bool = True) -> dict[str, Any] 
 def report(args: argparse.Namespace, model: dict, ours: dict, peer: dict | None) -> None:
     name = args.model if args.shapes is None else f"sizes of {args.shapes}"
     print(
-        f"{name}, {args.dtype}, batch {args.batch_size} × {args.length} tokens, {args.facts} of T_fact a "
-        f"row, units of {model['unit_size']}"
+        f"{name}, objective {args.objective}, {args.dtype}, batch {args.batch_size} × {args.length} tokens, "
+        f"{args.facts} of T_fact a row, units of {model['unit_size']}"
     )
     print(f"remat {args.remat}, attention {args.attention}, accumulation {args.accumulation}")
     print(f"{OURS}: {ours['device']}, {ours['versions']}")
@@ -174,14 +182,23 @@ def report(args: argparse.Namespace, model: dict, ours: dict, peer: dict | None)
                 sys.exit(f"the sides do not compute the same: {key} {ours[key]} and {peer[key]}")
 
 
+def trees(args: argparse.Namespace) -> bool:
+    return args.objective in ("pairs", "preference")
+
+
 def random_rows(args: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
-    """Tokens [B, T], and for each of the last tokens of a row, its answer, whether it is in T_fact."""
+    """Tokens [B, T], and for each of the last tokens of a row, its answer, whether it is in T_fact. The two
+    rows of a question, where there are, follow each other and have the question in common."""
     import numpy as np
 
     random = np.random.default_rng(0)
-    tokens = random.integers(0, vocab_size, (args.batch_size, args.length))
+    rows = args.batch_size * (2 if trees(args) else 1)
+    tokens = random.integers(0, vocab_size, (rows, args.length))
     fact = np.arange(max(args.facts, args.length // 2)) < args.facts
-    return tokens, random.permuted(np.tile(fact, (args.batch_size, 1)), axis=1)
+    if trees(args):
+        start = args.length - len(fact)
+        tokens[1::2, :start] = tokens[::2, :start]
+    return tokens, random.permuted(np.tile(fact, (rows, 1)), axis=1)
 
 
 def timed(step: Callable[[], object], repeats: int) -> dict[str, Any]:
@@ -201,20 +218,41 @@ def peak_resident_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def step_flops(config: Any, unit_size: int, args: argparse.Namespace) -> int:
-    """The formula of this module's docstring."""
+def step_flops(config: Any, trained: int, args: argparse.Namespace) -> int:
+    """The formula of this module's docstring; `trained` is the number of trained parameters."""
     D, L, H = config.hidden_size, config.num_layers, config.head_dim
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     base = L * (D * H * heads + 3 * D * config.intermediate_size)
-    units = L * (3 * D * unit_size + 2 * D)
-    tokens, facts = args.batch_size * args.length, args.batch_size * args.facts
-    matmuls = 2 * base + 2 * (base + units) * 2 * 2 + 2 * units * 2
-    attention = 4 * L * config.num_heads * H * args.length * (1 + 2 + 2 * 2)
-    return (matmuls + attention) * tokens + (3 + 2) * 2 * D * config.vocab_size * facts
+    frozen, modes = {"paper": (1, 2), "pairs": (3, 2), "preference": (1, 2), "adapter": (0, 1)}[
+        args.objective
+    ]
+    answer = max(args.facts, args.length // 2)
+    length = args.length + (answer if trees(args) else 0)
+    tokens = args.batch_size * length
+    facts = args.batch_size * (2 if trees(args) else 1) * args.facts
+    matmuls = 2 * base * frozen + 2 * (base + trained) * modes * 2 + 2 * trained * modes
+    attention = 4 * L * config.num_heads * H * length * (frozen + modes + 2 * modes)
+    projected = (frozen + 2 * modes) * facts + ((1 + 2 * modes) * tokens if trees(args) else 0)
+    return (matmuls + attention) * tokens + 2 * D * config.vocab_size * projected
+
+
+def objective_of(args: argparse.Namespace, unit_size: int) -> Any:
+    from imae_jax.config import AntiExpertConfig, LoraConfig
+    from imae_jax.losses import LossConfig
+    from imae_jax.train.objectives import UNITS_OBJECTIVES, AnswerObjective
+
+    if args.objective == "adapter":
+        return AnswerObjective(LoraConfig(), remat=args.remat, attention=args.attention)
+    loss = LossConfig(keep=0.0 if args.objective == "paper" else 1.0)
+    kind = UNITS_OBJECTIVES[args.objective]
+    return kind(AntiExpertConfig(unit_size), loss, args.remat, args.attention)
 
 
 def prepare_model(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the model that both sides load, or its config alone; gives what else they share."""
+    import jax
+    from flax import nnx
+
     from imae_jax import runtime
     from imae_jax.config import AntiExpertConfig, LlamaConfig
     from imae_jax.convert import load_model
@@ -234,9 +272,10 @@ def prepare_model(args: argparse.Namespace) -> dict[str, Any]:
         config = LlamaConfig(**sizes | {"num_layers": args.layers or sizes["num_layers"]})
         (directory / "config.json").write_text(json.dumps(config.to_hf()))
     unit_size = args.unit_size or AntiExpertConfig.scaled_to(config).intermediate_size
+    trained = nnx.state(nnx.eval_shape(lambda: objective_of(args, unit_size).module(config, 0)))
     return {
         "unit_size": unit_size,
-        "flops": step_flops(config, unit_size, args),
+        "flops": step_flops(config, sum(x.size for x in jax.tree.leaves(trained)), args),
         "loss": dataclasses.asdict(LossConfig()),
         "optimizer": dataclasses.asdict(OptimizerConfig()),
     }
@@ -248,15 +287,14 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from imae_jax import runtime
-    from imae_jax.config import AntiExpertConfig, LlamaConfig
+    from imae_jax.config import LlamaConfig, LoraConfig
     from imae_jax.convert import load_model
     from imae_jax.convert.references import DTYPES
     from imae_jax.llama import Llama, Weights
-    from imae_jax.losses import LossConfig
+    from imae_jax.lora import LoraDeltas, side_by_side
     from imae_jax.sharding import MESH_AXES
     from imae_jax.train.config import OptimizerConfig
     from imae_jax.train.data import Example, make_batch
-    from imae_jax.train.objectives import ImaeObjective
     from imae_jax.train.step import init_state, make_optimizer, make_train_step, place_batch, state_shardings
 
     runtime.set_up()
@@ -277,11 +315,20 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
         base = jax.jit(
             lambda: nnx.to_pure_dict(nnx.state(Llama(llama, rngs=nnx.Rngs(0), dtype=dtype), nnx.Param))
         )()
-    loss, optimizer = LossConfig(**shared["loss"]), make_optimizer(OptimizerConfig(**shared["optimizer"]))
-    objective = ImaeObjective(AntiExpertConfig(shared["unit_size"]), loss, args.remat, args.attention)
+    optimizer = make_optimizer(OptimizerConfig(**shared["optimizer"]))
+    objective = objective_of(args, shared["unit_size"])
+    frozen = Weights(base)
+    if args.objective == "pairs":
+        two = [
+            (LoraDeltas(llama, LoraConfig(), rngs=nnx.Rngs(i), stack=llama.num_layers), 2.0) for i in (0, 1)
+        ]
+        deltas = jax.jit(
+            lambda: side_by_side([(nnx.to_pure_dict(nnx.state(d)), scale) for d, scale in two])
+        )()
+        frozen = dataclasses.replace(frozen, lora=deltas)
     shardings = state_shardings(llama, objective, optimizer, mesh)
     state = init_state(llama, objective, optimizer, shardings, seed=0)
-    if args.shapes is None:
+    if args.shapes is None and not args.no_peer:
         np.savez(args.exchange / "units.npz", **state.trainable)
 
     tokens, fact = random_rows(args, llama.vocab_size)
@@ -290,15 +337,15 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
         Example(i, tuple(row.tolist()), start, tuple(of_row.tolist()))
         for i, (row, of_row) in enumerate(zip(tokens, fact, strict=True))
     ]
-    batch = place_batch(make_batch(examples, args.accumulation), mesh)
+    batch = place_batch(make_batch(examples, args.accumulation, trees=trees(args)), mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     began = time.perf_counter()
-    compiled = train_step.lower(state, Weights(base), batch).compile()
+    compiled = train_step.lower(state, frozen, batch).compile()
     compile_s = time.perf_counter() - began
 
     def step():
         nonlocal state
-        state, metrics = jax.block_until_ready(compiled(state, Weights(base), batch))
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         return {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
     figures = {"compile_s": compile_s} | step() | timed(step, args.repeats)

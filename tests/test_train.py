@@ -295,6 +295,7 @@ def test_token_filter_keeps_what_the_anti_expert_llm_prefers(settings, tiny, tmp
     assert 0 < kept < 1
 
 
+ADAPTERS_OF_STAGE_1 = {"right": "icd_right", "wrong": "icd"}
 ICD = [
     "icd.lora.rank=4",
     "icd.batch_size=8",
@@ -396,8 +397,7 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
     other = [s.replace(f"out={out}", f"out={tmp_path / 'other'}") for s in run]
     assert main(["icd", *other, "--quiet"]) == 0
     assert not (tmp_path / "other" / "imae").exists()
-    stages = {"right": "icd_right", "wrong": "icd"}
-    given = [f"adapters.{k}={tmp_path / 'other' / stage / 'adapter'}" for k, stage in stages.items()]
+    given = [f"adapters.{k}={tmp_path / 'other' / d / 'adapter'}" for k, d in ADAPTERS_OF_STAGE_1.items()]
     third = [s.replace(f"out={out}", f"out={tmp_path / 'third'}") for s in run]
     assert main([*third, *given, "--quiet"]) == 0
     assert not (tmp_path / "third" / "icd").exists()
@@ -490,6 +490,18 @@ def test_bad_pairs_end_in_one_line(settings, tiny, tmp_path, capfd):
     assert f"{path} is no LoRA adapter of" in error_of("objective=pairs", f"adapters.wrong={path}")
     assert "is no LoRA adapter" in error_of("objective=pairs", f"adapters.right={other.directory}")
     assert "filter.anti_expert_llm goes with" in error_of("objective=pairs", f"filter.anti_expert_llm={path}")
+    assert "filter.reuse has no use" in error_of("objective=pairs", "filter.gamma=0", f"filter.reuse={path}")
+
+
+def test_pairs_without_a_threshold_need_no_filter(settings, tmp_path):
+    """A γ that any log-ratio exceeds gives the same losses, after a stage 2."""
+    runs = {gamma: tmp_path / f"gamma{gamma}" for gamma in ("0", "1e-30")}
+    adapters = [f"adapters.{k}={runs['0'] / d / 'adapter'}" for k, d in ADAPTERS_OF_STAGE_1.items()]
+    for (gamma, out), more in zip(runs.items(), ([], adapters), strict=True):
+        run = [s.replace(f"out={tmp_path / 'run'}", f"out={out}") for s in settings]
+        assert main([*run, *ICD, *more, "objective=pairs", f"filter.gamma={gamma}", "--quiet"]) == 0
+    assert [(out / "token_filter").exists() for out in runs.values()] == [False, True]
+    assert losses_of(runs["0"]) == losses_of(runs["1e-30"])
 
 
 def test_units_do_not_resume_with_other_adapters(settings, tiny, tmp_path, capfd):

@@ -90,7 +90,7 @@ class TokenFilterConfig:
             answers; a LoRA adapter in PEFT's format is one. Without it, the one that the `icd` stage makes;
             without that stage, T_fact holds every answer token.
         gamma: γ, the least log-probability ratio of anti-expert LLM to base; with objective `pairs` the least
-            absolute ratio of the two adapters.
+            absolute ratio of the two adapters: 0 keeps every answer token, without a stage 2.
         reuse: `token_filter` directory of another run with the same rows, base and anti-expert LLM, whose
             log-ratios are taken instead of computing them.
     """
@@ -304,6 +304,8 @@ class TrainConfig:
             "adapters.right": (self.adapters.right, ("pairs",)),
             "adapters.wrong": (self.adapters.wrong, ("pairs",)),
         }
+        if self.filter.reuse is not None and not self.filters_tokens:
+            raise UserError(f"filter.reuse has no use with filter.gamma={self.filter.gamma}, which keeps all")
         for name, (value, objectives) in given.items():
             if value is not None and self.objective not in objectives:
                 only = " or ".join(objectives)
@@ -314,6 +316,11 @@ class TrainConfig:
             raise UserError(f"attention={self.attention!r}: use one of {', '.join(ATTENTION_KINDS)}")
         if self.data.format not in FORMATS:
             raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
+
+    @property
+    def filters_tokens(self) -> bool:
+        """Whether models decide on T_fact; no absolute ratio is below a γ of 0."""
+        return self.objective != "pairs" or self.filter.gamma > 0
 
     def adapters_to_train(self, *, only_icd: bool = False) -> list[str]:
         """Which answers stage 1 trains an adapter on: `wrong`, `right`.

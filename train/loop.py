@@ -264,15 +264,17 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
     Args:
         run: of which these are stages.
         objective: of the units.
-        models: of the token filter, see `filter_tokens`; objective `pairs` contrasts the same two adapters.
+        models: of the token filter, see `filter_tokens`; objective `pairs` contrasts the same two adapters,
+            also where no token is filtered.
     """
     config = run.config
     stage = run.data.stage(objective.answers)
+    filter_models = models if config.filters_tokens else []
     taken = data.taken(stage.lengths, config, config.batch_size, config.optimizer.steps)
     filtered, kept = filter_tokens(
         data.flat([stage.train[i] for i in taken] + stage.held_out),
         run.model,
-        models,
+        filter_models,
         config.filter.gamma,
         run.out / FILTER_DIR,
         mesh=run.mesh,
@@ -280,7 +282,7 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
         reuse=None if config.filter.reuse is None else Path(config.filter.reuse),
         progress=run.progress,
     )
-    if models and is_main():
+    if filter_models and is_main():
         log_statistics(kept)
         if not run.quiet:
             show_filtered(filtered, run.model.tokenizer)
