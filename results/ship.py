@@ -1,0 +1,22 @@
+"""Writes a run's units as the package ships them, in float16: `python results/ship.py RUN OUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from imae_jax.convert.imae_dir import CONFIG_FILE, WEIGHTS_FILE
+
+
+def main() -> None:
+    run, out = map(Path, sys.argv[1:])
+    units = load_file(run / "imae" / WEIGHTS_FILE)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: array.astype(np.float16) for name, array in units.items()}, out / WEIGHTS_FILE)
+    (out / CONFIG_FILE).write_text((run / "imae" / CONFIG_FILE).read_text())
+
+
+if __name__ == "__main__":
+    main()
