@@ -337,7 +337,7 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
         Example(i, tuple(row.tolist()), start, tuple(of_row.tolist()))
         for i, (row, of_row) in enumerate(zip(tokens, fact, strict=True))
     ]
-    batch = place_batch(make_batch(examples, args.accumulation, trees=trees(args)), mesh)
+    batch = place_batch(make_batch(examples, args.accumulation, tree_rows=2 if trees(args) else 0), mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     began = time.perf_counter()
     compiled = train_step.lower(state, frozen, batch).compile()

@@ -17,8 +17,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def run_commands(text: str, directory: Path) -> None:
     """In their order and in one folder, since later ones use what earlier ones wrote."""
-    (commands,) = blocks(text, "bash")
-    for line in commands.replace("\\\n", " ").splitlines():
+    for line in "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(line)
         assert program in ("python", "imae")
         if program == "imae":

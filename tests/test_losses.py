@@ -182,10 +182,10 @@ def torch_preference_loss(hf, units, rows: list[Example], settings: LossConfig):
     return loss + settings.keep * keep / num_keep
 
 
-def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: UnitsObjective, trees=False):
+def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: UnitsObjective, tree_rows=0):
     """With two more rows that only fill up the batch, and count nothing."""
     (filled,) = in_batches(rows, len(rows) + 2)
-    arrays = make_batch(filled, 1, trees=trees).arrays()
+    arrays = make_batch(filled, 1, tree_rows=tree_rows).arrays()
     batch = {name: jnp.asarray(array[0]) for name, array in arrays.items()}
     counts = objective.counts(lm.config, batch)
 
@@ -242,8 +242,8 @@ PAIR = (LoraConfig(rank=4, alpha=6), LoraConfig(rank=3, alpha=6, targets=("wv", 
     [LossConfig(keep=1.0), LossConfig(alpha=0.7, valid_form="logit", delta=0.3, keep=0.5, mean="example")],
     ids=["token", "example"],
 )
-@pytest.mark.parametrize("trees", [False, True], ids=["rows", "trees"])
-def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, trees):
+@pytest.mark.parametrize("tree_rows", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
+def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, tree_rows):
     """Adapters in peft, each a model of its own there."""
     peft = pytest.importorskip("peft")
     checkpoint = tiny("gqa", initializer_range=0.2)
@@ -260,13 +260,13 @@ def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, trees)
     weights = dataclasses.replace(weights, lora=side_by_side(scaled))
     rows, units = pairs(3), torch_leaves(weights.units)
     expected = torch_loss(checkpoint.hf, units, rows, settings, models)
-    loss, gradient = value_and_gradient(lm, weights, rows, PairsObjective(UNITS, settings), trees)
+    loss, gradient = value_and_gradient(lm, weights, rows, PairsObjective(UNITS, settings), tree_rows)
     assert_loss_and_gradient(loss, gradient, expected, units)
 
 
-@pytest.mark.parametrize("trees", [False, True], ids=["rows", "trees"])
+@pytest.mark.parametrize("tree_rows", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
 @pytest.mark.parametrize("kind", ["gqa", "gemma3"])
-def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, trees):
+def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, tree_rows):
     pytest.importorskip("torch")
     checkpoint = tiny(kind, initializer_range=0.2)
     lm = checkpoint.load(stacked=True)
@@ -274,7 +274,7 @@ def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, trees):
     rows = [dataclasses.replace(row, fact=(True,) * len(row.fact)) for row in pairs(3)]
     settings, units = LossConfig(tau=0.7, keep=0.5), torch_leaves(weights.units)
     expected = torch_preference_loss(checkpoint.hf, units, rows, settings)
-    loss, gradient = value_and_gradient(lm, weights, rows, PreferenceObjective(UNITS, settings), trees)
+    loss, gradient = value_and_gradient(lm, weights, rows, PreferenceObjective(UNITS, settings), tree_rows)
     assert_loss_and_gradient(loss, gradient, expected, units)
 
 

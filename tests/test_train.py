@@ -63,7 +63,7 @@ def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype=
         frozen = dataclasses.replace(frozen, lora=side_by_side(adapters))
     metrics = []
     for i in range(steps):
-        batch = data.make_batch(make_rows(rows, seed=i), accumulation, trees=name != "paper")
+        batch = data.make_batch(make_rows(rows, seed=i), accumulation, tree_rows=0 if name == "paper" else 2)
         batch = place_batch(batch, mesh)
         state, values = step(state, frozen, batch)
         metrics.append({name: float(value) for name, value in values.items()})

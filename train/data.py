@@ -1,9 +1,11 @@
 """Training data: rows of question and answers, their tokens, and batches as a function of the step."""
 
+import collections
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ HALUEVAL_HUB_ID = "pminervini/HaluEval"
 # Above this, the lengths of right and hallucinated answers all but tell which is which.
 TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
+TREE_BUCKET = 64  # Their lengths are sums: there would be more shapes to compile.
 FACT_BUCKET = 16
 GROUPED_BATCHES = 32
 
@@ -75,7 +78,7 @@ class Batch:
         fact_positions: int32 [A, B, P], the same as indices, padded.
         fact_targets: int32 [A, B, P], the tokens predicted there.
         fact_valid: bool [A, B, P], False at padding.
-        tree: paired rows as token trees, or None.
+        tree: the rows as token trees, or None.
     """
 
     tokens: np.ndarray
@@ -99,21 +102,22 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """The two rows of each question as one of `S` tokens: how they begin, once, and both of their endings.
+    """Every `R` rows as one of `S` tokens, in depth-first order: what rows begin with alike is there once.
 
-    A model gives every token what it would give it in its own row, for about half of the work.
+    A model gives every token what it would give it in its own row. Chat templates, and the two answers of a
+    question, begin alike, and rows in one tree need no padding: that is less than half of the work.
 
     Attributes:
-        tokens: int32 [A, B / 2, S], padded on the right.
-        positions: int32 [A, B / 2, S], of the tokens in their rows.
-        branch: int32 [A, B / 2, S]: 0 of the beginning, 1 and 2 of the first and second row's ending, -1 of
-            padding. A token attends to those before it of its own branch and of the beginning.
-        places: int32 [A, B / 2, 2 T], where the two rows' tokens are.
+        tokens: int32 [A, B / R, S], padded on the right.
+        positions: int32 [A, B / R, S], of the tokens in their rows.
+        ends: int32 [A, B / R, S], the place behind the last token that follows on this one in any row. A
+            token attends to itself and to those before it that end behind it.
+        places: int32 [A, B / R, R · T], where the rows' tokens are.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    branch: np.ndarray
+    ends: np.ndarray
     places: np.ndarray
 
 
@@ -410,13 +414,13 @@ def in_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
     return [batch + [filler] * (size - len(batch)) for batch in batches]
 
 
-def make_batch(examples: Sequence[Example], accumulation: int, *, trees: bool = False) -> Batch:
+def make_batch(examples: Sequence[Example], accumulation: int, *, tree_rows: int = 0) -> Batch:
     """Lays examples out as arrays; lengths are rounded up so that few shapes are compiled.
 
     Args:
-        examples: as many for every micro-batch; with `trees`, every two are those of a question.
+        examples: as many for every micro-batch.
         accumulation: micro-batches.
-        trees: make `Batch.tree`.
+        tree_rows: R, neighbours of a micro-batch to merge into one tree; 0 makes none.
     """
     examples = list(examples)
     length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
@@ -440,32 +444,76 @@ def make_batch(examples: Sequence[Example], accumulation: int, *, trees: bool = 
     def split(x):
         return x.reshape(accumulation, -1, *x.shape[1:])
 
-    tree = Trees(*map(split, _trees(examples, length))) if trees else None
+    tree = Trees(*map(split, _trees(examples, tree_rows, length))) if tree_rows else None
     return Batch(*map(split, (tokens, mask, answer, fact, positions, targets, valid)), tree)
 
 
-def _trees(examples: Sequence[Example], length: int) -> tuple[np.ndarray, ...]:
+def choose_tree_rows(
+    batches: Iterable[Sequence[Example]], shards: int, hidden_size: int, max_length: int
+) -> int:
+    """Which `tree_rows` makes steps of these micro-batches cheapest; 0 where rows as they are do.
+
+    A token costs a multiple of 6 · D for matmuls, in layers whose MLP is about 2.7 · D wide, and of the
+    length that it runs in for attention.
+
+    Args:
+        batches: some micro-batches, all of one size.
+        shards: into which a micro-batch is split along its rows; a tree lies on one.
+        hidden_size: D.
+        max_length: of a tree: attention must need no more memory than rows of that length.
+    """
+    costs: collections.Counter[int] = collections.Counter()
+    for batch in batches:
+        longest = max(len(e.tokens) for e in batch)
+        layouts = {0: (len(batch), _round_up(longest, LENGTH_BUCKET))}
+        for size in range(2, len(batch) // shards + 1):
+            if len(batch) % (size * shards) == 0:
+                merged = [len(_merge(batch[i : i + size])[0]) for i in range(0, len(batch), size)]
+                layouts[size] = (len(merged), _round_up(max(merged), TREE_BUCKET))
+        for size, (count, length) in layouts.items():
+            too_long = size and length > max_length
+            costs[size] += math.inf if too_long else count * length * (6 * hidden_size + length)
+    return min(costs, key=costs.get, default=0)
+
+
+def _trees(examples: Sequence[Example], tree_rows: int, length: int) -> tuple[np.ndarray, ...]:
     """The fields of `Trees`, without A, of rows that are padded to `length`."""
-    pairs = list(zip(examples[::2], examples[1::2], strict=True))
-    common = [_common_length(first.tokens, second.tokens) for first, second in pairs]
-    sizes = [len(a.tokens) + len(b.tokens) - n for (a, b), n in zip(pairs, common, strict=True)]
-    shape = (len(pairs), _round_up(max(sizes), LENGTH_BUCKET))
-    tokens, positions, branch = (
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.full(shape, -1, np.int32),
-    )
-    places = np.zeros((len(pairs), 2, length), np.int32)
-    for i, (pair, shared) in enumerate(zip(pairs, common, strict=True)):
-        end = shared
-        tokens[i, :end], positions[i, :end], branch[i, :end] = pair[0].tokens[:end], np.arange(end), 0
-        for side, example in enumerate(pair):
-            own = slice(end, end + len(example.tokens) - shared)
-            tokens[i, own], branch[i, own] = example.tokens[shared:], side + 1
-            positions[i, own] = np.arange(shared, len(example.tokens))
-            places[i, side, : len(example.tokens)] = [*range(shared), *range(own.start, own.stop)]
-            end = own.stop
-    return tokens, positions, branch, places.reshape(len(pairs), -1)
+    groups = [examples[i : i + tree_rows] for i in range(0, len(examples), tree_rows)]
+    merged = [_merge(group) for group in groups]
+    shape = (len(groups), _round_up(max(len(tokens) for tokens, *_ in merged), TREE_BUCKET))
+    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    ends = np.tile(np.arange(1, shape[1] + 1, dtype=np.int32), (shape[0], 1))  # Padding is alone.
+    places = np.zeros((len(groups), tree_rows, length), np.int32)
+    for i, (*fields, paths) in enumerate(merged):
+        for array, values in zip((tokens, positions, ends), fields, strict=True):
+            array[i, : len(values)] = values
+        for row, path in enumerate(paths):
+            places[i, row, : len(path)] = path
+    return tokens, positions, ends, places.reshape(len(groups), -1)
+
+
+def _merge(rows: Sequence[Example]) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """Tokens, positions and ends of a tree, and the places of every row's tokens in it."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    paths: list[list[int]] = [[]] * len(rows)
+    path: list[int] = []
+    before: Sequence[int] = ()
+    # Sorted, so that rows which begin alike are neighbours.
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].tokens):
+        row = rows[i].tokens
+        shared = _common_length(before, row)
+        for place in path[shared:]:
+            ends[place] = len(tokens)
+        path = path[:shared] + list(range(len(tokens), len(tokens) + len(row) - shared))
+        tokens += row[shared:]
+        positions += range(shared, len(row))
+        ends += [0] * (len(row) - shared)
+        paths[i], before = path, row
+    for place in path:
+        ends[place] = len(tokens)
+    return tokens, positions, ends, paths
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

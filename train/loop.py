@@ -32,7 +32,7 @@ from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import read_text, write_text
 from imae_jax.llama import Weights
 from imae_jax.runtime import git_state, versions
-from imae_jax.sharding import check_divisible, make_mesh
+from imae_jax.sharding import check_divisible, make_mesh, row_shards, use_mesh
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
 from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
@@ -62,6 +62,7 @@ FINISHED_FILE = "finished.json"
 ADAPTER_DIR, FILTER_DIR = "adapter", "token_filter"
 # Stage 1 and its directory, by the answers that it trains an adapter on.
 ICD_DIRS = {"wrong": "icd", "right": "icd_right"}
+SAMPLED_STEPS = 16  # from which the rows of a token tree are chosen
 LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
 RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, FILTER_DIR)
 RUN_FILES += (*ICD_DIRS.values(), *LOG_FILES)
@@ -279,6 +280,7 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
         run.out / FILTER_DIR,
         mesh=run.mesh,
         batch_size=config.batch_size // config.accumulation,
+        max_length=config.data.max_length,
         reuse=None if config.filter.reuse is None else Path(config.filter.reuse),
         progress=run.progress,
     )
@@ -375,7 +377,15 @@ def run_stage(
     optimizer, learning_rate = make_optimizer(schedule.optimizer), make_schedule(schedule.optimizer)
     shardings = state_shardings(llama, objective, optimizer, mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
-    measure = _Measurement(llama, objective, mesh, stage, schedule.batch_size // schedule.accumulation)
+    micro_batch_size = schedule.batch_size // schedule.accumulation
+
+    def tree_rows_of(batches: Sequence[Sequence[data.Example]]) -> int:
+        if objective.attention != "plain":
+            return 0  # The kernels of the others take no mask.
+        with use_mesh(mesh):
+            return data.choose_tree_rows(batches, row_shards(), llama.hidden_size, config.data.max_length)
+
+    measure = _Measurement(llama, objective, mesh, stage, micro_batch_size, tree_rows_of)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     barrier(f"{name} begins")
@@ -408,13 +418,19 @@ def run_stage(
             if log is not None:
                 log.evaluation(done, metrics)
 
-        def batch_of(step: int):
+        def rows_of(step: int) -> tuple[list[int], list[data.Example]]:
             chosen = data.batch_rows(
                 lengths, schedule.batch_size, config.seed, step, config.data.group_by_length
             )
-            rows = data.flat(stage.train[i] for i in chosen)
-            trees = objective.takes_trees(len(objective.answers))
-            batch = data.make_batch(rows, schedule.accumulation, trees=trees)
+            return chosen, data.flat(stage.train[i] for i in chosen)
+
+        sample = (rows_of(step)[1] for step in range(min(steps, SAMPLED_STEPS)))
+        size = micro_batch_size * len(objective.answers)
+        tree_rows = tree_rows_of([rows[i : i + size] for rows in sample for i in range(0, len(rows), size)])
+
+        def batch_of(step: int):
+            chosen, rows = rows_of(step)
+            batch = data.make_batch(rows, schedule.accumulation, tree_rows=tree_rows)
             return batch, chosen, place_batch(batch, mesh)
 
         run.check_stop(f"stopped before stage {name}")
@@ -478,10 +494,17 @@ class _Measurement:
         mesh: jax.sharding.Mesh,
         stage: data.StageData,
         batch_size: int,
+        tree_rows_of: Callable[[Sequence[Sequence[data.Example]]], int],
     ):
-        self._objective, self._mesh, self._batch_size = objective, mesh, batch_size
-        self._stage = stage
+        self._mesh, self._batch_size, self._stage = mesh, batch_size, stage
+        self._objective = objective
         self._losses, self._answers = make_evaluation(llama, objective, mesh)
+        # Of all rows, so that measuring fewer of them compiles nothing else.
+        self._tree_rows = {
+            len(questions[0]): tree_rows_of(self._batches(sorted(questions, key=data.longest)))
+            for questions in (stage.held_out, stage.answers)
+            if questions
+        }
 
     def __call__(self, trainable: Any, frozen: Weights, limit: int | None) -> dict[str, Any]:
         """Of the first `limit` questions.
@@ -513,14 +536,14 @@ class _Measurement:
         self, function: Any, questions: Sequence[data.Question], trainable: Any, frozen: Weights
     ) -> list[Any]:
         """What `function` gives for every batch."""
-        num_rows = len(questions[0])
-        trees = self._objective.takes_trees(num_rows)
+        tree_rows = self._tree_rows[len(questions[0])]
+        batches = (data.make_batch(rows, 1, tree_rows=tree_rows) for rows in self._batches(questions))
         return [
-            jax.device_get(
-                function(trainable, frozen, place_batch(data.make_batch(rows, 1, trees=trees), self._mesh))
-            )
-            for rows in data.in_batches(data.flat(questions), num_rows * self._batch_size)
+            jax.device_get(function(trainable, frozen, place_batch(batch, self._mesh))) for batch in batches
         ]
+
+    def _batches(self, questions: Sequence[data.Question]) -> list[list[data.Example]]:
+        return data.in_batches(data.flat(questions), len(questions[0]) * self._batch_size)
 
 
 def _start_of(checkpoints: Checkpoints, run: Run, out: Path) -> int:

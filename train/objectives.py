@@ -58,10 +58,6 @@ class Objective(abc.ABC):
         """Settings that a checkpoint belongs to, besides its base and its data."""
         return {}
 
-    def takes_trees(self, num_rows: int) -> bool:
-        """Whether batches of that many rows a question come as `data.Trees`."""
-        return num_rows == 2 and self.attention == "plain"  # The others' kernels take no mask.
-
     @abc.abstractmethod
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         """Float32 scalars, summed over a micro-batch: arrays of `data.Batch` without the leading A."""
@@ -311,7 +307,8 @@ def run(
     adapter: float | jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array | None, ...]:
-    """`forward` of copies of a batch's rows, or of its token trees where it has them.
+    """`forward` of copies of a batch's rows, or of its token trees where it has them: those of attention
+    `plain` alone, since the kernels of `flash` take no mask.
 
     Args:
         copies: of the rows, which run as one batch.
@@ -319,14 +316,13 @@ def run(
         options: of `forward`.
 
     Returns:
-        The copies' hidden states, each [B, T, D], of trees [B / 2, S, D]; then the gates [L, copies · B, T]
+        The copies' hidden states, each [B, T, D], of trees [B / R, S, D]; then the gates [L, copies · B, T]
         with that tap, else None.
     """
     rows = {"tokens": batch["tokens"], "attention_mask": batch["attention_mask"]}
     if "tree_tokens" in batch:
-        branch = batch["tree_branch"]
-        rows = {"tokens": batch["tree_tokens"], "attention_mask": branch >= 0}
-        rows |= {"positions": batch["tree_positions"], "attend": _attend_in_tree(branch)}
+        rows = {"tokens": batch["tree_tokens"], "positions": batch["tree_positions"]}
+        rows["attend"] = _attend_in_tree(batch["tree_ends"])
     size = rows["tokens"].shape[0]
 
     def of_rows(value):
@@ -348,16 +344,16 @@ def run(
     return *jnp.split(output.hidden_states, copies), gates
 
 
-def _attend_in_tree(branch: jax.Array) -> jax.Array:
-    """Bool [B, S, S] from [B, S]: a token looks at what is before it in its own row."""
-    looking, seen = branch[:, :, None], branch[:, None, :]
-    before = jnp.tril(jnp.ones((branch.shape[1],) * 2, bool))
-    return before & ((seen == 0) | (seen == looking)) & (seen >= 0)
+def _attend_in_tree(ends: jax.Array) -> jax.Array:
+    """Bool [B, S, S] from `Trees.ends`: a token looks at what is before it in its own row."""
+    place = jnp.arange(ends.shape[1])
+    looking, seen = place[:, None], place[None, :]
+    return (seen <= looking) & (looking < ends[:, None, :])
 
 
 def weights_as_run(batch: Arrays, weight: jax.Array) -> jax.Array:
     """What each position counts, float32 [B, T], at the positions of `run`'s hidden states: a token that is
-    in both rows of its tree counts for both."""
+    in several rows of its tree counts for each."""
     if "tree_places" not in batch:
         return weight
     size = batch["tree_tokens"].shape[1]

@@ -164,8 +164,9 @@ def _plan_stage(
     # Nothing in common but the first token.
     other = dataclasses.replace(longest, tokens=(0,) + (1,) * (length - 1))
     question = [longest, other][: len(objective.answers)]
-    trees = objective.takes_trees(len(question))
-    rows = data.make_batch(question * stage.batch_size, stage.accumulation, trees=trees)
+    # The worst case has no more in common: see `data.choose_tree_rows`.
+    tree_rows = 2 if len(question) == 2 and objective.attention == "plain" else 0
+    rows = data.make_batch(question * stage.batch_size, stage.accumulation, tree_rows=tree_rows)
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
 

@@ -23,8 +23,8 @@ from imae_jax.files import new_directory
 from imae_jax.llama import Weights
 from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
-from imae_jax.sharding import sharding
-from imae_jax.train.data import Example, in_batches, make_batch
+from imae_jax.sharding import row_shards, sharding
+from imae_jax.train.data import Example, choose_tree_rows, in_batches, make_batch
 from imae_jax.train.objectives import RIGHT, WRONG, at_facts, run
 from imae_jax.train.step import place_batch
 
@@ -46,6 +46,7 @@ def filter_tokens(
     *,
     mesh: jax.sharding.Mesh,
     batch_size: int,
+    max_length: int = 512,
     reuse: Path | None = None,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
@@ -65,6 +66,7 @@ def filter_tokens(
         cache: directory for the log-ratios.
         mesh: on which the base lies.
         batch_size: questions at a time.
+        max_length: of a row, and of a token tree.
         reuse: another such directory, from which they are copied.
         progress: wraps an iteration to show how far it is.
 
@@ -98,7 +100,7 @@ def filter_tokens(
     if stored:
         ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
     else:
-        ratios = _log_ratios(examples, base, models, adapters, mesh, batch_size, progress)
+        ratios = _log_ratios(examples, base, models, adapters, mesh, batch_size, max_length, progress)
     if not stored and is_main():
         columns = {
             "row": [e.row for e in examples],
@@ -200,6 +202,7 @@ def _log_ratios(
     adapters: Sequence[Adapter | None],
     mesh: jax.sharding.Mesh,
     batch_size: int,
+    max_length: int,
     progress: Progress,
 ) -> list[np.ndarray]:
     """`log p_antiLLM − log p_base`, or `log p_right − log p_wrong`, of every answer token; `adapters` are the
@@ -234,8 +237,9 @@ def _log_ratios(
     ratios: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
     batches = in_batches([examples[i] for i in order], size * batch_size)
     with jax.set_mesh(mesh):
+        tree_rows = choose_tree_rows(batches, row_shards(), config.hidden_size, max_length)
         for number, rows in enumerate(progress(batches, "token filter")):
-            arrays = place_batch(make_batch(rows, 1, trees=size == 2), mesh)
+            arrays = place_batch(make_batch(rows, 1, tree_rows=tree_rows), mesh)
             values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
             for i, row in zip(order[number * size * batch_size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
