@@ -30,7 +30,6 @@ HALUEVAL_HUB_ID = "pminervini/HaluEval"
 # Above this, the lengths of right and hallucinated answers all but tell which is which.
 TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
-TREE_BUCKET = 64  # Their lengths are sums: there would be more shapes to compile.
 FACT_BUCKET = 16
 GROUPED_BATCHES = 32
 
@@ -469,7 +468,7 @@ def choose_tree_rows(
         for size in range(2, len(batch) // shards + 1):
             if len(batch) % (size * shards) == 0:
                 merged = [len(_merge(batch[i : i + size])[0]) for i in range(0, len(batch), size)]
-                layouts[size] = (len(merged), _round_up(max(merged), TREE_BUCKET))
+                layouts[size] = (len(merged), _round_up(max(merged), LENGTH_BUCKET))
         for size, (count, length) in layouts.items():
             too_long = size and length > max_length
             costs[size] += math.inf if too_long else count * length * (6 * hidden_size + length)
@@ -480,7 +479,7 @@ def _trees(examples: Sequence[Example], tree_rows: int, length: int) -> tuple[np
     """The fields of `Trees`, without A, of rows that are padded to `length`."""
     groups = [examples[i : i + tree_rows] for i in range(0, len(examples), tree_rows)]
     merged = [_merge(group) for group in groups]
-    shape = (len(groups), _round_up(max(len(tokens) for tokens, *_ in merged), TREE_BUCKET))
+    shape = (len(groups), _round_up(max(len(tokens) for tokens, *_ in merged), LENGTH_BUCKET))
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     ends = np.tile(np.arange(1, shape[1] + 1, dtype=np.int32), (shape[0], 1))  # Padding is alone.
     places = np.zeros((len(groups), tree_rows, length), np.int32)
