@@ -12,7 +12,15 @@ from imae_jax.evaluate.questions import DEMO_DATA
 from imae_jax.train import build_pairs, pairs
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import DataConfig, load_config
-from imae_jax.train.data import Row, load_rows, read_source, tokenize
+from imae_jax.train.data import (
+    Example,
+    Row,
+    choose_tree_rows,
+    load_rows,
+    make_batch,
+    read_source,
+    tokenize,
+)
 
 ROWS = [Row("Q 1?", "It is red.", "It is blue."), Row("Q, 2?", "two\nlines", "one")]
 NAMED = ["data.columns.question=q", "data.columns.right=good", "data.columns.wrong=bad"]
@@ -280,3 +288,34 @@ def test_built_pairs_are_held_out_by_hash(tmp_path, capfd):
     assert "--overwrite" in capfd.readouterr().err
     assert build_pairs.main([*command[:-1], "8", "--overwrite"]) == 2
     assert "leaves none of 8 pairs" in capfd.readouterr().err
+
+
+def row_of(*tokens: int) -> Example:
+    return Example(0, tokens, 1, (True,) * (len(tokens) - 1))
+
+
+def test_rows_that_begin_alike_become_trees():
+    """Where they cost less than rows: not where nothing is shared, over a limit, or across devices."""
+    alike = [row_of(*range(40), 100 + i, 200 + i) for i in range(8)]
+    apart = [row_of(*range(100 * i, 100 * i + 64)) for i in range(8)]
+    assert choose_tree_rows([alike], 1, 64, 512) == 8
+    assert choose_tree_rows([alike], 2, 64, 512) == 4
+    assert choose_tree_rows([alike], 8, 64, 512) == 0
+    assert choose_tree_rows([alike], 1, 64, 63) == 0
+    assert choose_tree_rows([apart], 1, 64, 512) == 0
+    assert choose_tree_rows([], 1, 64, 512) == 0
+
+
+@pytest.mark.parametrize("tree_rows", [2, 3, 6])
+def test_every_token_of_a_tree_has_its_own_row_before_it(tree_rows):
+    rows = [row_of(*x) for x in [(1, 2, 3), (1, 2), (1, 5, 3), (9, 2, 3, 4), (1, 2, 3), (1, 2, 3, 7)]]
+    batch = make_batch(rows, 1, tree_rows=tree_rows)
+    tree = {name: array[0] for name, array in vars(batch.tree).items()}
+    places = tree["places"].reshape(batch.tokens[0].shape)
+    for i, row in enumerate(rows):
+        own, path = i // tree_rows, places[i, : len(row.tokens)]
+        assert tuple(tree["tokens"][own][path]) == row.tokens
+        assert tuple(tree["positions"][own][path]) == tuple(range(len(path)))
+        for depth, place in enumerate(path):
+            seen = np.flatnonzero((np.arange(len(tree["ends"][own])) <= place) & (tree["ends"][own] > place))
+            assert tuple(seen) == tuple(path[: depth + 1])
