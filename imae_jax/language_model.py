@@ -69,7 +69,7 @@ class Completion:
     finished: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
     """What `imae_jax.convert.load_model` returns.
 
@@ -90,9 +90,13 @@ class LanguageModel:
     imae: dict[str, Any] | None = None
     load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
     units_fingerprint: str | None = None
-    _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        parts = [self.base.reference, f"{self.config.num_layers} layers", self.base.dtype]
+        if (units := self.model.anti_expert_config) is not None:
+            parts.append(f"units of {units.intermediate_size}")
+        return f"<LanguageModel {', '.join(parts)}>"
 
     @property
     def config(self) -> LlamaConfig:

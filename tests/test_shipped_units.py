@@ -25,6 +25,7 @@ def test_they_are_small_and_load_by_name(smollm2, card):
     lm = load_model(NAME)
     assert lm.base.fingerprint == smollm2.base.fingerprint
     assert lm.model.weights().dtype == jnp.float32
+    assert repr(lm) == "<LanguageModel smollm2-135m-instruct, 30 layers, float32, units of 32>"
     assert lm.generate(["What is a young swan called?"], "base", max_new_tokens=4) == smollm2.generate(
         ["What is a young swan called?"], max_new_tokens=4
     )
