@@ -9,8 +9,8 @@ SmolLM2 on a CPU; and sizes of Llama-2-7B on one H200 (target: at least 45 % MFU
 
 A step is what `train/step.py` compiles for an objective: the base mode without gradient (of `pairs` with its
 adapters beside), anti-expert and expert mode as one doubled batch, gradients of the units alone, AdamW; of
-`adapter`, stage 1, the LoRA alone. Of `pairs` and `preference` a row is a token tree: a question of half of
-`--length` and two answers of the other half. The peer, of `paper` alone, is the same step with transformers'
+`adapter`, stage 1, the LoRA alone. Of `pairs` and `preference` the batch is of questions, each a token tree of
+a prompt, half of `--length`, and two answers of the other half; a run merges more where prompts begin alike. The peer, of `paper` alone, is the same step with transformers'
 model, run eagerly (sdpa attention): units hooked onto the MLPs, the vocabulary projected at T_fact only,
 frozen base, fused AdamW; `--remat` is for both. Needs torch (`pip install -e '.[test]'`).
 
@@ -117,6 +117,8 @@ def main() -> None:
     if args.batch_size % args.accumulation:
         parser.error(f"--accumulation {args.accumulation} does not divide --batch-size {args.batch_size}")
     args.no_peer |= args.objective != "paper"
+    if args.attention == "flash" and trees(args):
+        parser.error(f"--objective {args.objective} is measured with token trees, which flash does not take")
     if args.side:
         result = SIDES[args.side](args)
         (args.exchange / f"{args.side}.json").write_text(json.dumps(result))
@@ -129,7 +131,7 @@ def main() -> None:
     for figures in (ours, peer):
         if figures:
             seconds = figures["ms_per_step"] / 1e3
-            figures["tokens_per_s"] = args.batch_size * args.length / seconds
+            figures["tokens_per_s"] = num_tokens(args) / seconds
             figures["mfu"] = ours["peak_tflops"] and model["flops"] / seconds / (ours["peak_tflops"] * 1e12)
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k not in ("side", "exchange")}
@@ -186,6 +188,19 @@ def trees(args: argparse.Namespace) -> bool:
     return args.objective in ("pairs", "preference")
 
 
+def answer_length(args: argparse.Namespace) -> int:
+    return max(args.facts, args.length // 2)
+
+
+def tree_length(args: argparse.Namespace) -> int:
+    """Tokens of a row, or of a question's tree."""
+    return args.length + (answer_length(args) if trees(args) else 0)
+
+
+def num_tokens(args: argparse.Namespace) -> int:
+    return args.batch_size * tree_length(args)
+
+
 def random_rows(args: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
     """Tokens [B, T], and for each of the last tokens of a row, its answer, whether it is in T_fact. The two
     rows of a question, where there are, follow each other and have the question in common."""
@@ -194,7 +209,7 @@ def random_rows(args: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
     random = np.random.default_rng(0)
     rows = args.batch_size * (2 if trees(args) else 1)
     tokens = random.integers(0, vocab_size, (rows, args.length))
-    fact = np.arange(max(args.facts, args.length // 2)) < args.facts
+    fact = np.arange(answer_length(args)) < args.facts
     if trees(args):
         start = args.length - len(fact)
         tokens[1::2, :start] = tokens[::2, :start]
@@ -226,9 +241,7 @@ def step_flops(config: Any, trained: int, args: argparse.Namespace) -> int:
     frozen, modes = {"paper": (1, 2), "pairs": (3, 2), "preference": (1, 2), "adapter": (0, 1)}[
         args.objective
     ]
-    answer = max(args.facts, args.length // 2)
-    length = args.length + (answer if trees(args) else 0)
-    tokens = args.batch_size * length
+    length, tokens = tree_length(args), num_tokens(args)
     facts = args.batch_size * (2 if trees(args) else 1) * args.facts
     matmuls = 2 * base * frozen + 2 * (base + trained) * modes * 2 + 2 * trained * modes
     attention = 4 * L * config.num_heads * H * length * (frozen + modes + 2 * modes)
@@ -294,7 +307,7 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     from imae_jax.lora import LoraDeltas, side_by_side
     from imae_jax.sharding import MESH_AXES
     from imae_jax.train.config import OptimizerConfig
-    from imae_jax.train.data import Example, make_batch
+    from imae_jax.train.data import Example, Merging, make_batch
     from imae_jax.train.step import init_state, make_optimizer, make_train_step, place_batch, state_shardings
 
     runtime.set_up()
@@ -319,8 +332,9 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     objective = objective_of(args, shared["unit_size"])
     frozen = Weights(base)
     if args.objective == "pairs":
+        lora = LoraConfig()
         two = [
-            (LoraDeltas(llama, LoraConfig(), rngs=nnx.Rngs(i), stack=llama.num_layers), 2.0) for i in (0, 1)
+            (LoraDeltas(llama, lora, rngs=nnx.Rngs(i), stack=llama.num_layers), lora.scale) for i in (0, 1)
         ]
         deltas = jax.jit(
             lambda: side_by_side([(nnx.to_pure_dict(nnx.state(d)), scale) for d, scale in two])
@@ -337,7 +351,8 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
         Example(i, tuple(row.tolist()), start, tuple(of_row.tolist()))
         for i, (row, of_row) in enumerate(zip(tokens, fact, strict=True))
     ]
-    batch = place_batch(make_batch(examples, args.accumulation, tree_rows=2 if trees(args) else 0), mesh)
+    merging = Merging(2, 2 * args.length) if trees(args) else None
+    batch = place_batch(make_batch(examples, args.accumulation, merging=merging), mesh)
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     began = time.perf_counter()
     compiled = train_step.lower(state, frozen, batch).compile()

@@ -201,7 +201,7 @@ def load_model(
     Raises:
         UserError: says what cannot be loaded and why.
     """
-    directory = Path(reference if _exists(reference) else ".no-such-directory")
+    directory = local_path(reference)
     adapter = None
     if peft.is_adapter(directory):
         opened, adapter = _open_adapter(directory, revision=revision, base=base)
@@ -285,7 +285,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     Raises:
         UserError: says what cannot be opened and why.
     """
-    directory = SHIPPED_UNITS.get(reference, Path(reference if _exists(reference) else ".no-such-directory"))
+    directory = local_path(reference)
     if not imae_dir.is_imae_dir(directory):
         if base is not None:
             raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
@@ -368,8 +368,8 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
         UserError: the model is not found, or is none that this library loads.
     """
     name, num_layers = _split_suffix(reference)
-    directory = Path(name if _exists(name) else ".no-such-directory")
-    is_hub_id = name not in BUILT_IN and not _exists(name) and HUB_ID.fullmatch(name)
+    directory = local_path(name)
+    is_hub_id = name not in BUILT_IN and not directory.exists() and HUB_ID.fullmatch(name)
     without_weights = (directory / "config.json").is_file() and not (
         imae_dir.is_imae_dir(directory) or next(directory.glob("*.safetensors"), None)
     )
@@ -386,7 +386,7 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
 
 def fingerprint(reference: str) -> str:
     """The fingerprint of what a plain model or an adapter computes, read for this alone."""
-    directory = Path(reference if _exists(reference) else ".no-such-directory")
+    directory = local_path(reference)
     if not peft.is_adapter(directory):
         return _open(reference, None).identified().fingerprint
     opened, adapter = _open_adapter(directory)
@@ -399,23 +399,21 @@ def local_paths(reference: str, base: str | None = None) -> list[Path]:
     Args:
         reference, base: see `load_model`.
     """
-    path = Path(reference)
-    if base is None and _exists(reference) and peft.is_adapter(path):
+    path = local_path(reference)
+    if base is None and peft.is_adapter(path):
         base = read_json(path / peft.CONFIG_FILE).get("base_model_name_or_path")
-    elif base is None and _exists(reference) and imae_dir.is_imae_dir(path):
+    elif base is None and imae_dir.is_imae_dir(path):
         base = imae_dir.read_config(path)["base"]["reference"]
     names = [_split_suffix(name)[0] for name in (reference, base) if isinstance(name, str)]
-    return [Path(name) for name in names if name not in BUILT_IN and _exists(name)]
+    return [path for name in names if name not in BUILT_IN and (path := local_path(name)).exists()]
 
 
 def _open(reference: str, revision: str | None) -> OpenedModel:
     name, num_layers = _split_suffix(reference)
     if name in BUILT_IN:
         path = _built_in(name)
-    elif name in SHIPPED_UNITS:
-        path = SHIPPED_UNITS[name]
-    elif _exists(name):
-        path = Path(name)
+    elif local_path(name).exists():
+        path = local_path(name)
     elif HUB_ID.fullmatch(name):
         path = _download(name, revision, HUB_FILES)
         revision = path.name
@@ -496,6 +494,11 @@ def _cut(config: LlamaConfig, num_layers: int | None, reference: str) -> LlamaCo
     if not 1 <= num_layers <= config.num_layers:
         raise UserError(f"{reference}: the model has {config.num_layers} layers")
     return config.lowest_layers(num_layers)
+
+
+def local_path(name: str) -> Path:
+    """Where a reference lies; for one that is nothing local, a path that does not exist."""
+    return SHIPPED_UNITS.get(name, Path(name if _exists(name) else ".no-such-path"))
 
 
 def _exists(name: str) -> bool:

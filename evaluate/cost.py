@@ -86,8 +86,9 @@ class Source:
     def load(self, *, units: bool) -> "LanguageModel":
         """The model; `units=False` loads the base of an IMAE directory alone."""
         from imae_jax.convert import imae_dir, load_model
+        from imae_jax.convert.references import local_path
 
-        directory, options = Path(self.reference), dict(self.options)
+        directory, options = local_path(self.reference), dict(self.options)
         loads_units = units or not (self.random_weights or imae_dir.is_imae_dir(directory))
         if options.get("int8") == "units" and not loads_units:
             options["int8"] = None  # There are none to quantize.

@@ -342,22 +342,24 @@ def encode_texts(
     return excerpts
 
 
-def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> tuple[list[Excerpt], float]:
+def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> tuple[list[Excerpt], str]:
     """Rows of a training run's data with their T_fact.
 
     Args:
         lm: a model with the run's base.
-        run: output directory of `imae_jax.train`, finished, with a token filter.
+        run: output directory of `imae_jax.train`, finished.
         rows: numbers in the data source; default: the first held-out ones, or the first ones.
 
     Returns:
-        The excerpts, and γ.
+        The excerpts, and what T_fact is.
 
     Raises:
         UserError: the directory holds no such data, was trained on another base, or lacks a row.
     """
     from imae_jax.convert import imae_dir
     from imae_jax.convert.identity import note
+    from imae_jax.train import data
+    from imae_jax.train.config import ColumnsConfig, DataConfig
     from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
     from imae_jax.train.token_filter import stored_examples
 
@@ -373,7 +375,16 @@ def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> t
     settings = imae["training"]["config"]
     gamma, two_sided = settings["filter"]["gamma"], settings.get("objective") == "pairs"
     held_out = set(imae["training"]["data"]["held_out_rows"])
-    stored = stored_examples(run / FILTER_DIR, gamma, two_sided=two_sided)
+    if (run / FILTER_DIR).exists():
+        stored = stored_examples(run / FILTER_DIR, gamma, two_sided=two_sided)
+        facts = f"T_fact with γ = {gamma:g}"
+    else:
+        columns = ColumnsConfig(**settings["data"]["columns"])
+        config = DataConfig(**settings["data"] | {"columns": columns})
+        tokenized = data.tokenize(data.load_rows(config), lm.tokenizer, config)
+        stored, facts = tokenized.train + tokenized.held_out, "T_fact is every answer token"
+        if tokenized.statistics["held_out_rows"] != imae["training"]["data"]["held_out_rows"]:
+            raise UserError(f"{config.path or config.source} is not what {run} was trained on: restore it")
     examples = {example.row: example for example in stored if not example.right}
     if rows is None:
         rows = sorted(held_out & examples.keys() or examples)[:ROWS_SHOWN]
@@ -391,7 +402,7 @@ def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> t
             examples[row].fact,
         )
         for row in rows
-    ], gamma
+    ], facts
 
 
 def token_texts(tokenizer: Any, runs: Iterable[Sequence[int]]) -> list[str]:
@@ -609,8 +620,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         excerpts = encode_texts(lm, texts, args.format or "raw")
         settings = {"text": args.text, "format": args.format or "raw"}
     else:
-        excerpts, gamma = rows_of_run(lm, args.data, rows)
-        settings = {"data": f"{args.data}, T_fact with γ = {gamma:g}"}
+        excerpts, facts = rows_of_run(lm, args.data, rows)
+        settings = {"data": f"{args.data}, {facts}"}
     count = sum(len(excerpt.tokens) for excerpt in excerpts)
     if count > MOST_TOKENS:
         raise UserError(f"{count} tokens are more than a page holds ({MOST_TOKENS}): give less text or rows")

@@ -134,9 +134,10 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def row_shards() -> int:
-    """Over how many shards the ambient mesh spreads the rows of a batch: what should divide their number."""
-    mesh = jax.sharding.get_abstract_mesh()
+def row_shards(mesh: Mesh | None = None) -> int:
+    """Over how many shards the ambient mesh, or another, spreads the rows of a batch: what should divide
+    their number."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in RULES["batch"]) if not mesh.empty else 1
 
 

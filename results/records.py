@@ -137,13 +137,18 @@ def of_training(run: Path, root: Path) -> dict[str, Any]:
 
 def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and record of every finished run."""
-    for path in sorted(root.rglob("results.json")):
+    for path in _files(root, "results.json"):
         yield str(path.parent.relative_to(root)), of_evaluation(path.parent, root)
-    for path in sorted(root.rglob("environment.json")):
+    for path in _files(root, "environment.json"):
         run = path.parent
         if (run / TRAINED).is_file():
             name = run.relative_to(root)
             yield str(name if name.parts[0] == "train" else name / "train"), of_training(run, root)
+
+
+def _files(root: Path, name: str) -> list[Path]:
+    """Nothing on the page is of the runs on pairs."""
+    return sorted(path for path in root.rglob(name) if path.relative_to(root).parts[0] != "pairs")
 
 
 def main() -> None:

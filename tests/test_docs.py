@@ -8,7 +8,8 @@ import pytest
 from conftest import run_python
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARDS = sorted((ROOT / "convert" / "units").glob("*/README.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -66,12 +67,13 @@ def test_snippets_of_the_methods_run(smollm2, tmp_path):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_documents_point_to_exists(document):
     text = document.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^":]+)"', text)
-    for link in links:
-        assert (document.parent / link).exists(), link
-    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert anchors >= set(re.findall(r"\]\(#([^)]+)\)", text))
+    for link in re.findall(r"\]\(([^):]+)\)", text) + re.findall(r'src="([^":]+)"', text):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
     assert not re.findall(r"@[A-Z]+@", text), "a figure is still to be filled in"
     paths = re.findall(r"`((?:imae_jax|convert|train|evaluate|tests|benchmarks)/[\w./]*)`", text)
     assert all((ROOT / path).exists() for path in paths), paths

@@ -266,6 +266,7 @@ def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
         out / FILTER_DIR,
         mesh=mesh,
         batch_size=8,
+        max_length=512,
     )
     write_imae_dir(
         out / IMAE_DIR,
@@ -312,12 +313,17 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
         f"row {held_out[1]}, held out",
         f"row {trained}, trained on",
     ]
-    before = path.read_bytes()
-    assert f"{run} has no row 12, 99" in error_of(capfd, main, *command, "--rows", "3,12,99")
     unfiltered = tmp_path / "run"
     shutil.copytree(run / "imae", unfiltered / "imae")
-    assert "holds 0 sets of log-ratios" in error_of(capfd, main, *command, "--data", unfiltered)
+    assert main([*command, "--data", str(unfiltered)]) == 0
+    for packed in page_data(path.read_text())["excerpts"]:
+        assert [*packed["facts"]] == [*range(packed["start"], len(packed["tokens"]))]
+    before = path.read_bytes()
+    assert f"{run} has no row 12, 99" in error_of(capfd, main, *command, "--rows", "3,12,99")
     config = json.loads((unfiltered / "imae" / "imae_config.json").read_text())
+    config["training"]["data"]["held_out_rows"].pop()
+    (unfiltered / "imae" / "imae_config.json").write_text(json.dumps(config))
+    assert "is not what" in error_of(capfd, main, *command, "--data", unfiltered)
     config["base"]["fingerprint"] = "other"
     (unfiltered / "imae" / "imae_config.json").write_text(json.dumps(config))
     assert "was trained on another base" in error_of(capfd, main, *command, "--data", unfiltered)

@@ -14,7 +14,7 @@ from imae_jax.convert.peft import write_adapter
 from imae_jax.llama import Weights, project
 from imae_jax.lora import LoraDeltas, side_by_side
 from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs
-from imae_jax.train.data import Example, in_batches, make_batch
+from imae_jax.train.data import Example, Merging, in_batches, make_batch
 from imae_jax.train.objectives import ImaeObjective, PairsObjective, PreferenceObjective, UnitsObjective
 
 UNITS = AntiExpertConfig(UNIT_SIZE)
@@ -182,10 +182,11 @@ def torch_preference_loss(hf, units, rows: list[Example], settings: LossConfig):
     return loss + settings.keep * keep / num_keep
 
 
-def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: UnitsObjective, tree_rows=0):
+def value_and_gradient(lm, weights: Weights, rows: list[Example], objective: UnitsObjective, rows_of_tree=0):
     """With two more rows that only fill up the batch, and count nothing."""
     (filled,) = in_batches(rows, len(rows) + 2)
-    arrays = make_batch(filled, 1, tree_rows=tree_rows).arrays()
+    merging = Merging(rows_of_tree, 512) if rows_of_tree else None
+    arrays = make_batch(filled, 1, merging=merging).arrays()
     batch = {name: jnp.asarray(array[0]) for name, array in arrays.items()}
     counts = objective.counts(lm.config, batch)
 
@@ -242,8 +243,8 @@ PAIR = (LoraConfig(rank=4, alpha=6), LoraConfig(rank=3, alpha=6, targets=("wv", 
     [LossConfig(keep=1.0), LossConfig(alpha=0.7, valid_form="logit", delta=0.3, keep=0.5, mean="example")],
     ids=["token", "example"],
 )
-@pytest.mark.parametrize("tree_rows", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
-def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, tree_rows):
+@pytest.mark.parametrize("rows_of_tree", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
+def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, rows_of_tree):
     """Adapters in peft, each a model of its own there."""
     peft = pytest.importorskip("peft")
     checkpoint = tiny("gqa", initializer_range=0.2)
@@ -260,13 +261,13 @@ def test_loss_and_gradient_of_pairs_equal_torch(tiny, tmp_path, settings, tree_r
     weights = dataclasses.replace(weights, lora=side_by_side(scaled))
     rows, units = pairs(3), torch_leaves(weights.units)
     expected = torch_loss(checkpoint.hf, units, rows, settings, models)
-    loss, gradient = value_and_gradient(lm, weights, rows, PairsObjective(UNITS, settings), tree_rows)
+    loss, gradient = value_and_gradient(lm, weights, rows, PairsObjective(UNITS, settings), rows_of_tree)
     assert_loss_and_gradient(loss, gradient, expected, units)
 
 
-@pytest.mark.parametrize("tree_rows", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
+@pytest.mark.parametrize("rows_of_tree", [0, 2, 8], ids=["rows", "trees of a question", "one tree"])
 @pytest.mark.parametrize("kind", ["gqa", "gemma3"])
-def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, tree_rows):
+def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, rows_of_tree):
     pytest.importorskip("torch")
     checkpoint = tiny(kind, initializer_range=0.2)
     lm = checkpoint.load(stacked=True)
@@ -274,7 +275,7 @@ def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, tree_rows):
     rows = [dataclasses.replace(row, fact=(True,) * len(row.fact)) for row in pairs(3)]
     settings, units = LossConfig(tau=0.7, keep=0.5), torch_leaves(weights.units)
     expected = torch_preference_loss(checkpoint.hf, units, rows, settings)
-    loss, gradient = value_and_gradient(lm, weights, rows, PreferenceObjective(UNITS, settings), tree_rows)
+    loss, gradient = value_and_gradient(lm, weights, rows, PreferenceObjective(UNITS, settings), rows_of_tree)
     assert_loss_and_gradient(loss, gradient, expected, units)
 
 

@@ -1,6 +1,7 @@
 """Data as pairs: any file of question, right and wrong answer; the check of such a file; the builders."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import numpy as np
 import pytest
 from conftest import user_error
 
+from imae_jax.config import LlamaConfig, RopeConfig
 from imae_jax.evaluate.questions import DEMO_DATA
 from imae_jax.train import build_pairs, pairs
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import DataConfig, load_config
 from imae_jax.train.data import (
     Example,
+    Merging,
     Row,
-    choose_tree_rows,
+    choose_merging,
     load_rows,
     make_batch,
     read_source,
@@ -294,28 +297,45 @@ def row_of(*tokens: int) -> Example:
     return Example(0, tokens, 1, (True,) * (len(tokens) - 1))
 
 
-def test_rows_that_begin_alike_become_trees():
-    """Where they cost less than rows: not where nothing is shared, over a limit, or across devices."""
+def test_rows_that_begin_alike_are_merged():
+    """Where they cost less than rows: not where nothing is shared, over a limit, across devices, or where
+    positions are no row's own."""
     alike = [row_of(*range(40), 100 + i, 200 + i) for i in range(8)]
     apart = [row_of(*range(100 * i, 100 * i + 64)) for i in range(8)]
-    assert choose_tree_rows([alike], 1, 64, 512) == 8
-    assert choose_tree_rows([alike], 2, 64, 512) == 4
-    assert choose_tree_rows([alike], 8, 64, 512) == 0
-    assert choose_tree_rows([alike], 1, 64, 63) == 0
-    assert choose_tree_rows([apart], 1, 64, 512) == 0
-    assert choose_tree_rows([], 1, 64, 512) == 0
+    llama = LlamaConfig(300, 64, 128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=16)
+    dynamic = dataclasses.replace(llama, rope=RopeConfig(type="dynamic", factor=2.0))
+
+    def rows_of_a_tree(batches, shards=1, max_length=512, config=llama):
+        merging = choose_merging(batches, config, shards, max_length)
+        return merging and merging.rows
+
+    assert rows_of_a_tree([alike]) == 8
+    assert rows_of_a_tree([alike], shards=2) == 4
+    assert rows_of_a_tree([alike], shards=8) is None
+    assert rows_of_a_tree([alike], max_length=55) == 4
+    assert rows_of_a_tree([alike], max_length=41) is None
+    assert rows_of_a_tree([alike, apart], max_length=100) == 8
+    assert rows_of_a_tree([alike], config=dynamic) is None
+    assert rows_of_a_tree([apart]) is None
+    assert rows_of_a_tree([]) is None
+    # A batch whose tree would be too long stays rows.
+    assert make_batch(alike, 1, merging=Merging(8, 56)).tree is not None
+    assert make_batch(apart, 1, merging=Merging(8, 56)).tree is None
 
 
-@pytest.mark.parametrize("tree_rows", [2, 3, 6])
-def test_every_token_of_a_tree_has_its_own_row_before_it(tree_rows):
+@pytest.mark.parametrize("rows_of_tree", [2, 3, 6])
+def test_every_token_of_a_tree_has_its_own_row_before_it(rows_of_tree):
     rows = [row_of(*x) for x in [(1, 2, 3), (1, 2), (1, 5, 3), (9, 2, 3, 4), (1, 2, 3), (1, 2, 3, 7)]]
-    batch = make_batch(rows, 1, tree_rows=tree_rows)
+    batch = make_batch(rows, 1, merging=Merging(rows_of_tree, 64))
     tree = {name: array[0] for name, array in vars(batch.tree).items()}
     places = tree["places"].reshape(batch.tokens[0].shape)
+    used = np.zeros_like(tree["ends"], bool)
     for i, row in enumerate(rows):
-        own, path = i // tree_rows, places[i, : len(row.tokens)]
+        own, path = i // rows_of_tree, places[i, : len(row.tokens)]
+        used[own, path] = True
         assert tuple(tree["tokens"][own][path]) == row.tokens
         assert tuple(tree["positions"][own][path]) == tuple(range(len(path)))
         for depth, place in enumerate(path):
             seen = np.flatnonzero((np.arange(len(tree["ends"][own])) <= place) & (tree["ends"][own] > place))
             assert tuple(seen) == tuple(path[: depth + 1])
+    assert ((tree["ends"] > 0) == used).all()

@@ -1,8 +1,9 @@
-"""The units that the package ships are what their card says."""
+"""The units that the package ships load by name and score what their card says of the demo questions."""
 
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -19,16 +20,17 @@ def card() -> str:
     return (SHIPPED_UNITS[NAME] / "README.md").read_text(encoding="utf-8")
 
 
-def test_they_are_small_and_load_by_name(smollm2, card):
+def test_they_are_small_and_load_by_name(smollm2):
     files = [path for path in SHIPPED_UNITS[NAME].iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4e6
     lm = load_model(NAME)
     assert lm.base.fingerprint == smollm2.base.fingerprint
-    assert lm.model.weights().dtype == jnp.float32
+    assert {array.dtype for array in jax.tree.leaves(lm.model.weights())} == {jnp.dtype(jnp.float32)}
     assert repr(lm) == "<LanguageModel smollm2-135m-instruct, 30 layers, float32, units of 32>"
-    assert lm.generate(["What is a young swan called?"], "base", max_new_tokens=4) == smollm2.generate(
-        ["What is a young swan called?"], max_new_tokens=4
-    )
+    answer = ["What is a young swan called?", [" A cygnet."]]
+    base, expert, anti_expert = (lm.score(*answer, mode) for mode in ("base", "expert", "anti-expert"))
+    assert base == smollm2.score(*answer)
+    assert expert[0] > base[0] > anti_expert[0]
 
 
 def test_their_card_has_what_the_demo_questions_give(smollm2, card, tmp_path):

@@ -44,7 +44,9 @@ from imae_jax.train.step import (
 UNITS = AntiExpertConfig(24)
 
 
-def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32", name="paper"):
+def run_steps(
+    checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype="float32", name="paper", tree_rows=0
+):
     """Losses of a few steps of an objective, and the units after them."""
     mesh = make_mesh(*mesh_sizes)
     lm = checkpoint.load(stacked=True, mesh=mesh, dtype=dtype)
@@ -63,7 +65,8 @@ def run_steps(checkpoint, mesh_sizes, *, accumulation=1, steps=3, rows=8, dtype=
         frozen = dataclasses.replace(frozen, lora=side_by_side(adapters))
     metrics = []
     for i in range(steps):
-        batch = data.make_batch(make_rows(rows, seed=i), accumulation, tree_rows=0 if name == "paper" else 2)
+        merging = data.Merging(tree_rows, 512) if tree_rows else None
+        batch = data.make_batch(make_rows(rows, seed=i), accumulation, merging=merging)
         batch = place_batch(batch, mesh)
         state, values = step(state, frozen, batch)
         metrics.append({name: float(value) for name, value in values.items()})
@@ -96,13 +99,15 @@ def test_accumulation_changes_nothing(checkpoint, name):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pairs", "preference"])
-def test_every_mesh_gives_pairs_the_same_losses(checkpoint, name):
-    """Both answers of a question stay on one device, the adapters are spread as their base is."""
-    expected, _, _ = run_steps(checkpoint, (8, 1, 1), name=name)
-    actual, _, _ = run_steps(checkpoint, (2, 2, 2), name=name)
-    for a, b in zip(actual, expected, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+@pytest.mark.parametrize("name", ["paper", "pairs", "preference"])
+def test_meshes_and_token_trees_give_the_same_losses(checkpoint, name):
+    """Rows that are merged lie on one device, the adapters are spread as their base is."""
+    expected, _, _ = run_steps(checkpoint, (8, 1, 1), rows=16, name=name)
+    for sizes, accumulation, tree_rows in [((8, 1, 1), 1, 2), ((2, 2, 2), 1, 4), ((2, 1, 4), 2, 2)]:
+        options = {"rows": 16, "accumulation": accumulation, "tree_rows": tree_rows}
+        actual, _, _ = run_steps(checkpoint, sizes, name=name, **options)
+        for a, b in zip(actual, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
 
 
 def test_mixed_precision(checkpoint):

@@ -304,7 +304,7 @@ class TrainConfig:
             "adapters.right": (self.adapters.right, ("pairs",)),
             "adapters.wrong": (self.adapters.wrong, ("pairs",)),
         }
-        if self.filter.reuse is not None and not self.filters_tokens:
+        if self.filter.reuse is not None and self.filter_keeps_all:
             raise UserError(f"filter.reuse has no use with filter.gamma={self.filter.gamma}, which keeps all")
         for name, (value, objectives) in given.items():
             if value is not None and self.objective not in objectives:
@@ -318,9 +318,9 @@ class TrainConfig:
             raise UserError(f"data.format={self.data.format!r}: use one of {', '.join(FORMATS)}")
 
     @property
-    def filters_tokens(self) -> bool:
-        """Whether models decide on T_fact; no absolute ratio is below a γ of 0."""
-        return self.objective != "pairs" or self.filter.gamma > 0
+    def filter_keeps_all(self) -> bool:
+        """Whether γ is such that every answer token is in T_fact: no absolute ratio is below 0."""
+        return self.objective == "pairs" and self.filter.gamma <= 0
 
     def adapters_to_train(self, *, only_icd: bool = False) -> list[str]:
         """Which answers stage 1 trains an adapter on: `wrong`, `right`.

@@ -1,17 +1,16 @@
 """Training data: rows of question and answers, their tokens, and batches as a function of the step."""
 
-import collections
 import dataclasses
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imae_jax.config import LlamaConfig
 from imae_jax.convert.references import HUB_ID
 from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
@@ -30,6 +29,7 @@ HALUEVAL_HUB_ID = "pminervini/HaluEval"
 # Above this, the lengths of right and hallucinated answers all but tell which is which.
 TELLING_AUC = 0.8
 LENGTH_BUCKET = 32
+TREE_BUCKET = 64  # Their lengths are sums: there would be more shapes to compile.
 FACT_BUCKET = 16
 GROUPED_BATCHES = 32
 
@@ -104,13 +104,13 @@ class Trees:
     """Every `R` rows as one of `S` tokens, in depth-first order: what rows begin with alike is there once.
 
     A model gives every token what it would give it in its own row. Chat templates, and the two answers of a
-    question, begin alike, and rows in one tree need no padding: that is less than half of the work.
+    question, begin alike, and rows in one tree need no padding.
 
     Attributes:
         tokens: int32 [A, B / R, S], padded on the right.
         positions: int32 [A, B / R, S], of the tokens in their rows.
-        ends: int32 [A, B / R, S], the place behind the last token that follows on this one in any row. A
-            token attends to itself and to those before it that end behind it.
+        ends: int32 [A, B / R, S], one past the last token that follows on this one in any row, 0 at padding.
+            A token attends to itself and to those before it that end behind it.
         places: int32 [A, B / R, R · T], where the rows' tokens are.
     """
 
@@ -118,6 +118,19 @@ class Trees:
     positions: np.ndarray
     ends: np.ndarray
     places: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """How rows become `Trees`.
+
+    Attributes:
+        rows: R, of a tree; neighbours.
+        max_length: the most tokens of a tree. A batch with a longer one stays rows.
+    """
+
+    rows: int
+    max_length: int
 
 
 def load_rows(config: DataConfig) -> list[Row]:
@@ -413,13 +426,13 @@ def in_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
     return [batch + [filler] * (size - len(batch)) for batch in batches]
 
 
-def make_batch(examples: Sequence[Example], accumulation: int, *, tree_rows: int = 0) -> Batch:
+def make_batch(examples: Sequence[Example], accumulation: int, *, merging: Merging | None = None) -> Batch:
     """Lays examples out as arrays; lengths are rounded up so that few shapes are compiled.
 
     Args:
         examples: as many for every micro-batch.
         accumulation: micro-batches.
-        tree_rows: R, neighbours of a micro-batch to merge into one tree; 0 makes none.
+        merging: makes `Batch.tree`; R divides the rows of a micro-batch.
     """
     examples = list(examples)
     length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
@@ -443,52 +456,63 @@ def make_batch(examples: Sequence[Example], accumulation: int, *, tree_rows: int
     def split(x):
         return x.reshape(accumulation, -1, *x.shape[1:])
 
-    tree = Trees(*map(split, _trees(examples, tree_rows, length))) if tree_rows else None
+    tree = merging and _merged(examples, merging)
+    if tree is not None:
+        tree = Trees(**{name: split(array) for name, array in vars(tree).items()})
     return Batch(*map(split, (tokens, mask, answer, fact, positions, targets, valid)), tree)
 
 
-def choose_tree_rows(
-    batches: Iterable[Sequence[Example]], shards: int, hidden_size: int, max_length: int
-) -> int:
-    """Which `tree_rows` makes steps of these micro-batches cheapest; 0 where rows as they are do.
+def choose_merging(
+    batches: Iterable[Sequence[Example]], llama: LlamaConfig, shards: int, max_length: int
+) -> Merging | None:
+    """How to merge the rows of micro-batches like these so that they cost least; None: not at all.
 
     A token costs a multiple of 6 · D for matmuls, in layers whose MLP is about 2.7 · D wide, and of the
     length that it runs in for attention.
 
     Args:
         batches: some micro-batches, all of one size.
+        llama: config of the model; with `dynamic` RoPE tables follow each row's length, and no two rows can
+            share tokens.
         shards: into which a micro-batch is split along its rows; a tree lies on one.
-        hidden_size: D.
         max_length: of a tree: attention must need no more memory than rows of that length.
     """
-    costs: collections.Counter[int] = collections.Counter()
+    if llama.rope.type == "dynamic":
+        return None
+    costs: dict[int, int] = {}
+
+    def add(rows: int, count: int, length: int) -> None:
+        costs[rows] = costs.get(rows, 0) + count * length * (6 * llama.hidden_size + length)
+
     for batch in batches:
-        longest = max(len(e.tokens) for e in batch)
-        layouts = {0: (len(batch), _round_up(longest, LENGTH_BUCKET))}
-        for size in range(2, len(batch) // shards + 1):
-            if len(batch) % (size * shards) == 0:
-                merged = [len(_merge(batch[i : i + size])[0]) for i in range(0, len(batch), size)]
-                layouts[size] = (len(merged), _round_up(max(merged), LENGTH_BUCKET))
-        for size, (count, length) in layouts.items():
-            too_long = size and length > max_length
-            costs[size] += math.inf if too_long else count * length * (6 * hidden_size + length)
-    return min(costs, key=costs.get, default=0)
+        plain = len(batch), _round_up(max(len(e.tokens) for e in batch), LENGTH_BUCKET)
+        add(0, *plain)
+        for rows in range(2, len(batch) // shards + 1):
+            if len(batch) % (rows * shards) == 0:
+                tree = _merged(batch, Merging(rows, max_length))
+                add(rows, *(plain if tree is None else tree.tokens.shape))
+    best = min(costs, key=costs.get, default=0)
+    return Merging(best, max_length) if best else None
 
 
-def _trees(examples: Sequence[Example], tree_rows: int, length: int) -> tuple[np.ndarray, ...]:
-    """The fields of `Trees`, without A, of rows that are padded to `length`."""
-    groups = [examples[i : i + tree_rows] for i in range(0, len(examples), tree_rows)]
+def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
+    """The trees, without A, of a batch whose micro-batches have all rows of their trees; None where one would
+    be too long."""
+    groups = [examples[i : i + merging.rows] for i in range(0, len(examples), merging.rows)]
     merged = [_merge(group) for group in groups]
-    shape = (len(groups), _round_up(max(len(tokens) for tokens, *_ in merged), LENGTH_BUCKET))
-    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    ends = np.tile(np.arange(1, shape[1] + 1, dtype=np.int32), (shape[0], 1))  # Padding is alone.
-    places = np.zeros((len(groups), tree_rows, length), np.int32)
+    longest = max(len(tokens) for tokens, *_ in merged)
+    if longest > merging.max_length:
+        return None
+    shape = (len(groups), _round_up(longest, TREE_BUCKET))
+    tokens, positions, ends = (np.zeros(shape, np.int32) for _ in range(3))
+    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    places = np.zeros((len(groups), merging.rows, length), np.int32)
     for i, (*fields, paths) in enumerate(merged):
         for array, values in zip((tokens, positions, ends), fields, strict=True):
             array[i, : len(values)] = values
         for row, path in enumerate(paths):
             places[i, row, : len(path)] = path
-    return tokens, positions, ends, places.reshape(len(groups), -1)
+    return Trees(tokens, positions, ends, places.reshape(len(groups), -1))
 
 
 def _merge(rows: Sequence[Example]) -> tuple[list[int], list[int], list[int], list[list[int]]]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import shutil
 import signal
@@ -32,7 +33,7 @@ from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import read_text, write_text
 from imae_jax.llama import Weights
 from imae_jax.runtime import git_state, versions
-from imae_jax.sharding import check_divisible, make_mesh, row_shards, use_mesh
+from imae_jax.sharding import check_divisible, make_mesh, row_shards
 from imae_jax.train import data
 from imae_jax.train.checkpoint import Checkpoints
 from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
@@ -58,11 +59,13 @@ from imae_jax.train.token_filter import (
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
+logger = logging.getLogger(__name__)
+
 FINISHED_FILE = "finished.json"
 ADAPTER_DIR, FILTER_DIR = "adapter", "token_filter"
 # Stage 1 and its directory, by the answers that it trains an adapter on.
 ICD_DIRS = {"wrong": "icd", "right": "icd_right"}
-SAMPLED_STEPS = 16  # from which the rows of a token tree are chosen
+SAMPLED_STEPS = 16  # whose rows tell how to merge all
 LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
 RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, FILTER_DIR)
 RUN_FILES += (*ICD_DIRS.values(), *LOG_FILES)
@@ -270,7 +273,7 @@ def _train_units(run: Run, objective: UnitsObjective, models: Sequence[str]) -> 
     """
     config = run.config
     stage = run.data.stage(objective.answers)
-    filter_models = models if config.filters_tokens else []
+    filter_models = [] if config.filter_keeps_all else models
     taken = data.taken(stage.lengths, config, config.batch_size, config.optimizer.steps)
     filtered, kept = filter_tokens(
         data.flat([stage.train[i] for i in taken] + stage.held_out),
@@ -379,13 +382,12 @@ def run_stage(
     train_step = make_train_step(llama, objective, optimizer, shardings, mesh)
     micro_batch_size = schedule.batch_size // schedule.accumulation
 
-    def tree_rows_of(batches: Sequence[Sequence[data.Example]]) -> int:
+    def merging_of(batches: Sequence[Sequence[data.Example]]) -> data.Merging | None:
         if objective.attention != "plain":
-            return 0  # The kernels of the others take no mask.
-        with use_mesh(mesh):
-            return data.choose_tree_rows(batches, row_shards(), llama.hidden_size, config.data.max_length)
+            return None  # The kernels of the others take no mask.
+        return data.choose_merging(batches, llama, row_shards(mesh), config.data.max_length)
 
-    measure = _Measurement(llama, objective, mesh, stage, micro_batch_size, tree_rows_of)
+    measure = _Measurement(llama, objective, mesh, stage, micro_batch_size, merging_of)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
     barrier(f"{name} begins")
@@ -426,11 +428,11 @@ def run_stage(
 
         sample = (rows_of(step)[1] for step in range(min(steps, SAMPLED_STEPS)))
         size = micro_batch_size * len(objective.answers)
-        tree_rows = tree_rows_of([rows[i : i + size] for rows in sample for i in range(0, len(rows), size)])
+        merging = merging_of([rows[i : i + size] for rows in sample for i in range(0, len(rows), size)])
 
         def batch_of(step: int):
             chosen, rows = rows_of(step)
-            batch = data.make_batch(rows, schedule.accumulation, tree_rows=tree_rows)
+            batch = data.make_batch(rows, schedule.accumulation, merging=merging)
             return batch, chosen, place_batch(batch, mesh)
 
         run.check_stop(f"stopped before stage {name}")
@@ -494,14 +496,13 @@ class _Measurement:
         mesh: jax.sharding.Mesh,
         stage: data.StageData,
         batch_size: int,
-        tree_rows_of: Callable[[Sequence[Sequence[data.Example]]], int],
+        merging_of: Callable[[Sequence[Sequence[data.Example]]], data.Merging | None],
     ):
         self._mesh, self._batch_size, self._stage = mesh, batch_size, stage
         self._objective = objective
         self._losses, self._answers = make_evaluation(llama, objective, mesh)
-        # Of all rows, so that measuring fewer of them compiles nothing else.
-        self._tree_rows = {
-            len(questions[0]): tree_rows_of(self._batches(sorted(questions, key=data.longest)))
+        self._merging = {
+            len(questions[0]): merging_of(self._batches(sorted(questions, key=data.longest)))
             for questions in (stage.held_out, stage.answers)
             if questions
         }
@@ -529,6 +530,9 @@ class _Measurement:
             wins = np.mean((np.sign(margins) + 1) / 2)
             metrics |= {f"right_{mode}": float(right), f"wrong_{mode}": float(wrong)}
             metrics |= {f"margin_{mode}": float(margins.mean()), f"wins_{mode}": float(wins)}
+        bad = [k for k, v in metrics.items() if not math.isfinite(v) and counts.get(k, 1) > 0]
+        if bad:
+            logger.warning("held-out rows: %s not finite, which is recorded as null", ", ".join(bad))
         per_layer = self._objective.per_layer(sums, counts)
         return metrics | {f"{k}_by_layer": np.asarray(v).tolist() for k, v in per_layer.items()}
 
@@ -536,8 +540,8 @@ class _Measurement:
         self, function: Any, questions: Sequence[data.Question], trainable: Any, frozen: Weights
     ) -> list[Any]:
         """What `function` gives for every batch."""
-        tree_rows = self._tree_rows[len(questions[0])]
-        batches = (data.make_batch(rows, 1, tree_rows=tree_rows) for rows in self._batches(questions))
+        merging = self._merging[len(questions[0])]
+        batches = (data.make_batch(rows, 1, merging=merging) for rows in self._batches(questions))
         return [
             jax.device_get(function(trainable, frozen, place_batch(batch, self._mesh))) for batch in batches
         ]
@@ -603,7 +607,7 @@ def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     if data_size == -1:
         data_size = max(1, jax.device_count() // max(1, sizes.fsdp * sizes.tensor))
     mesh = make_mesh(data_size, sizes.fsdp, sizes.tensor)
-    shards = data_size * sizes.fsdp
+    shards = row_shards(mesh)
     stages = [("", config)] + ([("icd.", config.icd)] if with_icd else [])
     for prefix, stage in stages:
         micro = stage.batch_size // stage.accumulation

@@ -307,8 +307,8 @@ def run(
     adapter: float | jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array | None, ...]:
-    """`forward` of copies of a batch's rows, or of its token trees where it has them: those of attention
-    `plain` alone, since the kernels of `flash` take no mask.
+    """`forward` of copies of a batch's rows, or of its token trees where it has them (not with attention
+    `flash`, whose kernels take no mask).
 
     Args:
         copies: of the rows, which run as one batch.
@@ -321,8 +321,9 @@ def run(
     """
     rows = {"tokens": batch["tokens"], "attention_mask": batch["attention_mask"]}
     if "tree_tokens" in batch:
-        rows = {"tokens": batch["tree_tokens"], "positions": batch["tree_positions"]}
-        rows["attend"] = _attend_in_tree(batch["tree_ends"])
+        ends = batch["tree_ends"]
+        rows = {"tokens": batch["tree_tokens"], "attention_mask": ends > 0}
+        rows |= {"positions": batch["tree_positions"], "attend": _attend_in_tree(ends)}
     size = rows["tokens"].shape[0]
 
     def of_rows(value):

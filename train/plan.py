@@ -34,7 +34,7 @@ from imae_jax.convert.references import DTYPES, model_config
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
 from imae_jax.lora import side_by_side
-from imae_jax.sharding import check_divisible, sharding, shardings_of
+from imae_jax.sharding import check_divisible, row_shards, sharding, shardings_of
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig
 from imae_jax.train.loop import ICD_DIRS, units_objective
@@ -161,12 +161,8 @@ def _plan_stage(
     # A model that knows shorter rows only is given no longer ones.
     length = min(config.data.max_length, llama.context_length)
     longest = data.Example(0, (0,) * length, 1, (True,) * (length - 1))
-    # Nothing in common but the first token.
-    other = dataclasses.replace(longest, tokens=(0,) + (1,) * (length - 1))
-    question = [longest, other][: len(objective.answers)]
-    # The worst case has no more in common: see `data.choose_tree_rows`.
-    tree_rows = 2 if len(question) == 2 and objective.attention == "plain" else 0
-    rows = data.make_batch(question * stage.batch_size, stage.accumulation, tree_rows=tree_rows)
+    # Rows of the greatest length are not merged: see `data.Merging`.
+    rows = data.make_batch([longest] * stage.batch_size * len(objective.answers), stage.accumulation)
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
 
@@ -321,7 +317,7 @@ def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> li
     """Settings that would make a stage smaller and are not at their end yet, the cheapest first."""
     prefix, settings = ("icd.", config.icd) if stage.name in ICD_DIRS.values() else ("", config)
     micro = settings.batch_size // settings.accumulation
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     ways = []
     if config.dtype == "float32":
         ways.append("dtype=bfloat16")

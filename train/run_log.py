@@ -23,7 +23,7 @@ TENSORBOARD_DIR, PLOT_FILE = "tensorboard", "training.png"
 class RunLog:
     """Writes metrics of a stage into a directory. Used by the main process only.
 
-    NaN, the mean over nothing, is null in the files and left out elsewhere.
+    What is not finite, such as the mean over nothing, is null in the files and left out elsewhere.
 
     Args:
         out: the stage's directory.
@@ -79,7 +79,7 @@ class RunLog:
                 self._wandb.finish()
 
     def _write(self, name: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
-        metrics = {k: _null_if_nan(v) for k, v in metrics.items()}
+        metrics = {k: _finite(v) for k, v in metrics.items()}
         line = {"step": step, **metrics}
         self._lines[name].append(line)
         numbers = {k: v for k, v in metrics.items() if v is not None}
@@ -108,10 +108,10 @@ class RunLog:
             raise UserError(f"logs cannot be written to {self._out}: {error.strerror or error}") from error
 
 
-def _null_if_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, list):
-        return [_null_if_nan(x) for x in value]
-    return None if math.isnan(value) else value
+        return [_finite(x) for x in value]
+    return value if math.isfinite(value) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

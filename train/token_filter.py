@@ -24,7 +24,7 @@ from imae_jax.llama import Weights
 from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
 from imae_jax.sharding import row_shards, sharding
-from imae_jax.train.data import Example, choose_tree_rows, in_batches, make_batch
+from imae_jax.train.data import Example, choose_merging, in_batches, make_batch
 from imae_jax.train.objectives import RIGHT, WRONG, at_facts, run
 from imae_jax.train.step import place_batch
 
@@ -46,7 +46,7 @@ def filter_tokens(
     *,
     mesh: jax.sharding.Mesh,
     batch_size: int,
-    max_length: int = 512,
+    max_length: int,
     reuse: Path | None = None,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
@@ -208,6 +208,7 @@ def _log_ratios(
     """`log p_antiLLM − log p_base`, or `log p_right − log p_wrong`, of every answer token; `adapters` are the
     models that are adapters of this base."""
     weights, config = base.model.weights(), base.config
+    strictest = config
     if adapters[0] is not None:
         if len(adapters) == 2:
             weights, numbers = adapter_pair(weights, adapters, mesh), (RIGHT, WRONG)
@@ -223,6 +224,8 @@ def _log_ratios(
         (anti_expert_llm,) = models
         llm = load_model(anti_expert_llm, dtype=base.base.dtype, stacked=True, mesh=mesh)
         check_same_vocabulary(base, llm, anti_expert_llm, examples)
+        if llm.config.rope.type == "dynamic":
+            strictest = llm.config  # Its rows cannot be merged.
         compiled = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
 
         def ratio(batch):
@@ -237,9 +240,9 @@ def _log_ratios(
     ratios: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
     batches = in_batches([examples[i] for i in order], size * batch_size)
     with jax.set_mesh(mesh):
-        tree_rows = choose_tree_rows(batches, row_shards(), config.hidden_size, max_length)
+        merging = choose_merging(batches, strictest, row_shards(mesh), max_length)
         for number, rows in enumerate(progress(batches, "token filter")):
-            arrays = place_batch(make_batch(rows, 1, tree_rows=tree_rows), mesh)
+            arrays = place_batch(make_batch(rows, 1, merging=merging), mesh)
             values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
             for i, row in zip(order[number * size * batch_size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
