@@ -7,12 +7,13 @@ SmolLM2 on a CPU; and sizes of Llama-2-7B on one H200 (target: at least 45 % MFU
     python benchmarks/train_step.py --shapes llama2-7b --dtype bfloat16 --batch-size 24 --length 256 \\
         --remat full --attention flash
 
-A step is what `train/step.py` compiles for an objective: the base mode without gradient (of `pairs` with its
-adapters beside), anti-expert and expert mode as one doubled batch, gradients of the units alone, AdamW; of
-`adapter`, stage 1, the LoRA alone. Of `pairs` and `preference` the batch is of questions, each a token tree of
-a prompt, half of `--length`, and two answers of the other half; a run merges more where prompts begin alike. The peer, of `paper` alone, is the same step with transformers'
-model, run eagerly (sdpa attention): units hooked onto the MLPs, the vocabulary projected at T_fact only,
-frozen base, fused AdamW; `--remat` is for both. Needs torch (`pip install -e '.[test]'`).
+A step is what `train/step.py` compiles for an objective: the base mode without gradient (of `pairs` with
+its adapters beside), anti-expert and expert mode as one doubled batch, gradients of the units alone, AdamW;
+of `adapter`, stage 1, the LoRA alone. Of `pairs` and `preference` the batch is of questions, each a token
+tree of a prompt, half of `--length`, and two answers of the other half; a run merges more where prompts
+begin alike. The peer, of `paper` alone, is the same step with transformers' model, run eagerly (sdpa
+attention): units hooked onto the MLPs, the vocabulary projected at T_fact only, frozen base, fused AdamW;
+`--remat` is for both. Needs torch (`pip install -e '.[test]'`).
 
 Each side runs in a process and on one device of its own. The first step is left out of the times, which are
 medians of `--repeats`; compiling is not served by a cache. Tokens are random, every row has `--length`, and
