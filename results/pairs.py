@@ -1,8 +1,8 @@
 """What modes do with the pairs that a run held out: `python results/pairs.py RUN METHOD …`.
 
 Of every method: the share of pairs whose right answer has the larger summed log-probability, the mean
-difference of the two, pairs gained and lost against base; and of how many questions 40 greedy tokens name what
-only the right (the wrong) answer has: words of it that are in neither the other answer nor the question.
+difference of the two, pairs gained and lost against base; and of how many questions 40 greedy tokens name
+what only the right (the wrong) answer has: words of it that are in neither the other answer nor the question.
 """
 
 import argparse
