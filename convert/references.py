@@ -433,7 +433,9 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
                 f"{name} is an adapter: a plain base model is needed here, such as convert export makes of it"
             )
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} has no config.json: it is no HuggingFace checkpoint")
+            inside = next(path.glob(f"*/{imae_dir.CONFIG_FILE}"), None)
+            hint = f", but {inside.parent} is an IMAE directory" if inside else ""
+            raise UserError(f"{path} has no config.json: it is no HuggingFace checkpoint{hint}")
         hf = read_json(path / "config.json")
         source = SafetensorsSource(path)
         if str(hf.get("model_type")).startswith(IMAE_PREFIX):

@@ -452,6 +452,13 @@ def test_other_files_are_refused(tmp_path, name):
         load_model(str(tmp_path / name))
 
 
+def test_the_directory_of_a_run_is_no_model_but_holds_one(tmp_path):
+    (tmp_path / "imae").mkdir()
+    (tmp_path / "imae" / "imae_config.json").write_text("{}")
+    with user_error("no config.json", f"{tmp_path / 'imae'} is an IMAE directory"):
+        load_model(str(tmp_path))
+
+
 def test_unknown_dtype_is_refused(tiny):
     with user_error("'int8'", "bfloat16"):
         tiny().load(dtype="int8")
