@@ -108,7 +108,7 @@ def test_errors_of_a_process_are_one_line_and_code_2(tmp_path):
     assert run.stdout == ""
     assert run.stderr == (
         "error: model 'nowhere' does not exist: give a HuggingFace directory, a GGUF file, a hub id "
-        f"(org/name), an IMAE directory or {SMOLLM2}\n"
+        f"(org/name), an IMAE directory or {SMOLLM2}, imae-smollm2-135m\n"
     )
 
 

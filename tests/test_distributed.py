@@ -79,7 +79,10 @@ def assert_same_losses(actual: list[dict], expected: list[dict]) -> None:
     assert [line.keys() for line in actual] == [line.keys() for line in expected]
     for a, b in zip(actual, expected, strict=True):
         for name, value in b.items():
-            assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+            if value is None:
+                assert a[name] is None, name
+            else:
+                assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
 def test_processes_give_the_same_losses_as_one(settings, tmp_path):
