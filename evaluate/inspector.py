@@ -383,7 +383,8 @@ def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> t
         config = DataConfig(**settings["data"] | {"columns": columns})
         tokenized = data.tokenize(data.load_rows(config), lm.tokenizer, config)
         stored, facts = tokenized.train + tokenized.held_out, "T_fact is every answer token"
-        if tokenized.statistics["held_out_rows"] != imae["training"]["data"]["held_out_rows"]:
+        trained_on = imae["training"]["data"]
+        if any(trained_on.get(name) != value for name, value in tokenized.statistics.items()):
             raise UserError(f"{config.path or config.source} is not what {run} was trained on: restore it")
     examples = {example.row: example for example in stored if not example.right}
     if rows is None:

@@ -124,7 +124,7 @@ def of_training(run: Path, root: Path) -> dict[str, Any]:
     steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
     gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
     # Without a token filter there is nothing off T_fact: null, 0 in runs of an earlier version.
-    found = {key: [value for value in own if value] for key, own in gates.items()}
+    found = {key: [value for value in own if value is not None and value > 0] for key, own in gates.items()}
     return {
         "config": config,
         "starts": [

@@ -238,7 +238,7 @@ def test_tables_show_what_runs_found(scored, tiny_imae, tmp_path):
         settings += f"filter:\n  gamma: {-1 if kept == 1 else 1}\n"
         (training / "config.yaml").write_text(settings)
         (training / "environment.json").write_text(json.dumps([{"git": {"commit": "c0ffee"}}]))
-        off = [0.0] * 11 if kept == 1 else [1.0, *[0.25] * 9, None]
+        off = [0.0] * 11 if kept == 1 else [1.0, *[0.25] * 8, None, float("nan")]
         steps = [{"gate_on_fact": 0.5, "gate_off_fact": x} for x in off]
         (training / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (runs / "train" / "seed0" / "training.png").write_bytes(b"curves")

@@ -15,11 +15,6 @@ NAME = "imae-smollm2-135m"
 MODES = {"base": "base", "expert": "expert", "anti-expert": "anti-expert", "strength −2": "-2"}
 
 
-@pytest.fixture(scope="module")
-def card() -> str:
-    return (SHIPPED_UNITS[NAME] / "README.md").read_text(encoding="utf-8")
-
-
 def test_they_are_small_and_load_by_name(smollm2):
     files = [path for path in SHIPPED_UNITS[NAME].iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4e6
@@ -33,8 +28,9 @@ def test_they_are_small_and_load_by_name(smollm2):
     assert len({*base, *expert, *anti_expert}) == 3
 
 
-def test_their_card_has_what_the_demo_questions_give(smollm2, card, tmp_path):
+def test_their_card_has_what_the_demo_questions_give(smollm2, tmp_path):
     """Rounding differs between processors, and may turn a question whose answers are all but equal."""
+    card = (SHIPPED_UNITS[NAME] / "README.md").read_text(encoding="utf-8")
     out = tmp_path / "out"
     arguments = ["--model", NAME, "--data", "demo", "--protocol", "tqa-v1/chat"]
     assert main([*arguments, f"--methods={','.join(MODES.values())}", "--out", str(out), "--quiet"]) == 0

@@ -125,7 +125,7 @@ class Merging:
     """How rows become `Trees`.
 
     Attributes:
-        rows: R, of a tree; neighbours.
+        rows: R, how many neighbours are merged into one tree.
         max_length: the most tokens of a tree. A batch with a longer one stays rows.
     """
 

@@ -57,10 +57,10 @@ from imae_jax.train.token_filter import (
     show_filtered,
 )
 
-CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
-CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
+CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
 FINISHED_FILE = "finished.json"
 ADAPTER_DIR, FILTER_DIR = "adapter", "token_filter"
 # Stage 1 and its directory, by the answers that it trains an adapter on.
