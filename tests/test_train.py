@@ -408,7 +408,7 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
     assert losses_of(tmp_path / "third") == losses_of(out)
     capfd.readouterr()
     same = [s.replace(f"out={out}", f"out={tmp_path / 'same'}") for s in run]
-    same += [given[0], given[0].replace("adapters.right", "adapters.wrong"), "filter.gamma=0"]
+    same += [given[0], given[0].replace("adapters.wrong", "adapters.right"), "filter.gamma=0"]
     assert main([*same, "--quiet"]) == 2
     assert "are the same adapter" in capfd.readouterr().err
     assert main(["icd", *third, *given, "--quiet", "--overwrite"]) == 2
