@@ -1,14 +1,7 @@
 """In-model anti-expert (IMAE) and factuality decoding of Llama-family LLMs in JAX."""
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-# The rooms `convert`, `train` and `evaluate` are installed inside this package; in a checkout that
-# is not installed they lie beside it.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file() and (_checkout / "convert").is_dir():
-    __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
     from imae_jax.convert import load_model
