@@ -28,6 +28,7 @@ from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import read_json
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
+from imae_jax.convert.references import check_same_vocabulary
 from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main, locked
 from imae_jax.errors import Stopped, UserError, first_line
 from imae_jax.files import read_text, write_text
@@ -50,7 +51,6 @@ from imae_jax.train.step import (
 )
 from imae_jax.train.token_filter import (
     adapter_pair,
-    check_same_vocabulary,
     filter_tokens,
     log_statistics,
     own_adapter,
@@ -226,7 +226,7 @@ def _train_icd(run: Run, lora: LoraConfig, answers: str) -> tuple[Path, bool]:
     model = run.model
     if icd.model is not None:
         model = load_model(icd.model, dtype=run.config.dtype, stacked=True, mesh=run.mesh)
-        check_same_vocabulary(run.model, model, icd.model, run.data.train)
+        check_same_vocabulary(run.model, model)
         _check_context(run.data, model.config)
     stage = run.data.stage([answers])
     identity = _identity(model, stage)
