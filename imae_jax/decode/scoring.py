@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
 from imae_jax.decode.joint import Joint
@@ -187,8 +188,7 @@ def _score(
         of_nodes: dict[int, tuple[np.ndarray, ...]] = {}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
-            length = max(row_length, *(row.length for row in batch))
-            length = -(-length // row_length) * row_length
+            length = round_up(max(row_length, *(row.length for row in batch)), row_length)
             batch_arrays = [row.arrays(length) for row in batch]
             batch_arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
             *arrays, parents = (np.stack(a) for a in zip(*batch_arrays, strict=True))
@@ -219,7 +219,7 @@ def batch_size(rows: int | None = None) -> int:
     shards = row_shards()
     if rows is None:
         return ROWS_PER_BATCH.get(jax.default_backend(), 1) * shards
-    return -(-rows // shards) * shards
+    return round_up(rows, shards)
 
 
 def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
@@ -374,7 +374,7 @@ def _fill_rows(trees: Sequence[_TokenTree], length: int) -> list[_Row]:
 
 
 def _prefix_caches(models: Models, method: Method, prefix: Sequence[int]) -> Caches:
-    length = -(-len(prefix) // PREFIX_BUCKET) * PREFIX_BUCKET
+    length = round_up(len(prefix), PREFIX_BUCKET)
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(prefix)] = prefix
     mask = np.arange(length)[None] < len(prefix)
