@@ -20,7 +20,7 @@ from imae_jax.decode.joint import share_streams
 from imae_jax.decode.scoring import Continuation
 from imae_jax.evaluate.cost import RANDOM_ADAPTER, random_model
 from imae_jax.evaluate.divergence import measure
-from imae_jax.evaluate.inspector import Excerpt, inspect
+from imae_jax.evaluate.inspector.compute import Excerpt, inspect
 from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate_command
