@@ -45,8 +45,8 @@ from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Llama, Weights, forward, project
 from imae_jax.tokenizer import Tokenizer
 
-# As for users, whose path does not hold the checkout: there `evaluate` is HuggingFace's package.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
+# As for users, whose path does not begin with the checkout: there `evaluate` is HuggingFace's package.
+sys.path.sort(key=lambda entry: Path(entry).resolve() == Path(__file__).resolve().parents[1])
 
 SMOLLM2 = "smollm2-135m-instruct"
 
