@@ -15,10 +15,10 @@ from flax import nnx
 
 from imae_jax import layer_stack
 from imae_jax.anti_expert import AntiExpertUnits, unit_forward
-from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
+from imae_jax.flash_attention import flash_attention
 from imae_jax.layers import apply_rope, at_least_float32, gated, matmul, precision, rms_norm, rope_tables
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
@@ -298,7 +298,7 @@ def forward(
 
     Raises:
         UserError: a strength but no units; attention `flash` with a cache, with a tree, or with what its
-            kernel does not take (see `attention.flash_attention`).
+            kernel does not take (see `flash_attention.flash_attention`).
     """
     if options.attention == "flash" and (cache is not None or tree is not None):
         raise UserError("attention=flash takes neither a cache nor a mask of its own: use attention=plain")

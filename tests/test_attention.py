@@ -12,8 +12,8 @@ import pytest
 from conftest import TINY, TINY_GEMMA, assert_bitwise, random_tokens, tiny_llama, user_error
 from flax import nnx
 
-from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache
+from imae_jax.flash_attention import flash_attention
 from imae_jax.llama import ATTENTION_KINDS, Interventions, Options, TreeLayout, Weights, forward
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
