@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, quantizable=False)
+    add_model_arguments(parser, with_mesh=False)
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument(
         "--max-shard-gb",

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from imae_jax import layer_stack
 from imae_jax.config import AntiExpertConfig, LoraConfig
-from imae_jax.convert.peft import as_tree
 from imae_jax.convert.references import check_same_vocabulary, model_config, parse_dtype
 from imae_jax.decode.methods import Resource
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
@@ -68,12 +68,15 @@ def _random_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
         return LoadedResource(weights=lambda method: {"shifts": shifts})
     if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
         lora = LoraConfig()
-        layers = range(config.num_layers)
-        module = _drawn(
-            lambda: nnx.List([LoraDeltas(config, lora, rngs=nnx.Rngs(i), stack=None) for i in layers]),
-            lm.mesh,
-        )
-        deltas = as_tree(module, config.num_layers)
+
+        def declare():
+            rngs = nnx.Rngs(0)
+            return layer_stack.declare(
+                lambda n: LoraDeltas(config, lora, rngs=rngs, stack=n), config.num_layers, stacked=False
+            )
+
+        module = _drawn(declare, lm.mesh)
+        deltas = layer_stack.arrays(module)
         return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
     second = random_model(resource.reference, dtype=lm.base.dtype, units=False, mesh=lm.mesh)
     check_same_vocabulary(lm, second)

@@ -13,11 +13,11 @@ from imae_jax import runtime
 from imae_jax.convert import imae_dir, load_model
 from imae_jax.convert.random_model import random_model
 from imae_jax.convert.references import Reference
-from imae_jax.decode import Method, Sampler
-from imae_jax.decode.loop import stream_tokens
+from imae_jax.decode import Method
+from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.evaluate.runs import environment, jsonable
 from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, time_runs
-from imae_jax.language_model import CHUNK_SIZE, LanguageModel
+from imae_jax.language_model import LanguageModel
 
 MEMORY_PROFILE = "memory.prof"
 ON_DEVICE = "peak of the device's allocator; of several devices, of the first"
@@ -95,22 +95,13 @@ def measure(
     del lm
     shape = (workload.batch_size, workload.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
-    chunk_size = min(CHUNK_SIZE, workload.new_tokens - 1)
+    chunk_size = min(GenerationOptions.chunk_size, workload.new_tokens - 1)
+    options = GenerationOptions(max_new_tokens=workload.new_tokens, chunk_size=chunk_size)
     num_chunks = -(-(workload.new_tokens - 1) // chunk_size)
 
     def run(at_end: Callable[[], None] = lambda: None) -> Timing:
         start = time.perf_counter()
-        stream = stream_tokens(
-            models,
-            config,
-            prompts,
-            method=method,
-            sampler=Sampler(),
-            max_new_tokens=workload.new_tokens,
-            eos_token_ids=(),
-            seed=0,
-            chunk_size=chunk_size,
-        )
+        stream = stream_tokens(models, prompts, method, options, eos_token_ids=())
         with jax.profiler.StepTraceAnnotation("prefill", step_num=0):
             next(stream)
         prefilled = time.perf_counter()
@@ -134,8 +125,8 @@ def measure(
     }
     if profile is not None:
         profile.mkdir(parents=True)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        with jax.profiler.trace(profile, profiler_options=options):
+        profiling = jax.profiler.ProfileOptions()
+        profiling.python_tracer_level = 0
+        with jax.profiler.trace(profile, profiler_options=profiling):
             run(lambda: jax.profiler.save_device_memory_profile(profile / MEMORY_PROFILE))
     return figures

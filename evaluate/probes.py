@@ -17,7 +17,7 @@ from imae_jax.convert.iti import Directions
 from imae_jax.decode.streams import not_finite_error
 from imae_jax.language_model import LanguageModel
 from imae_jax.layers import precision
-from imae_jax.llama import Taps, Weights, forward
+from imae_jax.llama import Options, Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
 
 TOKENS_PER_BATCH, LENGTH_MULTIPLE = 512, 16
@@ -52,7 +52,7 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = la
 def _last_heads(weights: Weights, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Head outputs at the last token of each row: [B, L, N, H]."""
     mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    heads = forward(weights, config, tokens, attention_mask=mask, taps=Taps(heads=True)).heads
+    heads = forward(weights, config, tokens, attention_mask=mask, options=Options(Taps(heads=True))).heads
     last = heads[:, jnp.arange(tokens.shape[0]), lengths - 1]  # [L, B, N, H]
     return jnp.swapaxes(last, 0, 1).astype(jnp.float32)
 

@@ -270,11 +270,11 @@ def test_peers_one_answer_at_a_time_compute_the_same(tiny, name):
     models, method = lm.prepare(name, generating=False)
     benchmark.check_peer(name, method)
     items = [Continuation((5, 6, 7, 8, 9, 10), 4), Continuation((5, 6, 7, 8, 11), 4)]
-    ((_, scores),) = score(models, lm.config, [items], method, row_length=16)
+    ((_, scored),) = score(models, lm.config, [items], method, row_length=16)
     sums, seconds = benchmark.one_at_a_time(tiny("tied").hf, method, items)
     assert seconds > 0
     # Float32 sums over 97 tokens, and cosines of vectors that nearly cancel.
-    np.testing.assert_allclose(sums, [float(s.sum()) for s in scores], rtol=1e-4)
+    np.testing.assert_allclose(sums, [float(s.sum()) for s in scored.scores], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["expert", "cd:amateur=model", "dola:divergence=jensen-shannon"])

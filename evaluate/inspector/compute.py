@@ -20,7 +20,7 @@ from imae_jax.decode import windows
 from imae_jax.decode.streams import not_finite_error
 from imae_jax.errors import UserError
 from imae_jax.language_model import LanguageModel
-from imae_jax.llama import Taps, Weights, forward, project
+from imae_jax.llama import Interventions, Options, Taps, Weights, forward, project
 
 MODE_NAMES = ("base", "expert", "anti-expert")
 BASE, EXPERT = 0, 1
@@ -163,13 +163,14 @@ def _run_modes(
     token, NaN where logits are not finite, and the top tokens and their log-probabilities [B, T, M, K]."""
     B, T = tokens.shape
     M = len(MODE_NAMES)
+    strength = jnp.repeat(jnp.asarray([MODES[name] for name in MODE_NAMES]), B)
     output = forward(
         weights,
         config,
         jnp.tile(tokens, (M, 1)),
         attention_mask=jnp.tile(jnp.arange(T) < lengths[:, None], (M, 1)),
-        strength=jnp.repeat(jnp.asarray([MODES[name] for name in MODE_NAMES]), B),
-        taps=Taps(gates=True),
+        interventions=Interventions(strength=strength),
+        options=Options(Taps(gates=True)),
     )
 
     def predict(position):
