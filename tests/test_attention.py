@@ -176,10 +176,12 @@ def test_flash_equals_plain_on_rows_padded_on_the_right(kernel, remat, config):
 
 @pytest.mark.parametrize("config", [CONFIG, TINY_GEMMA], ids=["llama", "gemma"])
 def test_the_loop_over_layers_takes_flash(config):
-    run = jax.jit(forward, static_argnames=("config", "attention"))
+    run = jax.jit(forward, static_argnames=("config", "options"))
     weights = tiny_llama(config).weights()
     states, expected = (
-        np.asarray(run(weights, config, TOKENS, attention_mask=REAL, attention=kind).hidden_states)
+        np.asarray(
+            run(weights, config, TOKENS, attention_mask=REAL, options=Options(attention=kind)).hidden_states
+        )
         for kind in ("flash", "plain")
     )
     assert_close(states[REAL], expected[REAL])
