@@ -40,7 +40,7 @@ demo: .venv/run
 	  --prompt "Which planet is closest to the Sun?" --prompt "How many legs does a spider have?" \
 	  --prompt "Who wrote Romeo and Juliet?" --compare base,expert,anti-expert
 
-# The figures of docs/results.md: hours on two CPU cores. See results/Makefile.
+# The runs and tables of docs/results.md: hours on two CPU cores. See results/Makefile.
 results: .venv/test
 	$(MAKE) --file results/Makefile
 
