@@ -11,7 +11,7 @@ export PYTHONWARNINGS ?= ignore:Editable installation
 install = $(BIN)/pip install --progress-bar off $(1) | \
   awk '/^ *(Downloading|Using cached) / && !/\.metadata/ { print; fflush() }'
 
-.PHONY: demo results test lint clean
+.PHONY: demo results test test-all lint clean
 
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -44,7 +44,11 @@ demo: .venv/run
 results: .venv/test
 	$(MAKE) --file results/Makefile
 
+# The fast tests; at its end it names the markers (pyproject.toml) that it left out.
 test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not docs and not browser and not multiprocess'
+
+test-all: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
