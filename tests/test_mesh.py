@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import error_of, random_tokens, user_error, with_random_units, write_questions
 from flax import nnx
-from test_hlo import gathered_shapes
-from test_methods import random_adapter, random_directions
+from helpers.models import random_adapter, random_directions
+from helpers.programs import gathered_shapes
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
