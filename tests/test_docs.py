@@ -76,3 +76,10 @@ def test_what_documents_point_to_exists(document):
         assert not anchor or anchor in anchors, link
     paths = re.findall(r"`((?:imae_jax|convert|train|evaluate|tests|benchmarks)/[\w./]*)`", text)
     assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_make_targets_that_documents_name_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    named = {name for text in texts for name in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE)}
+    assert {"demo", "test", "test-all", "results"} <= named <= targets
