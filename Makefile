@@ -44,6 +44,10 @@ demo: .venv/run
 results: .venv/test
 	$(MAKE) --file results/Makefile
 
+# Programs that tests compiled are there again the next time.
+test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
+test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+
 # The fast tests; at its end it names the markers (pyproject.toml) that it left out.
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not docs and not browser and not multiprocess'
@@ -56,4 +60,4 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .cache out build *.egg-info

@@ -221,6 +221,7 @@ def test_an_adapter_as_a_model_is_spread(paths, on_many):
         assert not np.array_equal(merged, plain)
 
 
+@pytest.mark.slow
 def test_random_models_are_spread(paths):
     lm = random_model(paths["second"], dtype="float32", units=True, mesh=MESHES[0])
     for weight in (lm.model.embed, lm.model.layers[0].wq, lm.model.units[0].w_up):
@@ -273,6 +274,7 @@ def test_generate_command(paths, capfd):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_truthfulqa_command(paths, tmp_path, capfd):
     """Resumed on another mesh, which changes no score."""
     data = write_questions(tmp_path / "questions.csv")
