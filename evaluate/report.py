@@ -143,7 +143,7 @@ FORMS: dict[str, Any] = {
         "versions": dict,
         "config": {
             "imae_jax": {
-                "arguments": {"model": str, "int8": object, "method": str, "limit": object},
+                "arguments": {"model": str, "method": str, "limit": object},
                 "base_model": {"dtype": str},
                 "method": {"scoring": dict},
                 "versions": dict,
@@ -517,7 +517,6 @@ def read_harness(file: Path) -> dict[str, Any]:
         "benchmark": HARNESS,
         "model": arguments["model"],
         "dtype": ours["base_model"]["dtype"],
-        "int8": arguments["int8"],
         "rows": harness_rows(found),
         "methods": {arguments["method"]: {"settings": ours["method"]["scoring"]}},
         "limit": arguments["limit"],

@@ -45,7 +45,7 @@ RUN_FILE, SCORES_FILE, RESULTS_FILE = "run.json", "scores.jsonl", "results.json"
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
 COMPARISON_FILE, HARNESS_FILE = "comparison.json", "lm_eval.json"
 # Of `model_settings`: what scores depend on.
-IDENTITY = ("base_model", "units", "int8", "tokenizer")
+IDENTITY = ("base_model", "units", "tokenizer")
 LONGEST_LABEL = 40  # characters
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
 
@@ -286,7 +286,6 @@ def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, A
         "model": args.model,
         "base_model": dataclasses.asdict(lm.base),
         "dtype": lm.base.dtype,
-        "int8": args.int8,
         "tokenizer": {"path": args.tokenizer, "sha256": lm.tokenizer.fingerprint},
         "anti_expert": lm.imae and lm.imae["anti_expert"],
         "units": lm.units_fingerprint,
@@ -402,7 +401,7 @@ class Run:
                     for place in part.places
                     if any((label, index[place]) not in self.lines for label in part.labels)
                 ]
-                scored = score(
+                results = score(
                     part.models,
                     lm.config,
                     [groups[p] for p in missing],
@@ -410,18 +409,18 @@ class Run:
                     where=lambda i, j, missing=missing: f"question {index[missing[i]]}, answer {j}",
                 )
                 bar = tqdm(
-                    scored,
+                    results,
                     total=len(part.places),
                     initial=len(part.places) - len(missing),
                     desc=_shown(part.labels),
                     unit="item",
                     disable=quiet,
                 )
-                for i, scores in bar:
+                for i, scored in bar:
                     place = missing[i]
                     for column, label in enumerate(part.labels):
                         if (label, index[place]) not in self.lines:
-                            of_method = [answer[:, column] for answer in scores]
+                            of_method = [answer[:, column] for answer in scored.scores]
                             append(label, index[place], line(place, of_method))
                 _add_costs(costs, part, start)
         return costs

@@ -26,7 +26,7 @@ def sums_of(settings: Mapping[str, Any]) -> str:
 
 def precision_of(results: Mapping[str, Any]) -> str:
     """A run's dtype, and which weights were 8-bit integers."""
-    return results["dtype"] + (f", int8 {results['int8']}" if results.get("int8") else "")
+    return results["dtype"]
 
 
 def baseline_of(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:

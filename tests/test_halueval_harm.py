@@ -289,7 +289,7 @@ def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
     assert "has other settings there" in capfd.readouterr().err
     assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(scored[1])]) == 2
     assert "is a run of truthfulqa, not of harm" in capfd.readouterr().err
-    again = [*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[0]), "--int8", "base"]
+    again = [*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[0]), "--dtype", "bfloat16"]
     assert truthfulqa(again) == 2
     assert "is of another model" in capfd.readouterr().err
     assert (out / "results.json").read_bytes() == before

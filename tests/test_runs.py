@@ -74,7 +74,6 @@ def test_a_run_goes_on_with_the_same_settings_alone(scored, killed, tmp_path, ca
         "another methods.base": with_out(command, out, methods="expert"),
         "another split.name": [*command, "--split", "dev"],
         "another limit (None, now 3)": [*command, "--limit", "3"],
-        "another int8 (None, now base)": [*command, "--int8", "base"],
         "another tokenizer.sha256 (": [*command, "--tokenizer", tokenizer],
         "another base_model.dtype (float32, now bfloat16)": [*command, "--dtype", "bfloat16"],
         "csv-data-": with_out(command, out, data=write_questions(tmp_path / "q.csv", seed=1)),
@@ -203,7 +202,7 @@ def test_methods_that_share_streams_get_the_scores_that_they_get_alone(tiny_imae
         for column, place in enumerate(places):
             alone = dict(score(*prepared[place][:1], lm.config, groups, prepared[place][1], row_length=32))
             for i in alone:
-                for one, all_of_them in zip(alone[i], together[i], strict=True):
+                for one, all_of_them in zip(alone[i].scores, together[i].scores, strict=True):
                     np.testing.assert_allclose(all_of_them[:, column], one, rtol=1e-4, atol=1e-3)
 
 
