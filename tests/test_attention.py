@@ -17,6 +17,8 @@ from imae_jax.flash_attention import flash_attention
 from imae_jax.llama import ATTENTION_KINDS, Interventions, Options, TreeLayout, Weights, forward
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
+pytestmark = pytest.mark.slow
+
 # What runs here: the code for other devices, and the TPU's kernel as plain operations.
 KERNELS = {
     "other": functools.partial(flash_attention, platform="cpu"),

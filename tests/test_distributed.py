@@ -19,6 +19,8 @@ from imae_jax import distributed
 from imae_jax.convert import load_model
 from imae_jax.files import locked
 
+pytestmark = pytest.mark.multiprocess
+
 DEVICES = 4
 ICD = [
     *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=3"),

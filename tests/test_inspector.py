@@ -330,6 +330,7 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
     assert path.read_bytes() == before
 
 
+@pytest.mark.docs
 def test_commands_of_the_document_run(run, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "inspector.md").read_text(encoding="utf-8")
 

@@ -217,6 +217,7 @@ def test_a_model_has_the_same_config_with_and_without_its_weights(tiny, tmp_path
         assert model_config(f"{directory}#layers=2")[0].num_layers == 2
 
 
+@pytest.mark.slow
 def test_command_plans_70b_as_shipped(tmp_path):
     run = run_python(["-m", "imae_jax.train", "plan", "--config", "llama3_1_70b_instruct"], tmp_path)
     assert run.returncode == 0, run.stderr

@@ -255,6 +255,7 @@ def test_run_writes_a_model_that_loads(settings, checkpoint, tmp_path):
     assert float(jnp.abs(lm.model.weights().units[0]["w_down"]).max()) > 0
 
 
+@pytest.mark.multiprocess
 def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path):
     assert main([*settings, "--quiet"]) == 0
     expected = losses_of(tmp_path / "run")
@@ -434,6 +435,7 @@ def test_preference_has_one_stage(settings, tmp_path):
     assert load_model(str(out / "imae")).imae["training"]["config"]["objective"] == "preference"
 
 
+@pytest.mark.multiprocess
 def test_a_run_of_pairs_killed_in_its_second_stage_resumes_with_the_same_losses(settings, tmp_path):
     run = [*settings, *ICD, "objective=pairs", "--quiet"]
     assert main(run) == 0

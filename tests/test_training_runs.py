@@ -181,6 +181,7 @@ def wait_for_steps(process: subprocess.Popen, out: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_stops(settings, tmp_path, number):
     long = [s.replace("save_every=3", "save_every=1000").replace("steps=8", "steps=500") for s in settings]
