@@ -19,6 +19,14 @@ import yaml
 
 from imae_jax.evaluate.questions import Question, load_data, select
 from imae_jax.evaluate.runs import read_lines
+from imae_jax.train.run_directory import (
+    ENVIRONMENT_FILE,
+    IMAE_DIR,
+    METRICS_FILE,
+    PLOT_FILE,
+    config_file,
+    read_starts,
+)
 
 METRICS = ("mc1", "mc2", "mc3")
 # Of MC2 and MC3, which are shares.
@@ -28,7 +36,7 @@ ROOT = "out/results"
 MADE_BY = ("command", "git", "versions", "machine", "cpu_cores")
 MADE_OF = ("protocol", "split", "units", "workload", "dtype")
 # What a finished training run leaves behind.
-TRAINED = Path("imae/imae_config.json")
+TRAINED = Path(IMAE_DIR) / "imae_config.json"
 # Of a training run, of which the mean gates are kept.
 LAST_STEPS = 10
 
@@ -118,18 +126,16 @@ def of_evaluation(run: Path, root: Path) -> dict[str, Any]:
 def of_training(run: Path, root: Path) -> dict[str, Any]:
     """Settings, every start (a resumed run has several), and what the token filter and the gates came to."""
     shown = ("started", "git", "versions")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(config_file(run).read_text(encoding="utf-8"))
     if config["data"]["path"] is not None:
         config["data"]["path"] = place(config["data"]["path"], root)
-    steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
+    steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
     gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
     # Without a token filter there is nothing off T_fact: null, 0 in runs of an earlier version.
     found = {key: [value for value in own if value is not None and value > 0] for key, own in gates.items()}
     return {
         "config": config,
-        "starts": [
-            {k: start[k] for k in shown if k in start} for start in read_json(run / "environment.json")
-        ],
+        "starts": [{k: start[k] for k in shown if k in start} for start in read_starts(run)],
         "last_steps": {key: statistics.mean(own) if own else None for key, own in found.items()},
         "kept_share": read_json(run / TRAINED)["training"]["data"]["kept_share"],
     }
@@ -139,7 +145,7 @@ def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and record of every finished run."""
     for path in _files(root, "results.json"):
         yield str(path.parent.relative_to(root)), of_evaluation(path.parent, root)
-    for path in _files(root, "environment.json"):
+    for path in _files(root, ENVIRONMENT_FILE):
         run = path.parent
         if (run / TRAINED).is_file():
             name = run.relative_to(root)
@@ -164,7 +170,7 @@ def main() -> None:
         text = text.replace(f"{args.root}/", f"{ROOT}/")
         text = re.sub(r"\[\s+([-\d.,\snul]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         path.write_text(text + "\n", encoding="utf-8")
-    curves = args.root / "train" / "seed0" / "training.png"
+    curves = args.root / "train" / "seed0" / PLOT_FILE
     if curves.is_file():
         shutil.copy(curves, args.records.parent)
 

@@ -31,8 +31,9 @@ from imae_jax.sharding import make_mesh
 from imae_jax.train import data
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
-from imae_jax.train.loop import ICD_DIRS, train, units_objective
+from imae_jax.train.loop import train, units_objective
 from imae_jax.train.objectives import UNITS_OBJECTIVES, ImaeObjective
+from imae_jax.train.run_directory import ADAPTER_STAGES
 from imae_jax.train.step import (
     init_state,
     make_optimizer,
@@ -401,7 +402,7 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
     other = [s.replace(f"out={out}", f"out={tmp_path / 'other'}") for s in run]
     assert main(["icd", *other, "--quiet"]) == 0
     assert not (tmp_path / "other" / "imae").exists()
-    given = [f"adapters.{k}={tmp_path / 'other' / d / 'adapter'}" for k, d in ICD_DIRS.items()]
+    given = [f"adapters.{k}={tmp_path / 'other' / d / 'adapter'}" for k, d in ADAPTER_STAGES.items()]
     third = [s.replace(f"out={out}", f"out={tmp_path / 'third'}") for s in run]
     assert main([*third, *given, "--quiet"]) == 0
     assert not (tmp_path / "third" / "icd").exists()
@@ -500,7 +501,7 @@ def test_bad_pairs_end_in_one_line(settings, tiny, tmp_path, capfd):
 def test_pairs_without_a_threshold_need_no_filter(settings, tmp_path):
     """A γ that any log-ratio exceeds gives the same losses, after a stage 2."""
     runs = {gamma: tmp_path / f"gamma{gamma}" for gamma in ("0", "1e-30")}
-    adapters = [f"adapters.{k}={runs['0'] / d / 'adapter'}" for k, d in ICD_DIRS.items()]
+    adapters = [f"adapters.{k}={runs['0'] / d / 'adapter'}" for k, d in ADAPTER_STAGES.items()]
     for (gamma, out), more in zip(runs.items(), ([], adapters), strict=True):
         run = [s.replace(f"out={tmp_path / 'run'}", f"out={out}") for s in settings]
         assert main([*run, *ICD, *more, "objective=pairs", f"filter.gamma={gamma}", "--quiet"]) == 0

@@ -6,20 +6,15 @@ import functools
 import json
 import logging
 import math
-import shutil
 import signal
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -29,16 +24,24 @@ from imae_jax.convert.hf import read_json
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
 from imae_jax.distributed import agree, barrier, decide, gather_stacks, is_main, locked
-from imae_jax.errors import Stopped, UserError, first_line
-from imae_jax.files import read_text, write_text
+from imae_jax.errors import Stopped, UserError
+from imae_jax.files import write_text
 from imae_jax.llama import Weights
 from imae_jax.runtime import git_state, versions
 from imae_jax.sharding import check_divisible, make_mesh, row_shards
-from imae_jax.train import data
+from imae_jax.train import data, run_directory
 from imae_jax.train.checkpoint import Checkpoints
 from imae_jax.train.config import IcdConfig, OptimizerConfig, TrainConfig
 from imae_jax.train.objectives import UNITS_OBJECTIVES, AnswerObjective, Objective, UnitsObjective
-from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR, RunLog
+from imae_jax.train.run_directory import (
+    ADAPTER_DIR,
+    ADAPTER_STAGES,
+    CHECKPOINT_DIR,
+    FILTER_DIR,
+    FINISHED_FILE,
+    IMAE_DIR,
+)
+from imae_jax.train.run_log import RunLog
 from imae_jax.train.step import (
     init_state,
     make_evaluation,
@@ -59,16 +62,7 @@ from imae_jax.train.token_filter import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
-CHECKPOINT_DIR, IMAE_DIR = "checkpoints", "imae"
-FINISHED_FILE = "finished.json"
-ADAPTER_DIR, FILTER_DIR = "adapter", "token_filter"
-# Stage 1 and its directory, by the answers that it trains an adapter on.
-ICD_DIRS = {"wrong": "icd", "right": "icd_right"}
 SAMPLED_STEPS = 16  # whose rows tell how to merge all
-LOG_FILES = (METRICS_FILE, EVALUATION_FILE, TENSORBOARD_DIR, PLOT_FILE, "wandb")
-RUN_FILES = (CONFIG_FILE, ENVIRONMENT_FILE, CHECKPOINT_DIR, IMAE_DIR, FILTER_DIR)
-RUN_FILES += (*ICD_DIRS.values(), *LOG_FILES)
 # Settings that may change between a run and its continuation: they do not alter what a step computes, but
 # for the order in which devices and kernels add up.
 FREE_ON_RESUME = {"out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb"}
@@ -146,14 +140,13 @@ def _train(
         own_adapter(reference, model)
     if is_main():
         data.log_statistics(tokenized.statistics)
-    barrier("output checked")
-    if is_main():
-        if not resume:
-            _create_output(out)
-        write_text(out / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
-        _record_environment(out / ENVIRONMENT_FILE)
-    barrier("output created")
-    run_id = json.loads((out / ENVIRONMENT_FILE).read_text(encoding="utf-8"))[0]["run_id"]
+    environment = {
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "git": git_state(),
+    }
+    run_id = run_directory.begin(out, config.to_dict(), environment, resume=resume)
     try:
         with _stop_signals() as stop:
             run = Run(config, out, run_id, mesh, model, tokenized, resume, from_step, quiet, stop)
@@ -163,7 +156,7 @@ def _train(
                 if trained:
                     run = dataclasses.replace(run, from_step=None)
             if only_icd and run.from_step is not None:
-                stages = " and ".join(ICD_DIRS[answers] for answers in to_train)
+                stages = " and ".join(ADAPTER_STAGES[answers] for answers in to_train)
                 raise UserError(f"stage {stages} in {out} is finished: --from-step goes with unfinished ones")
             if only_icd:
                 return adapter
@@ -172,9 +165,8 @@ def _train(
             anti_expert_llm = config.filter.anti_expert_llm or adapters["wrong"]
             return _train_units(run, objective, () if anti_expert_llm is None else (anti_expert_llm,))
     except UserError:
-        results = [f"**/{CHECKPOINT_DIR}/[0-9]*", f"{FILTER_DIR}/*", f"*/{ADAPTER_DIR}"]
-        if is_main() and not any(any(out.glob(pattern)) for pattern in results):
-            _remove_run(out)  # There is nothing to go on from.
+        if is_main() and not run_directory.holds_results(out):
+            run_directory.remove(out)  # There is nothing to resume.
         raise
 
 
@@ -220,7 +212,7 @@ class Run:
 
 def _train_icd(run: Run, lora: LoraConfig, answers: str) -> tuple[Path, bool]:
     """Stage 1, an adapter on `wrong` or `right` answers: returns it, and whether it was trained just now."""
-    icd, name = run.config.icd, ICD_DIRS[answers]
+    icd, name = run.config.icd, ADAPTER_STAGES[answers]
     out = run.out / name
     path, finished = out / ADAPTER_DIR, out / FINISHED_FILE
     model = run.model
@@ -585,21 +577,6 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def _record_environment(path: Path) -> None:
-    """Appends what this start of the run works with; the first entry has the run's id."""
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    entry = {
-        "run_id": entries[0]["run_id"] if entries else uuid.uuid4().hex[:12],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "versions": versions(),
-        "git": git_state(),
-    }
-    write_text(path, json.dumps([*entries, entry], indent=2) + "\n")
-
-
 def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
     """The mesh that a config asks for, over all devices; it divides the rows of every micro-batch."""
     sizes = config.mesh
@@ -644,18 +621,8 @@ def units_objective(config: TrainConfig, llama: LlamaConfig) -> UnitsObjective:
 
 def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
     """Refuses an output directory that holds another run."""
-    saved = out / CONFIG_FILE
     if resume:
-        if not saved.is_file():
-            raise UserError(f"{out} holds no training run to resume")
-        try:
-            before = yaml.safe_load(read_text(saved, "the run's"))
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"{saved} is damaged ({first_line(error)}): start anew with --overwrite"
-            ) from error
-        if not isinstance(before, dict):
-            raise UserError(f"{saved} is damaged (it holds no settings): start anew with --overwrite")
+        before = run_directory.read_settings(out)
         now = config.to_dict()
         # A setting that a later version added was at its default.
         before = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), before))
@@ -668,47 +635,10 @@ def _check_output(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
                 f"{', '.join(changed)} differ(s) from the run in {out}: resume with its settings, or "
                 "start anew with another out"
             )
-    elif not overwrite and any((out / name).exists() for name in RUN_FILES):
+    elif not overwrite and run_directory.holds_run(out):
         raise UserError(
             f"{out} holds a training run: pass --resume to go on, --overwrite to replace it, or another out"
         )
-
-
-def _remove_run(out: Path) -> None:
-    """Removes what a run has written, and nothing else.
-
-    Raises:
-        UserError: it holds files of these names that no run wrote.
-    """
-    there = [name for name in RUN_FILES if (out / name).exists()]
-    if there and not _is_config_of_a_run(out / CONFIG_FILE):
-        raise UserError(f"{out} holds {', '.join(there)}, but no {CONFIG_FILE} of a run: choose another out")
-    for name in RUN_FILES:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    if not any(out.iterdir()):
-        out.rmdir()
-
-
-def _is_config_of_a_run(path: Path) -> bool:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(config, dict) and {"model", "units", "optimizer"} <= config.keys()
-
-
-def _create_output(out: Path) -> None:
-    """Makes the output directory, without the traces of an earlier run."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_run(out)
-        out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from error
 
 
 def _check_context(tokenized: data.TokenizedData, llama: LlamaConfig) -> None:

@@ -37,8 +37,9 @@ from imae_jax.lora import side_by_side
 from imae_jax.sharding import check_divisible, row_shards, sharding, shardings_of
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig
-from imae_jax.train.loop import ICD_DIRS, units_objective
+from imae_jax.train.loop import units_objective
 from imae_jax.train.objectives import AnswerObjective, Objective
+from imae_jax.train.run_directory import ADAPTER_STAGES
 from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
 
 GIB = 2**30
@@ -131,7 +132,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
             beside = _total(_buffers(base))
         stage = _plan_stage("icd", config, config.icd, icd_llama, Weights(icd_base), icd, mesh)
         stages += [
-            dataclasses.replace(stage, name=ICD_DIRS[answers], base=stage.base + beside)
+            dataclasses.replace(stage, name=ADAPTER_STAGES[answers], base=stage.base + beside)
             for answers in to_train
         ]
     frozen = Weights(base)
@@ -315,7 +316,7 @@ def _gib(size: int) -> str:
 
 def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> list[str]:
     """Settings that would make a stage smaller and are not at their end yet, the cheapest first."""
-    prefix, settings = ("icd.", config.icd) if stage.name in ICD_DIRS.values() else ("", config)
+    prefix, settings = ("icd.", config.icd) if stage.name in ADAPTER_STAGES.values() else ("", config)
     micro = settings.batch_size // settings.accumulation
     shards = row_shards(mesh)
     ways = []

@@ -14,7 +14,8 @@ from imae_jax.language_model import BaseReference
 from imae_jax.llama import Weights
 from imae_jax.train.checkpoint import read_trainable, steps_in
 from imae_jax.train.config import TrainConfig, load_config
-from imae_jax.train.loop import CHECKPOINT_DIR, CONFIG_FILE, ICD_DIRS, units_objective
+from imae_jax.train.loop import units_objective
+from imae_jax.train.run_directory import ADAPTER_STAGES, CHECKPOINT_DIR, CONFIG_FILE
 
 
 def write_result(
@@ -40,7 +41,7 @@ def write_result(
         UserError: no such run or checkpoint, a damaged one, another base, or `out` may not be replaced.
     """
     stage = run.parent if run.resolve().name == CHECKPOINT_DIR else run
-    is_icd = stage.resolve().name in ICD_DIRS.values() and not (stage / CONFIG_FILE).is_file()
+    is_icd = stage.resolve().name in ADAPTER_STAGES.values() and not (stage / CONFIG_FILE).is_file()
     settings = (stage.parent if is_icd else stage) / CONFIG_FILE
     if not settings.is_file():
         raise UserError(f"{run} is no training run: {settings} does not exist")

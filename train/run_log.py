@@ -15,9 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.train.plots import training_plot
-
-METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
-TENSORBOARD_DIR, PLOT_FILE = "tensorboard", "training.png"
+from imae_jax.train.run_directory import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR
 
 
 class RunLog:
