@@ -262,11 +262,9 @@ def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
         tokenized.train + tokenized.held_out,
         base,
         [config.filter.anti_expert_llm],
-        config.filter.gamma,
+        config,
         out / FILTER_DIR,
         mesh=mesh,
-        batch_size=8,
-        max_length=512,
     )
     write_imae_dir(
         out / IMAE_DIR,

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from imae_jax.config import LORA_TARGETS
+from imae_jax.config import LoraConfig
 from imae_jax.errors import UserError, first_line
 from imae_jax.llama import ATTENTION_KINDS, REMAT_POLICIES
 from imae_jax.losses import LossConfig
@@ -138,15 +138,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
-class LoraSettings:
-    """See `imae_jax.config.LoraConfig`; targets are its names of projections."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: list[str] = dataclasses.field(default_factory=lambda: list(LORA_TARGETS))
-
-
-@dataclasses.dataclass
 class IcdConfig:
     """The anti-expert LLM: LoRA on the hallucinated answers (ICD, Zhang et al., arXiv 2312.15710). Objective
     `pairs` trains both of its adapters with these settings.
@@ -167,7 +158,7 @@ class IcdConfig:
 
     enabled: bool = False
     model: str | None = None
-    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     batch_size: int = 256
     accumulation: int = 1
     epochs: float | None = 5.0
@@ -224,6 +215,18 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "filter.gamma": (-_FINITE, _FINITE),
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
     **{f"icd.optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
+}
+# Settings, or groups of them, that an objective does not use; where it would be wrong to go on without them,
+# `TrainConfig` refuses.
+UNUSED = {
+    "paper": ("loss.alpha", "loss.tau"),
+    "pairs": ("loss.beta", "loss.tau"),
+    "preference": ("icd", "filter", "loss.beta", "loss.alpha", "loss.valid_form", "loss.delta"),
+}
+# Settings that may change when a run is resumed: they do not alter what a step computes, but for the order in
+# which devices and kernels add up.
+FREE_ON_RESUME = {
+    *("out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb", "attention"),
 }
 
 
@@ -339,8 +342,49 @@ class TrainConfig:
             raise UserError(f"stage icd has nothing to train with objective={self.objective} as it is set")
         return names
 
+    def unused(self) -> list[str]:
+        """Settings that differ from their defaults and that the objective does not use."""
+        settings, defaults = (_flat(config.to_dict()) for config in (self, TrainConfig("", "")))
+        groups = UNUSED[self.objective]
+        return [
+            name
+            for name, value in settings.items()
+            if value != defaults[name] and any(f"{name}.".startswith(f"{group}.") for group in groups)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As a YAML file holds it: nested dicts, lists and plain values."""
+        return OmegaConf.to_container(OmegaConf.structured(self))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def check_resumed(config: TrainConfig, saved: dict[str, Any], out: Path, *, units_begun: bool) -> None:
+    """Refuses to resume a run with settings that change what its steps compute.
+
+    Args:
+        config: of the resumed run.
+        saved: settings of the run in `out`.
+        out: names it in the error.
+        units_begun: whether a checkpoint of the units exists. γ only thresholds: before, it may change.
+    """
+    # A setting that a later version added was at its default.
+    saved = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), saved))
+    now = config.to_dict()
+    if not units_begun and isinstance(saved.get("filter"), dict):
+        saved["filter"] |= {"gamma": now["filter"]["gamma"]}
+    changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != saved.get(key)]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} differ(s) from the run in {out}: resume with its settings, or start over "
+            "with another out"
+        )
 
 
 def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:

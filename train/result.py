@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.config import LlamaConfig
 from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.identity import note
 from imae_jax.convert.references import open_model
@@ -14,8 +14,8 @@ from imae_jax.language_model import BaseReference
 from imae_jax.llama import Weights
 from imae_jax.train.checkpoint import read_trainable, steps_in
 from imae_jax.train.config import TrainConfig, load_config
-from imae_jax.train.loop import units_objective
 from imae_jax.train.run_directory import ADAPTER_STAGES, CHECKPOINT_DIR, CONFIG_FILE
+from imae_jax.train.setup import units_objective
 
 
 def write_result(
@@ -56,9 +56,8 @@ def write_result(
     trainable, identity = read_trainable(stage / CHECKPOINT_DIR / str(step))
     reference, llama = _base(config, is_icd, base, identity)
     if is_icd:
-        lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
         origin = {"base_reference": reference.reference, "revision": reference.revision}
-        peft.write_adapter(out, trainable, llama, lora, **origin, overwrite=overwrite)
+        peft.write_adapter(out, trainable, llama, config.icd.lora, **origin, overwrite=overwrite)
     else:
         imae_dir.write_imae_dir(
             out,
