@@ -28,7 +28,7 @@ class Checkpoints:
     each goes an identity (what it belongs to) and a checksum of every array, computed on the devices.
 
     Args:
-        directory: of the checkpoints.
+        directory: where the checkpoints are.
         keep: how many to keep.
         identity: strings by name, such as the base's fingerprint; a checkpoint of another identity is
             not loaded.
@@ -140,7 +140,7 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
     Unlike `Checkpoints.load` it needs neither the devices that wrote it nor room for the optimizer's state.
 
     Args:
-        path: of a checkpoint, as any number of processes wrote it.
+        path: a checkpoint, as any number of processes wrote it.
 
     Returns:
         NumPy arrays, and the identity of `Checkpoints`.
@@ -228,7 +228,7 @@ def _checksum(tree: Any) -> list[jax.Array]:
     Integer sums do not depend on their order, so that every mesh computes the same ones.
     """
 
-    def of_array(x):
+    def checksum(x):
         words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
         position = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
@@ -237,4 +237,4 @@ def _checksum(tree: Any) -> list[jax.Array]:
         mixed = (position * jnp.uint32(2654435761)) ^ (position >> 15)
         return jnp.sum(words * (mixed | 1), dtype=jnp.uint32)
 
-    return [of_array(x) for x in jax.tree.leaves(tree)]
+    return [checksum(x) for x in jax.tree.leaves(tree)]

@@ -106,7 +106,7 @@ class AdaptersConfig:
 
     Attributes:
         right: directory of the one trained on right answers.
-        wrong: of the one trained on wrong answers.
+        wrong: directory of the one trained on wrong answers.
     """
 
     right: str | None = None
@@ -120,7 +120,7 @@ class OptimizerConfig:
     Attributes:
         steps: optimizer steps in total.
         learning_rate: at its peak.
-        warmup_steps: of linear growth from 0.
+        warmup_steps: steps of linear growth from 0.
         final_ratio: learning rate at the end, as a share of the peak.
         weight_decay: decoupled.
         clip_norm: global norm to which gradients are clipped.
@@ -216,8 +216,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
     **{f"icd.optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
 }
-# Settings, or groups of them, that an objective does not use; where it would be wrong to go on without them,
-# `TrainConfig` refuses.
+# Settings, or groups of them, that an objective does not use: a run warns of them. `TrainConfig` refuses
+# those that name a model or a directory.
 UNUSED = {
     "paper": ("loss.alpha", "loss.tau"),
     "pairs": ("loss.beta", "loss.tau"),
@@ -242,18 +242,18 @@ class TrainConfig:
         batch_size: questions per optimizer step; each is used in both modes, and with objectives `pairs` and
             `preference` it is two rows, one an answer.
         accumulation: micro-batches that a step is cut into; the result is the same.
-        revision, tokenizer: of the model, see `load_model`.
-        dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
+        revision, tokenizer: which ones of the model, see `load_model`.
+        dtype: dtype of the frozen base and of all activations; None keeps the checkpoint's. The units and
             their optimizer state are float32 throughout.
         remat: what a layer's backward pass keeps: none, dots or full (see `llama.forward`).
         attention: plain, or flash, which never builds the [T, T] scores on GPUs and TPUs.
-        seed: of the units' initialization and of the order of rows.
+        seed: draws the units' initial weights and the order of rows.
         save_every: steps between checkpoints.
         keep: checkpoints to keep.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between measurements on held-out rows; there is one before the first step and one
             after the last, too. None measures nothing.
-        eval_rows: of the held-out rows, how many are measured before the last step; None measures all.
+        eval_rows: how many held-out rows are measured before the last step; None measures all.
         wandb: Weights & Biases project to log to; None logs to TensorBoard and metrics.jsonl only.
     """
 
@@ -286,8 +286,8 @@ class TrainConfig:
     def __post_init__(self):
         for name, (low, high) in _BOUNDS.items():
             value = self
-            for part in name.split("."):
-                value = getattr(value, part)
+            for key in name.split("."):
+                value = getattr(value, key)
             if value is not None and not low <= value <= high:
                 limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise UserError(f"{name}={value} must be {limit}")
@@ -369,7 +369,7 @@ def check_resumed(config: TrainConfig, saved: dict[str, Any], out: Path, *, unit
     """Refuses to resume a run with settings that change what its steps compute.
 
     Args:
-        config: of the resumed run.
+        config: settings of the resumed run.
         saved: settings of the run in `out`.
         out: names it in the error.
         units_begun: whether a checkpoint of the units exists. γ only thresholds: before, it may change.

@@ -90,7 +90,7 @@ class UnitsObjective(Objective):
 
     Attributes:
         anti_expert: sizes of the units.
-        settings: of the losses.
+        settings: settings of the losses.
         remat, attention: see `llama.forward`.
         first_layer: units of layers below stay as they begin, where they contribute nothing. L_gate counts
             their gates, which nothing moves.
@@ -311,9 +311,9 @@ def run(
     `flash`, whose kernels take no mask).
 
     Args:
-        copies: of the rows, which run as one batch.
+        copies: how many copies of the rows run as one batch.
         strength, adapter: see `forward`; an array's first axis is copies.
-        options: of `forward`.
+        options: keywords of `forward`.
 
     Returns:
         The copies' hidden states, each [B, T, D], of trees [B / R, S, D]; then the gates [L, copies · B, T]
@@ -326,15 +326,15 @@ def run(
         rows |= {"positions": batch["tree_positions"], "attend": _attend_in_tree(ends)}
     size = rows["tokens"].shape[0]
 
-    def of_rows(value):
+    def per_row(value):
         return jnp.repeat(value, size, axis=0) if jnp.ndim(value) else value
 
     output = forward(
         weights,
         llama,
         **{name: jnp.concatenate([value] * copies) for name, value in rows.items()},
-        strength=None if strength is None else of_rows(strength),
-        adapter=None if adapter is None else of_rows(adapter),
+        strength=None if strength is None else per_row(strength),
+        adapter=None if adapter is None else per_row(adapter),
         **options,
     )
     gates = output.gates

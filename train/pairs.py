@@ -60,7 +60,7 @@ def overlaps(questions: Sequence[str], texts: Sequence[str]) -> dict[int, tuple[
     """Questions that are also among an evaluation set's texts.
 
     Args:
-        questions: of the pairs.
+        questions: those of the pairs.
         texts: what the evaluation set asks.
 
     Returns:
@@ -77,14 +77,14 @@ def overlaps(questions: Sequence[str], texts: Sequence[str]) -> dict[int, tuple[
     sizes = [np.asarray(side.sum(axis=1)).ravel() for side in (ours, theirs)]
     joined = [f" {' '.join(words(text))} " for text in texts]
     asked = [f" {' '.join(words(question))} " for question in questions]
-    found: dict[int, tuple[float, str]] = {}
+    matches: dict[int, tuple[float, str]] = {}
     for i, j, count in zip(shared.row.tolist(), shared.col.tolist(), shared.data, strict=True):
         jaccard = count / (sizes[0][i] + sizes[1][j] - count)
         inside = count == sizes[0][i] and len(asked[i].split()) >= LONG and asked[i] in joined[j]
         overlap = 1.0 if inside or asked[i] == joined[j] else min(jaccard, 0.999)
-        if overlap >= OVERLAP and overlap > found.get(i, (0.0, ""))[0]:
-            found[i] = overlap, texts[j]
-    return found
+        if overlap >= OVERLAP and overlap > matches.get(i, (0.0, ""))[0]:
+            matches[i] = overlap, texts[j]
+    return matches
 
 
 def form_accuracy(rows: Sequence[Row], *, seed: int = 0) -> stats.Mean:
@@ -178,7 +178,7 @@ def check(
     """Examines a data source's records.
 
     Args:
-        records: of `read_source`.
+        records: from `read_source`.
         config: a `DataConfig`.
         against: files of evaluation sets.
         tokenizer: a model's `Tokenizer`, to count tokens instead of words.
@@ -240,11 +240,14 @@ def describe(report: Report) -> list[str]:
             f"the pairs (95 % interval {low:.1%} to {high:.1%}; 50 %: form tells nothing)"
         )
     lines.append(f"repeated: {report.same_questions} question(s), {report.same_pairs} whole pair(s)")
-    for name, found in report.overlaps.items():
-        exact = sum(overlap == 1 for overlap, _ in found.values())
-        lines.append(f"overlap with {name}: {exact} question(s) word for word, {len(found) - exact} nearly")
+    for name, matches in report.overlaps.items():
+        exact = sum(overlap == 1 for overlap, _ in matches.values())
+        lines.append(f"overlap with {name}: {exact} question(s) word for word, {len(matches) - exact} nearly")
         lines += _some(
-            [f"{overlap:.2f} {report.rows[i].question!r} ~ {text!r}" for i, (overlap, text) in found.items()]
+            [
+                f"{overlap:.2f} {report.rows[i].question!r} ~ {text!r}"
+                for i, (overlap, text) in matches.items()
+            ]
         )
     return lines
 

@@ -58,7 +58,7 @@ class StagePlan:
         trainable: the float32 weights that are trained.
         optimizer: Adam's moments and counters.
         batch: one step's rows; the next one's are placed while it runs, hence twice.
-        gradients: of the trainable part, float32.
+        gradients: gradients of the trainable part, float32.
         activations: all else that lives within a step; an estimate, see the module.
     """
 
@@ -87,7 +87,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
     Adapters that are given are counted as if stage 1 made them.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         mesh: its devices, of any kind; on CPU devices bfloat16 is counted as the module describes.
 
     Raises:

@@ -29,7 +29,7 @@ def write_result(
 
     Args:
         run: the `out` of a training run, its `icd/` or `icd_right/`, or the `checkpoints/` in either.
-        step: of the checkpoint; default: the newest.
+        step: steps done at the checkpoint; default: the newest.
         out: the new directory.
         base: where the base is now, if it has moved.
         overwrite: replace an existing result.
@@ -80,9 +80,9 @@ def _base(
         opened = open_model(name, revision=None if moved or other else config.revision)
     except UserError as error:
         raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from error
-    found, recorded = opened.identified(), identity.get("base")
-    if found.fingerprint != recorded:
+    now, recorded = opened.identified(), identity.get("base")
+    if now.fingerprint != recorded:
         raise UserError(
             f"the run's base has other weights than {name}{note(recorded)}: restore it, or pass --base"
         )
-    return dataclasses.replace(found, dtype=str(identity["base dtype"])), opened.config
+    return dataclasses.replace(now, dtype=str(identity["base dtype"])), opened.config

@@ -16,7 +16,7 @@ from imae_jax.files import read_text, write_text
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 IMAE_DIR, FILTER_DIR = "imae", "token_filter"
-# Of a stage: in the run's own directory for the units, in one of `ADAPTER_STAGES` for an adapter.
+# Files of a stage: in the run's directory for the units, in one of `ADAPTER_STAGES` for an adapter.
 METRICS_FILE, EVALUATION_FILE, PLOT_FILE = "metrics.jsonl", "evaluation.jsonl", "training.png"
 TENSORBOARD_DIR, WANDB_DIR, CHECKPOINT_DIR = "tensorboard", "wandb", "checkpoints"
 ADAPTER_DIR, FINISHED_FILE = "adapter", "finished.json"
@@ -65,13 +65,13 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 
 def begin(out: Path, settings: dict[str, Any], environment: dict[str, Any], *, resume: bool) -> str:
-    """Makes the directory, or goes on in it, and records settings and environment; all processes call it.
+    """Makes the directory, or resumes in it, and records settings and environment; all processes call it.
 
     Args:
         out: the directory. What an earlier run left there is removed unless `resume`.
-        settings: of the run.
-        environment: of this start, such as versions.
-        resume: the directory holds the run that goes on.
+        settings: those of the run.
+        environment: what to record of this start, such as versions.
+        resume: the directory holds the run to resume.
 
     Returns:
         The run's id, a random string.

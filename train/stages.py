@@ -37,7 +37,7 @@ from imae_jax.train.token_filter import (
     check_same_vocabulary,
     filter_tokens,
     log_statistics,
-    own_adapter,
+    open_base_adapter,
     show_filtered,
 )
 from imae_jax.train.trainer import Hook, NotFinite, Step, Trainer
@@ -64,7 +64,7 @@ def train(
     `checkpoints/`, and `icd/` with the same and `adapter/` (of right answers: `icd_right/`).
 
     Args:
-        config: of the run.
+        config: settings of the run.
         only_icd: stop after the adapters.
         resume: resume from the newest checkpoint in `config.out`.
         from_step: resume from this checkpoint instead; later ones are removed.
@@ -129,8 +129,8 @@ def _load(
     check_divisible(model.config, units_objective(config, model.config).anti_expert, mesh.shape)
     tokenized = data.tokenize(rows, model.tokenizer, config.data)
     _check_context(tokenized, model.config)
-    for reference in filter(None, (config.adapters.wrong, config.adapters.right)):
-        own_adapter(reference, model)
+    for reference in filter(None, (config.adapters.right, config.adapters.wrong)):
+        open_base_adapter(reference, model)
     if is_main():
         data.log_statistics(tokenized.statistics)
     return model, tokenized
@@ -141,7 +141,7 @@ class Run:
     """What all stages of a run share.
 
     Attributes:
-        config: of the run.
+        config: settings of the run.
         out: its output directory.
         id: a random string that names it.
         mesh: its devices.
@@ -151,7 +151,7 @@ class Run:
         from_step: resume from this checkpoint instead of the newest.
         quiet: no progress bars and no samples of T_fact.
         stop: the number of the signal that asks the run to stop, or 0: see `stop_signals`.
-        hooks: of the user.
+        hooks: the user's.
     """
 
     config: TrainConfig
@@ -184,7 +184,7 @@ class Stage:
     """What is trained in one stage, and where its files go.
 
     Attributes:
-        name: of the stage.
+        name: name of the stage, for messages and logs.
         out: its directory.
         objective: what to minimize.
         llama: config of the base.
@@ -262,16 +262,16 @@ def _train_units(run: Run, models: Sequence[str]) -> Path:
     """The token filter and the units: returns the IMAE directory.
 
     Args:
-        run: of which these are stages.
-        models: of the token filter, see `filter_tokens`; objective `pairs` contrasts the same two adapters,
-            also where no token is filtered.
+        run: to which these stages belong.
+        models: models of the token filter, see `filter_tokens`; objective `pairs` contrasts the same two
+            adapters, also where no token is filtered.
     """
     config, llama = run.config, run.model.config
     objective = units_objective(config, llama)
     rows, kept = _filtered(run, objective, models)
     frozen, identity = run.model.model.weights(), _identity(run.model, rows) | objective.identity
     if config.objective == "pairs":
-        adapters = [own_adapter(model, run.model) for model in models]
+        adapters = [open_base_adapter(model, run.model) for model in models]
         fingerprints = [adapter.fingerprint(run.model.base.fingerprint) for adapter in adapters]
         if len(set(fingerprints)) == 1:
             raise UserError(f"{models[0]} and {models[1]} are the same adapter: their contrast is 0")

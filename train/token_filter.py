@@ -58,7 +58,7 @@ def filter_tokens(
         base: the model to be trained on.
         models: reference of the anti-expert LLM; or those of two adapters of the base, trained on right and
             on wrong answers.
-        config: of the run: γ, another such directory to take log-ratios from, sizes of batches.
+        config: settings of the run: γ, another such directory to take log-ratios from, sizes of batches.
         cache: directory for the log-ratios.
         mesh: on which the base lies.
         progress: wraps an iteration to show how far it is.
@@ -72,7 +72,7 @@ def filter_tokens(
             no such log-ratios, or γ keeps nothing.
     """
     two_sided, gamma, reuse = len(models) == 2, config.filter.gamma, config.filter.reuse
-    adapters = [own_adapter(m, base) if two_sided or adapter_of(m, base.base) else None for m in models]
+    adapters = [open_base_adapter(m, base) if two_sided or adapter_of(m, base.base) else None for m in models]
     path = cache / _key(examples, base, models, adapters)
     source = path if reuse is None or decide((path / RATIOS_FILE).is_file()) else Path(reuse) / path.name
     if decide((source / RATIOS_FILE).is_file()):
@@ -182,7 +182,7 @@ def _marks(ratios: np.ndarray, gamma: float, two_sided: bool) -> tuple[bool, ...
     return tuple(((np.abs(ratios) if two_sided else ratios) >= gamma).tolist())
 
 
-def own_adapter(reference: str, base: LanguageModel) -> Adapter:
+def open_base_adapter(reference: str, base: LanguageModel) -> Adapter:
     """Opens a LoRA adapter of exactly this base.
 
     Raises:
@@ -209,13 +209,13 @@ class _Ratio:
     """How log-ratios are computed.
 
     Attributes:
-        of_batch: log-ratios [B, P] of the arrays of a batch.
+        compute: log-ratios [B, P] of the arrays of a batch.
         rows: that each question has in it.
         llama: config of the model that merges rows least.
         mesh: on which the models lie.
     """
 
-    of_batch: Callable[[dict[str, jax.Array]], jax.Array]
+    compute: Callable[[dict[str, jax.Array]], jax.Array]
     rows: int
     llama: LlamaConfig
     mesh: jax.sharding.Mesh
@@ -267,7 +267,7 @@ def _log_ratios(
         merging = choose_merging(batches, ratio.llama, row_shards(ratio.mesh), config.data.max_length)
         for number, rows in enumerate(progress(batches, "token filter")):
             arrays = place_batch(make_batch(rows, 1, merging=merging), ratio.mesh)
-            values = to_host(ratio.of_batch({name: x[0] for name, x in arrays.items()}))
+            values = to_host(ratio.compute({name: x[0] for name, x in arrays.items()}))
             for i, row in zip(order[number * size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
                 if not np.isfinite(ratios[i]).all():

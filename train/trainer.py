@@ -30,7 +30,7 @@ class Step:
         number: counted from 1.
         is_last: whether it ends the stage.
         state: after the step. The next step donates it: keep no reference.
-        metrics: of the step. What a hook adds, hooks after it see; the run's own, which log, come last.
+        metrics: the step's metrics. Hooks see what hooks before them added; those that log come last.
         tokens: in its batch, without padding.
         seconds: that it took, hooks not counted.
     """
@@ -51,8 +51,8 @@ class NotFinite(Exception):
     """A step's loss or gradient was not finite: the state is what it was before.
 
     Attributes:
-        number: of the step, from 1.
-        names: of the metrics that are not finite.
+        number: number of the step, from 1.
+        names: metrics that are not finite.
         state: before the step.
     """
 
