@@ -362,7 +362,7 @@ def rows_of_run(lm: "LanguageModel", run: Path, rows: Sequence[int] | None) -> t
     from imae_jax.convert.identity import note
     from imae_jax.train import data
     from imae_jax.train.config import ColumnsConfig, DataConfig
-    from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
+    from imae_jax.train.run_directory import FILTER_DIR, IMAE_DIR
     from imae_jax.train.token_filter import stored_examples
 
     if not imae_dir.is_imae_dir(run / IMAE_DIR):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.evaluate.questions import Question, load_data
+from imae_jax.train.run_directory import ENVIRONMENT_FILE, IMAE_DIR, METRICS_FILE
 
 METRICS = ("mc1", "mc2", "mc3")
 SCALE = 10_000  # Scores are recorded as integers: four decimals.
@@ -136,10 +137,10 @@ def rounded(value: Any) -> Any:
 
 def summarize_training(run: Path) -> dict[str, Any]:
     """Share of tokens in T_fact, and mean gates on T_fact and off it at the end of training."""
-    steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-    summary: dict[str, Any] = {"commit": (read_json(run / "environment.json")[0]["git"] or {}).get("commit")}
+    steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
+    summary: dict[str, Any] = {"commit": (read_json(run / ENVIRONMENT_FILE)[0]["git"] or {}).get("commit")}
     summary["kept_share"] = rounded(
-        read_json(run / "imae" / "imae_config.json")["training"]["data"]["kept_share"]
+        read_json(run / IMAE_DIR / "imae_config.json")["training"]["data"]["kept_share"]
     )
     for key in ("gate_on_fact", "gate_off_fact"):
         values = [value for step in steps if (value := json.loads(step)[key]) is not None]
