@@ -32,8 +32,9 @@ from imae_jax.decode.methods.dola import DoLa
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
-from imae_jax.evaluate.cost import bar_plot, environment
+from imae_jax.evaluate.plots import bar_panels
 from imae_jax.evaluate.protocols import get_protocol, load_primer
+from imae_jax.evaluate.runs import environment
 from imae_jax.evaluate.tables import Table, number, show
 from imae_jax.evaluate.truthfulqa import parse_methods, read_questions
 
@@ -243,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ("one at a time", "peer_seconds_per_answer"),
             )
         }
-        bar_plot({"ms/answer": series}, f"{args.model}, {results['questions']} questions", args.png)
+        title = f"{args.model}, {results['questions']} questions"
+        bar_panels({"ms/answer": series}, title).savefig(args.png, dpi=150)
 
 
 if __name__ == "__main__":

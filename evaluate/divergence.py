@@ -2,17 +2,17 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import run_by_length
 from imae_jax.decode import Continuation, scoring, streams
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.methods.imae import Strength
-from imae_jax.distributed import to_host
 from imae_jax.language_model import LanguageModel
 from imae_jax.sharding import row_shards, use_mesh
 
@@ -22,14 +22,14 @@ RULED_OUT = -80.0
 
 
 def measure(
-    lm: LanguageModel, prepared: Mapping[str, tuple[Any, Any]], parts: Sequence[Continuation], length: int
+    lm: LanguageModel, prepared: Mapping[str, tuple[Any, Any]], windows: Sequence[Continuation], length: int
 ) -> dict[str, np.ndarray]:
     """Statistics of every scored token.
 
     Args:
         lm: the model.
         prepared: models and method by label, from `LanguageModel.prepare`.
-        parts: from `decode.windows`.
+        windows: from `decode.windows`.
         length: of a window, to which all are padded.
 
     Returns:
@@ -37,38 +37,34 @@ def measure(
         KL(base ‖ method) in nats, and whether the arg-max is the base model's and the token ruled out.
     """
     labels = list(prepared)
-    found: dict[str, list[np.ndarray]] = {label: [] for label in labels}
-    base = Strength(0.0)
+    statistics: dict[str, np.ndarray] = {}
     with use_mesh(lm.mesh):
-        batch = scoring.batch_size()
-    for models, joint, places in share_streams(list(prepared.values())):
-        both = Joint((base, *joint.methods))
-        for number, rows in enumerate(_batches(parts, batch)):
-            tokens, mask, scored = (np.zeros((batch, length), kind) for kind in (np.int32, bool, bool))
-            for row, part in enumerate(rows):
-                tokens[row, : len(part.tokens)], mask[row, : len(part.tokens)] = part.tokens, True
-                scored[row, part.start - 1 : len(part.tokens) - 1] = True
-            with use_mesh(lm.mesh):
-                values = to_host(_statistics(models, tokens, mask, method=both)).astype(np.float64)
-            bad = (np.isnan(values).any(axis=(0, 1)) & scored).any(axis=1)
-            if bad.any():
-                row = int(bad.argmax())
-                where = f"{joint.name}, window {number * batch + row} of the text"
-                raise streams.not_finite_error(models, both, rows[row].tokens, where)
-            for column, place in enumerate(places):
-                found[labels[place]].append(values[column][:, scored])
-    return {label: np.concatenate(each, axis=1) for label, each in found.items()}
+        rows_per_batch = scoring.batch_size()
+    for models, joint, members in share_streams(list(prepared.values())):
+        method = Joint((Strength(0.0), *joint.methods))
+        values = [np.empty(0)] * len(windows)
+        for i, row in run_by_length(
+            functools.partial(_statistics, models, method),
+            [window.tokens for window in windows],
+            tokens_per_batch=rows_per_batch * length,
+            length_multiple=length,
+            mesh=lm.mesh,
+        ):
+            tokens = windows[i].tokens
+            values[i] = row[:, :, windows[i].start - 1 : len(tokens) - 1].astype(np.float64)
+            if np.isnan(values[i]).any():
+                where = f"{joint.name}, window {i} of the text"
+                raise streams.not_finite_error(models, method, tokens, where)
+        for member, of_method in zip(members, np.concatenate(values, axis=-1), strict=True):
+            statistics[labels[member]] = of_method
+    return {label: statistics[label] for label in labels}
 
 
-def _batches(parts: Sequence[Continuation], size: int) -> Iterator[Sequence[Continuation]]:
-    for start in range(0, len(parts), size):
-        yield parts[start : start + size]
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _statistics(models, tokens, mask, *, method):
-    """[M, 4, B, T] of the token that follows every position; the first of the method's M + 1 is base."""
+@functools.partial(jax.jit, static_argnums=1)
+def _statistics(models, method, tokens, lengths):
+    """[B, M, 4, T] of the token that follows every position; the first of the method's M + 1 is base."""
     B, T = tokens.shape
+    mask = jnp.arange(T) < lengths[:, None]
     caches = streams.empty_caches(models, method, B, T)
     hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
     # As in `scoring`: nothing of size B · T · V is ever built.
@@ -90,7 +86,8 @@ def _statistics(models, tokens, mask, *, method):
 
     chunks = (jax.tree.map(in_chunks, hidden), following.reshape(-1, size))
     values = jax.lax.map(of_chunk, chunks)  # [chunks, M, 4, size]
-    return jnp.moveaxis(values, 0, -2).reshape(*values.shape[1:3], B, T)
+    values = jnp.moveaxis(values, 0, -2).reshape(*values.shape[1:3], B, T)
+    return jnp.moveaxis(values, 2, 0)
 
 
 def _compare(base, scores, targets):

@@ -27,7 +27,10 @@ COMMANDS = {
     "evaluate compare": ("imae_jax.evaluate.compare", "two runs question by question"),
     "evaluate report": ("imae_jax.evaluate.report", "runs of all kinds on one page"),
     "evaluate cost": ("imae_jax.evaluate.cost", "time and memory of decoding"),
-    "evaluate inspector": ("imae_jax.evaluate.inspector", "what a model does on every token of a text"),
+    "evaluate inspector": (
+        "imae_jax.evaluate.inspector.__main__",
+        "what a model does on every token of a text",
+    ),
     "evaluate iti": ("imae_jax.evaluate.iti", "fit the directions of inference-time intervention"),
 }
 """Module and purpose by name."""

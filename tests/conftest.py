@@ -45,6 +45,9 @@ from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Interventions, Llama, Options, Taps, Weights, forward, project
 from imae_jax.tokenizer import Tokenizer
 
+# As for users, whose path does not begin with the checkout: there `evaluate` is HuggingFace's package.
+sys.path.sort(key=lambda entry: Path(entry).resolve() == Path(__file__).resolve().parents[1])
+
 SMOLLM2 = "smollm2-135m-instruct"
 
 # Sizes differ from each other, so that a swapped axis cannot pass; head_dim is not D / N.

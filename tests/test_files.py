@@ -6,7 +6,7 @@ import pytest
 from conftest import run_python, user_error, write_questions, write_rows
 
 from imae_jax.convert.hf import read_json
-from imae_jax.evaluate.inspector import read_texts
+from imae_jax.evaluate.inspector.excerpts import read_texts
 from imae_jax.evaluate.protocols import load_primer
 from imae_jax.evaluate.questions import load_data
 from imae_jax.evaluate.runs import parse_methods

@@ -395,6 +395,14 @@ def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypat
 # The command
 
 
+WITHOUT_TORCH = """
+import importlib.machinery
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+finder.find_spec = classmethod(lambda cls, name, *a: None if name == "torch" else find(name, *a))
+"""
+
+
 def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypatch):
     """There Python finds this project's `evaluate` before HuggingFace's, which tasks import."""
     documents = [
@@ -408,17 +416,12 @@ def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypat
     out = tmp_path / "out"
     arguments = ["--model", tiny("gqa").directory, "--method", "dola:candidates=low", "--tasks", "local"]
     arguments += ["--include-path", tmp_path, "--limit", 2, "--log-samples", "--cache-requests", "--out", out]
-    code = (
-        "import importlib.machinery, runpy\n"
-        "finder = importlib.machinery.PathFinder\n"
-        "find = finder.find_spec\n"
-        "finder.find_spec = classmethod(lambda cls, name, *a: None if name == 'torch' else find(name, *a))\n"
-        "runpy.run_module('evaluate.lm_eval', run_name='__main__', alter_sys=True)\n"
-    )
-    path = [os.environ.get("PYTHONPATH"), str(ROOT)]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    path = [os.environ.get("PYTHONPATH"), str(tmp_path / "site")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
     monkeypatch.setenv("LM_HARNESS_CACHE_PATH", str(tmp_path / "requests"))
-    run = run_python(["-c", code, *arguments], ROOT)
+    run = run_python(["-m", "evaluate.lm_eval", *arguments], ROOT)
     assert run.returncode == 0, run.stderr
     assert "acc" in run.stdout
     results = json.loads((out / "lm_eval.json").read_text())
@@ -438,6 +441,21 @@ def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypat
     assert "dola:candidates=low, 2 documents a task, run 1" in text
     assert "| local | none | acc | 1.0000 | 0.0000 |" in text
     assert ours["base_model"]["fingerprint"] in text
+
+
+@pytest.mark.parametrize("program", ["imae_jax.evaluate.lm_eval", "evaluate.lm_eval", "imae_jax"])
+def test_every_name_of_the_command_finds_huggingfaces_evaluate(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["evaluate", "lm_eval"] if program == "imae_jax" else []
+    arguments = ["--model", "none", "--tasks", "none", "--include-path", "nowhere", "--out", tmp_path / "out"]
+    run = run_python(["-m", program, *words, *arguments], ROOT)
+    assert (run.returncode, run.stderr) == (2, "error: --include-path nowhere is no directory\n")
+
+
+def test_python_in_the_checkouts_root_is_told_what_to_do():
+    code = "from imae_jax.evaluate import lm_eval; lm_eval.IMAEJaxLM(None)"
+    run = run_python(["-c", code], ROOT)
+    assert "`import evaluate` gives" in run.stderr and "start Python in another folder" in run.stderr
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.iti import write_directions
+from imae_jax.convert.random_model import RANDOM_ADAPTER, random_model
 from imae_jax.decode import Sampler, generate, loop, score, windows
 from imae_jax.decode.joint import share_streams
 from imae_jax.decode.scoring import Continuation
-from imae_jax.evaluate.cost import RANDOM_ADAPTER, random_model
 from imae_jax.evaluate.divergence import measure
-from imae_jax.evaluate.inspector import Excerpt, inspect
+from imae_jax.evaluate.inspector.compute import Excerpt, inspect
 from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate_command

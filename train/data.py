@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.references import HUB_ID
 from imae_jax.decode.scoring import encode
@@ -436,8 +437,8 @@ def make_batch(examples: Sequence[Example], accumulation: int, *, merging: Mergi
         merging: makes `Batch.tree`; R divides the rows of a micro-batch.
     """
     examples = list(examples)
-    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
-    facts = _round_up(max(1, max(sum(e.fact) for e in examples)), FACT_BUCKET)
+    length = round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    facts = round_up(max(1, max(sum(e.fact) for e in examples)), FACT_BUCKET)
     shape = (len(examples), length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     answer, fact = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -486,7 +487,7 @@ def choose_merging(
         costs[rows] = costs.get(rows, 0) + count * length * (6 * llama.hidden_size + length)
 
     for batch in batches:
-        plain = len(batch), _round_up(max(len(e.tokens) for e in batch), LENGTH_BUCKET)
+        plain = len(batch), round_up(max(len(e.tokens) for e in batch), LENGTH_BUCKET)
         add(0, *plain)
         for rows in range(2, len(batch) // shards + 1):
             if len(batch) % (rows * shards) == 0:
@@ -504,9 +505,9 @@ def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
     longest = max(map(len, merged))
     if longest > merging.max_length:
         return None
-    shape = (len(groups), _round_up(longest, TREE_BUCKET))
+    shape = (len(groups), round_up(longest, TREE_BUCKET))
     tokens, positions, ends = (np.zeros(shape, np.int32) for _ in range(3))
-    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    length = round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
     places = np.zeros((len(groups), merging.rows, length), np.int32)
     for i, tree in enumerate(merged):
         for array, values in ((tokens, tree.tokens), (positions, tree.depths), (ends, tree.ends)):
@@ -514,7 +515,3 @@ def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
         for row, path in enumerate(tree.paths):
             places[i, row, : len(path)] = path
     return Trees(tokens, positions, ends, places.reshape(len(groups), -1))
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

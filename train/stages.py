@@ -16,6 +16,7 @@ from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.peft import is_adapter, write_adapter
+from imae_jax.convert.references import check_same_vocabulary
 from imae_jax.distributed import barrier, decide, gather_stacks, is_main, locked
 from imae_jax.errors import Stopped, UserError
 from imae_jax.files import read_json, write_text
@@ -34,7 +35,6 @@ from imae_jax.train.setup import adapter_objective, run_mesh, units_objective
 from imae_jax.train.step import make_schedule
 from imae_jax.train.token_filter import (
     adapter_pair,
-    check_same_vocabulary,
     filter_tokens,
     log_statistics,
     open_base_adapter,
@@ -232,7 +232,7 @@ def _train_adapter(run: Run, answers: str) -> tuple[Path, bool]:
     model = run.model
     if icd.model is not None:
         model = load_model(icd.model, dtype=config.dtype, stacked=True, mesh=run.mesh)
-        check_same_vocabulary(run.model, model, icd.model, run.data.train)
+        check_same_vocabulary(run.model, model)
         _check_context(run.data, model.config)
     rows = run.data.stage([answers])
     identity = _identity(model, rows)

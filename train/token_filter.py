@@ -15,7 +15,7 @@ import numpy as np
 from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import Adapter, open_adapter
-from imae_jax.convert.references import adapter_of, fingerprint
+from imae_jax.convert.references import adapter_of, check_same_vocabulary, fingerprint
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
@@ -83,9 +83,7 @@ def filter_tokens(
             "remove it to compute them"
         )
     else:
-        ratios = _log_ratios(
-            examples, base, _ratio_function(examples, base, models, adapters, mesh), config, progress
-        )
+        ratios = _log_ratios(examples, base, _ratio_function(base, models, adapters, mesh), config, progress)
     if is_main() and not path.exists():
         with new_directory(path, marker=RATIOS_FILE) as temporary:
             _write(temporary, examples, ratios)
@@ -222,7 +220,6 @@ class _Ratio:
 
 
 def _ratio_function(
-    examples: Sequence[Example],
     base: LanguageModel,
     models: Sequence[str],
     adapters: Sequence[Adapter | None],
@@ -233,7 +230,7 @@ def _ratio_function(
     if adapters[0] is None:
         (reference,) = models
         llm = load_model(reference, dtype=base.base.dtype, stacked=True, mesh=mesh)
-        check_same_vocabulary(base, llm, reference, examples)
+        check_same_vocabulary(base, llm)
         log_probs = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
 
         def difference(batch):
@@ -294,25 +291,6 @@ def _ratio_in_one_batch(
         token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"]) for hidden in models
     )
     return first - second
-
-
-def check_same_vocabulary(
-    base: LanguageModel, other: LanguageModel, reference: str, examples: Sequence[Example]
-) -> None:
-    """Raises a `UserError` unless both models give the same tokens to the same text."""
-    if other.config.vocab_size != base.config.vocab_size:
-        raise UserError(
-            f"anti-expert LLM {reference} has {other.config.vocab_size} tokens, the base "
-            f"{base.config.vocab_size}: both need the same vocabulary"
-        )
-    for example in examples[:8]:
-        text = base.tokenizer.decode(example.tokens)
-        ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for lm in (base, other)]
-        if ids[0] != ids[1]:
-            raise UserError(
-                f"anti-expert LLM {reference} tokenizes text differently from the base: both need the "
-                "same vocabulary"
-            )
 
 
 def log_statistics(statistics: dict[str, Any]) -> None:
