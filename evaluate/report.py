@@ -17,6 +17,14 @@ from imae_jax.cli import ArgumentParser, command, lock_outputs
 from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
+from imae_jax.train.run_directory import (
+    ADAPTER_STAGES,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    IMAE_DIR,
+    METRICS_FILE,
+)
 
 from .questions import DATA_DIRECTORY
 from .runs import (
@@ -42,10 +50,10 @@ from .tables import Table, number
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PAPER_FILE = DATA_DIRECTORY / "paper_results.json"
-CONFIG_FILE, ENVIRONMENT_FILE, IMAE_CONFIG = "config.yaml", "environment.json", "imae_config.json"
+IMAE_CONFIG = "imae_config.json"
 COST, COMPARISON, HARNESS, UNITS = "cost", "comparison", "lm-eval", "anti-expert units"
 # Directories of a training run's stages.
-STAGES = {"icd": "anti-expert LLM", "icd_right": "right-answer LLM", ".": UNITS}
+STAGES = {ADAPTER_STAGES["wrong"]: "anti-expert LLM", ADAPTER_STAGES["right"]: "right-answer LLM", ".": UNITS}
 KINDS = {
     "truthfulqa": "TruthfulQA",
     "truthfulqa-answers": "answers",
@@ -374,8 +382,6 @@ def read_training(number: int, path: Path) -> Training:
     """
     import yaml
 
-    from imae_jax.train.run_log import EVALUATION_FILE, METRICS_FILE
-
     stages = {}
     for part, name in STAGES.items():
         directory = path / part
@@ -385,7 +391,7 @@ def read_training(number: int, path: Path) -> Training:
         held_out = directory / EVALUATION_FILE
         if lines:
             if "accuracy" in lines[0] and name == UNITS:  # `path` is a stage of a run.
-                name = STAGES.get(path.resolve().name, STAGES["icd"])
+                name = STAGES.get(path.resolve().name, STAGES[ADAPTER_STAGES["wrong"]])
             stages[name] = (lines, read_lines(held_out) if held_out.is_file() else [])
     if not stages:
         raise UserError(f"{path} holds no steps: the run has not trained yet")
@@ -399,7 +405,7 @@ def read_training(number: int, path: Path) -> Training:
     _check(environment_file, environment, list)
     for start in environment:
         _check(environment_file, start, START)
-    recorded = path / "imae" / IMAE_CONFIG
+    recorded = path / IMAE_DIR / IMAE_CONFIG
     data = {}
     if recorded.is_file():
         units = _read_json(recorded)
@@ -461,13 +467,11 @@ def read_runs(paths: Sequence[Path]) -> list[Evaluation | Training]:
         UserError: a directory is no run, an evaluation is unfinished, a file is damaged, or two are the same
             run.
     """
-    from imae_jax.train.run_log import METRICS_FILE
-
     runs: list[Evaluation | Training] = []
     seen: dict[str, Path] = {}
     for place, path in enumerate(paths, 1):
         evaluations = [path / name for name in (RESULTS_FILE, COMPARISON_FILE, HARNESS_FILE)]
-        files = [*evaluations, *(path / stage / METRICS_FILE for stage in (".", "icd"))]
+        files = [*evaluations, *(path / stage / METRICS_FILE for stage in (".", ADAPTER_STAGES["wrong"]))]
         file = next(filter(Path.is_file, files), None)
         if file is None and not (path / RUN_FILE).is_file() and not (path / CONFIG_FILE).is_file():
             names = ", ".join(known.name for known in files[:-1])

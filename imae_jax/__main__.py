@@ -13,9 +13,9 @@ from imae_jax.errors import UserError
 COMMANDS = {
     "generate": ("imae_jax.generate", "continue prompts in any mode or with any method"),
     "train": ("imae_jax.train.__main__", "train anti-expert units: OUT/imae"),
-    "train plan": ("imae_jax.train.plan_command", "the memory that a training run needs"),
+    "train plan": ("imae_jax.train.__main__", "the memory that a training run needs"),
     "train pairs": (
-        "imae_jax.train.pairs",
+        "imae_jax.train.__main__",
         "what a file of right and wrong answers is like",
     ),
     "convert": ("imae_jax.convert.__main__", "export to HuggingFace, import, take a checkpoint of a run"),
@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return importlib.import_module(COMMANDS[name][0]).main([*options, *words[length:]])
+            module = COMMANDS[name][0]
+            # Commands that share a module are subcommands of its parser.
+            named = 1 if module == COMMANDS.get(words[0], ("",))[0] else length
+            return importlib.import_module(module).main([*options, *words[named:]])
     return without_command(words)
 
 

@@ -134,6 +134,27 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
+TIERS = ("slow", "docs", "browser", "multiprocess")
+# Tests that use these fixtures are of these tiers.
+FIXTURE_TIERS = {"browser": "browser", "hf_smollm2": "slow"}
+
+
+@pytest.hookimpl(tryfirst=True)  # Before markers select tests.
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for fixture in FIXTURE_TIERS.keys() & set(item.fixturenames):
+            item.add_marker(FIXTURE_TIERS[fixture])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = [tier for tier in TIERS if f"not {tier}" in config.option.markexpr]
+    if left_out:
+        terminalreporter.write_line(
+            f"left out: tests marked {', '.join(left_out)}. All tests: make test-all; one of these tiers: "
+            f".venv/bin/python -m pytest -m {left_out[0]}"
+        )
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled_programs():
     """Each holds several memory maps, of which a process may have 65,530; above, XLA fails or crashes."""

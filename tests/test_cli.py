@@ -158,6 +158,7 @@ def test_export_keeps_every_end_token(tiny_dir, tmp_path, capfd):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 9]
 
 
+@pytest.mark.slow
 def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
     pytest.importorskip("setuptools")
     command = [

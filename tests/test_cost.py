@@ -292,6 +292,7 @@ def test_the_peer_of_decoding_is_timed_by_token(tiny):
     assert figures["weight_bytes"] == 4 * sum(p.numel() for p in tiny("gqa").hf.parameters())
 
 
+@pytest.mark.docs
 @pytest.mark.skipif(
     importlib.util.find_spec(BUILT_IN[SMOLLM2]) is None, reason=f"{BUILT_IN[SMOLLM2]} is not installed"
 )

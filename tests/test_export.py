@@ -797,6 +797,7 @@ runpy.run_module("imae_jax.convert", run_name="__main__")
 """
 
 
+@pytest.mark.multiprocess
 def test_a_terminated_export_leaves_nothing_behind(imae_dir, tmp_path):
     """The signal comes while it writes its first file."""
     command = ["-c", TERMINATED, "export", "--model", imae_dir(), "--out", tmp_path / "out"]
@@ -839,6 +840,7 @@ sys.exit(main(sys.argv[4:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux' limits")
 def test_models_larger_than_memory(tiny, tmp_path):
     """192 MiB of tensors in 13 files, and room for 64 MiB beyond what the program itself takes."""
@@ -928,6 +930,7 @@ with distributed.end_together():
 """
 
 
+@pytest.mark.multiprocess
 def test_the_main_process_writes_what_others_hold(tiny, tmp_path):
     checkpoint = tiny(vocab_size=96)
     with socket.socket() as free:
@@ -956,6 +959,7 @@ def test_the_main_process_writes_what_others_hold(tiny, tmp_path):
 # The documentation
 
 
+@pytest.mark.docs
 def test_commands_and_snippets_of_the_documentation_run(run, tmp_path, monkeypatch, capfd):
     """In their order."""
     text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ from imae_jax.sharding import make_mesh
 from imae_jax.tokenizer import Tokenizer
 from imae_jax.train import data
 from imae_jax.train.config import load_config
-from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
+from imae_jax.train.run_directory import FILTER_DIR, IMAE_DIR
 from imae_jax.train.token_filter import filter_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -237,7 +237,7 @@ def anti_expert_llm(tiny):
 
 @pytest.fixture(scope="module")
 def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
-    """What the inspector reads of a training run, written as `train.loop` writes it; units are random."""
+    """What the inspector reads of a training run, written as a run writes it; units are random."""
     out = tmp_path_factory.mktemp("run")
     rows = write_rows(out / "rows.jsonl")
     config = load_config(
@@ -254,11 +254,9 @@ def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
         tokenized.train + tokenized.held_out,
         base,
         [config.filter.anti_expert_llm],
-        config.filter.gamma,
+        config,
         out / FILTER_DIR,
         mesh=mesh,
-        batch_size=8,
-        max_length=512,
     )
     write_imae_dir(
         out / IMAE_DIR,
@@ -322,6 +320,7 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
     assert path.read_bytes() == before
 
 
+@pytest.mark.docs
 def test_commands_of_the_document_run(run, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "inspector.md").read_text(encoding="utf-8")
 

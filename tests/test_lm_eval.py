@@ -310,6 +310,7 @@ def evaluated(model, names, directory: Path, **kwargs) -> dict:
     )
 
 
+@pytest.mark.slow
 @needs_smollm2
 @pytest.mark.parametrize("chat", [False, True])
 def test_tasks_give_what_the_hf_backend_gives(cut, tasks, chat):
@@ -333,6 +334,7 @@ def test_tasks_give_what_the_hf_backend_gives(cut, tasks, chat):
         assert {key: actual["results"][name][key] for key in values} == pytest.approx(values, rel=1e-4)
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypatch):
     """Prompt: the six pairs without the instruction; continuation: a space and the answer; sums as ours.
@@ -521,6 +523,7 @@ def test_groups_are_loaded_once(tasks, tmp_path):
     assert "truthfulqa_mc1" not in manager.all_tasks, "the harness's own tasks are read only where needed"
 
 
+@pytest.mark.docs
 @needs_smollm2
 def test_commands_and_snippets_of_the_document_run(cut_dir, tmp_path, monkeypatch, capfd):
     """As they stand, but for most of the model's layers."""
