@@ -13,7 +13,7 @@ from imae_jax.language_model import LanguageModel
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train import data
 from imae_jax.train.config import ColumnsConfig, DataConfig
-from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
+from imae_jax.train.run_directory import FILTER_DIR, IMAE_DIR
 from imae_jax.train.token_filter import stored_examples
 
 DEFAULT_ROWS = 8
