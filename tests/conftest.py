@@ -392,6 +392,11 @@ def error_of(capfd, command: Callable[..., int], *arguments: Any) -> str:
     return error
 
 
+def output_of(capfd, command: Callable[..., int], *arguments: Any) -> str:
+    assert command([*map(str, arguments)]) == 0
+    return capfd.readouterr().out
+
+
 def run_python(arguments, directory: Path) -> subprocess.CompletedProcess:
     """Runs Python as a user would: on the machine's own devices."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -16,6 +16,7 @@ from conftest import (
     error_of,
     hf_logits,
     import_torch,
+    output_of,
     random_tokens,
     run_python,
     tiny_llama,
@@ -39,11 +40,6 @@ HIDE_EDITABLE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'edita
 @pytest.fixture(scope="module")
 def tiny_dir(tiny):
     return str(tiny("gqa").directory)
-
-
-def output_of(capfd, command, *arguments) -> str:
-    assert command([*map(str, arguments)]) == 0
-    return capfd.readouterr().out
 
 
 def test_generate_continues_like_transformers(tiny_dir, tiny, capfd):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import SMOLLM2, TINY, error_of, import_torch, user_error, with_random_units
-from test_docs import blocks
+from helpers.documents import blocks
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert.imae_dir import write_imae_dir

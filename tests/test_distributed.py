@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import losses_of
-from test_training_runs import HELD_OUT, evaluations
+from helpers.training import HELD_OUT, evaluations
 
 from imae_jax import distributed
 from imae_jax.convert import load_model

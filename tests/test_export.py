@@ -29,16 +29,16 @@ from conftest import (
     import_torch,
     log_softmax,
     logits,
+    output_of,
     random_tokens,
     run_python,
     user_error,
     with_random_units,
     write_rows,
 )
+from helpers.checkpoints import tensors_of
+from helpers.documents import ROOT, blocks
 from safetensors.numpy import load_file, save_file
-from test_cli import output_of
-from test_convert import tensors_of
-from test_docs import ROOT, blocks
 from transformers import PreTrainedTokenizerFast
 
 from imae_jax import decode

@@ -14,9 +14,9 @@ import gguf
 import numpy as np
 import pytest
 from conftest import TINY, UNIT_SIZE, with_random_units
+from helpers.gguf_files import sentencepiece_tokenizer, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_convert import sentencepiece_tokenizer, write_gguf
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import load_model

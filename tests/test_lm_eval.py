@@ -22,7 +22,7 @@ from conftest import (
     user_error,
     word_tokenizer,
 )
-from test_docs import blocks
+from helpers.documents import blocks
 
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.hf import save_hf

@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import TINY, error_of, run_python, user_error
 from flax import nnx
-from test_losses import examples
+from helpers.training import examples
 
 from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert.references import PUBLISHED_SIZES, model_config

@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 from conftest import TINY, run_python, user_error, word_tokenizer
 from flax import nnx
+from helpers.checkpoints import edit_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_convert import edit_json
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from imae_jax.convert import hf_tokenizer

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import EVEN_SIZES, assert_bitwise, error_of, losses_of, user_error, write_rows
-from test_losses import PAIR, examples, pairs, random_deltas
+from helpers.training import PAIR, examples, pairs, random_deltas
 
 from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert import load_model

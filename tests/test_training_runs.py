@@ -26,6 +26,7 @@ from conftest import (
     user_error,
     write_rows,
 )
+from helpers.training import HELD_OUT, evaluations
 from orbax.checkpoint import v1 as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,15 +39,10 @@ from imae_jax.train.checkpoint import Checkpoints, _reading, read_trainable
 from imae_jax.train.config import load_config
 from imae_jax.train.step import TrainState
 
-HELD_OUT = ["data.held_out=4", "eval_every=4"]
 ICD = [
     *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=4"),
     *("icd.optimizer.learning_rate=2e-2", "filter.gamma=0.1"),
 ]
-
-
-def evaluations(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
 
 
 def scalars(out: Path) -> dict[str, list[tuple[int, float]]]:

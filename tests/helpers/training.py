@@ -1,4 +1,7 @@
-"""Random training rows, units and adapters of the tiny model."""
+"""Random training rows, units and adapters of the tiny model; what runs measured."""
+
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from imae_jax.lora import LoraDeltas
 from imae_jax.train.data import Example
 
 UNITS = AntiExpertConfig(UNIT_SIZE)
+HELD_OUT = ["data.held_out=4", "eval_every=4"]
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -48,3 +52,7 @@ def random_deltas(config, lora: LoraConfig, seed: int):
 
 # Two adapters of different ranks, scales and projections.
 PAIR = (LoraConfig(rank=4, alpha=6), LoraConfig(rank=3, alpha=6, targets=("wv", "w_down")))
+
+
+def evaluations(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
