@@ -62,7 +62,7 @@ def export_plain(
     Args:
         opened: the model; its units, if any, are left out.
         directory: an existing, empty directory.
-        dtype: of the weights; default: every tensor's own, bit for bit.
+        dtype: dtype of the weights; default: every tensor's own, bit for bit.
         tokenizer: directory or hub id of another tokenizer than the model's own.
         max_shard_bytes: size at which a new file is begun; default: the files of the source, where those are
             safetensors, else 5 GB.
@@ -110,10 +110,10 @@ def export_imae(
     Args:
         opened: a model with units.
         directory, tokenizer: as of `export_plain`.
-        name: of the model on its card.
+        name: name of the model on its card.
         mode: in which transformers runs it by default.
         base_model: hub id of the base; default: the base's reference, where that is one.
-        dtype: of the base; default: every tensor's own, bit for bit. Units stay float32.
+        dtype: dtype of the base; default: every tensor's own, bit for bit. Units stay float32.
         max_shard_bytes: size at which a new file is begun; default: 5 GB.
 
     Returns:

@@ -40,7 +40,7 @@ class GGUFSource(TensorFiles):
     """The tensors of a GGUF file, whole or in parts, as a `TensorSource`, dequantized to float32 when read.
 
     Args:
-        path: of the file, or of any of the parts that lie in one directory.
+        path: path of the file, or of any of the parts that lie in one directory.
 
     Raises:
         UserError: the file is damaged, or is not of a Llama-architecture model.

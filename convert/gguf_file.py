@@ -41,10 +41,10 @@ class StoredTensor:
 
     Attributes:
         name: in the file.
-        path: of the file.
+        path: path of the file.
         shape: as the file has it, the fastest axis first; every other order here is NumPy's.
         type: how its values are quantized.
-        offset: of its first byte.
+        offset: offset of its first byte.
     """
 
     name: str

@@ -47,7 +47,7 @@ class TensorSource(Protocol):
     Attributes:
         location: for errors.
         dtype: that a model of these tensors has.
-        shapes, dtypes: of every tensor.
+        shapes, dtypes: shapes and dtypes of every tensor.
     """
 
     location: str
@@ -145,7 +145,7 @@ class WeightsSource:
     processes, all of those must read the same tensors.
 
     Args:
-        weights, config: of the model.
+        weights, config: weights and configuration of the model.
         rows: which weights.
     """
 
@@ -169,7 +169,7 @@ class SelectedSource:
     """Tensors of one or two sources as one `TensorSource`.
 
     Args:
-        source: of the tensors in `rows`.
+        source: source of the tensors in `rows`.
         rows: which of them.
         num_layers: how many of the lowest layers.
         dtype: to read them in; default: their own.
@@ -256,11 +256,11 @@ def load_llama(
     parameter at a time.
 
     Args:
-        config: of the base.
+        config: configuration of the base.
         source: the base's tensors.
         anti_expert, unit_source: sizes and tensors of the units, both or neither.
         stacked: see `Llama`.
-        dtype: of the base; default: the checkpoint's own.
+        dtype: dtype of the base; default: the checkpoint's own.
         mesh: device mesh to shard over; default: the default device.
         num_source_layers: how many layers the source has, where `config` takes the lowest ones only.
 
@@ -446,7 +446,7 @@ def save_hf(
 
     Args:
         model: only its base is written.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         directory: an existing, empty directory.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
         max_shard_bytes: size at which a new file is begun.
@@ -471,8 +471,8 @@ def write_config(
     Args:
         directory: to write into.
         hf: the model's part of `config.json`.
-        dtype: of the weights.
-        tokenizer: of the model.
+        dtype: dtype of the weights.
+        tokenizer: tokenizer of the model.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
         generation_config: what else `generation_config.json` holds: how transformers samples by default.
     """

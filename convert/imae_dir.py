@@ -66,8 +66,8 @@ def write_imae_dir(
     Args:
         path: the new directory.
         weights: with units; or the units' tensors.
-        config: of the base.
-        anti_expert: of the units.
+        config: configuration of the base.
+        anti_expert: configuration of the units.
         base: the fields of `references.BaseReference`.
         training: settings to remember; any JSON.
         overwrite: replace an existing directory.

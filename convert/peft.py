@@ -69,10 +69,10 @@ class Adapter:
     """An adapter for a base after look-up: its files, opened but not read.
 
     Attributes:
-        config: of the base.
+        config: configuration of the base.
         lora: the largest of its ranks, the scale of its deltas, and which projections have any.
         source: its tensors.
-        shapes: of the tensors of `lora` in every layer.
+        shapes: shapes of the tensors of `lora` in every layer.
         factors: what values are multiplied by where a projection has a scale of its own, by tensor.
         settings: what the deltas depend on besides.
     """
@@ -122,7 +122,7 @@ def open_adapter(path: Path, config: LlamaConfig) -> Adapter:
 
     Args:
         path: a directory in PEFT's format.
-        config: of the base that it belongs to.
+        config: configuration of the base that it belongs to.
 
     Raises:
         UserError: an adapter other than LoRA on the layers' projections, or tensors that do not fit the base.

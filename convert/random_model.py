@@ -33,7 +33,7 @@ def random_model(
 
     Args:
         reference: as of `convert.references.model_config`; published sizes need no network.
-        dtype: of the base; default: the checkpoint's own.
+        dtype: dtype of the base; default: the checkpoint's own.
         units: with anti-expert units of the paper's ratio.
         mesh: as of `load_model`.
     """

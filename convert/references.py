@@ -107,7 +107,7 @@ class OpenedModel:
     """A reference after look-up: its files, opened but not read.
 
     Attributes:
-        config: of the base.
+        config: configuration of the base.
         source: the base's tensors.
         num_source_layers: how many layers `source` has, where `config` has the lowest ones only.
         base: where the base came from; its dtype is that of the files, or that an IMAE directory asks for.

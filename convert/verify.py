@@ -30,11 +30,11 @@ class Verification:
     """What was measured.
 
     Attributes:
-        dtype: of the exported base.
+        dtype: dtype of the exported base.
         difference: by mode, the largest difference of two logits, computed in float64.
         kl: by mode, the mean KL divergence in nats, computed in `dtype`; None for float32.
         num_layers: how many of the lowest layers were compared.
-        versions: of torch and transformers.
+        versions: versions of torch and transformers.
     """
 
     dtype: str

@@ -70,7 +70,7 @@ def unit_forward(
         unit: the weights of one layer's unit; cast to the dtype of `h`.
         h: [B, T, D], what enters the layer's MLP.
         strength: float32 [B], `o`. Rows at exactly 0 get exactly 0, whatever the unit computes.
-        activation: of its MLP, which has the form of the base's.
+        activation: activation of its MLP, which has the form of the base's.
 
     Returns:
         The contribution [B, T, D] in the dtype of `h`, and the gate `a`, float32 [B, T].

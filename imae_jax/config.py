@@ -64,7 +64,7 @@ class RopeConfig:
             which GGUF files store `llama3`).
         theta: base of the frequencies.
         factor: scale of `linear`, `dynamic` and `llama3`.
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: of `llama3`.
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: parameters of `llama3`.
         frequency_factors: [head_dim / 2], of `frequency_factors`.
     """
 
@@ -136,7 +136,7 @@ class LlamaConfig:
         rope: rotary position embedding; of the layers without a window, where `local_rope` is given.
         qkv_bias, o_bias: two flags, because Qwen2 has the first alone, and a checkpoint with ITI's
             intervention baked in the second alone.
-        activation: of the MLP's gate, by transformers' name.
+        activation: activation of the MLP's gate, by transformers' name.
         qk_norm: norms of every head's query and key, before RoPE.
         post_norms: norms of what attention and MLP (with the anti-expert unit) give to the residual stream.
         norm_plus_one: norms multiply by 1 + their weight.
@@ -144,7 +144,7 @@ class LlamaConfig:
         query_pre_attn_scalar: attention scores are divided by its square root; default: `head_dim`.
         sliding_window: the most tokens that a token attends to in a sliding layer, itself included.
         sliding_layers: for every layer whether it slides; empty where none does.
-        local_rope: of the sliding layers; default: `rope`.
+        local_rope: RoPE of the sliding layers; default: `rope`.
     """
 
     vocab_size: int
@@ -394,7 +394,7 @@ def check_kinds(
     what: str,
     *names: str,
     items: Any = None,
-    place: str | PurePath = "the model's config",
+    where: str | PurePath = "the model's config",
 ) -> None:
     """Raises a `UserError` where a value is of another type; it may be missing or null.
 
@@ -402,9 +402,9 @@ def check_kinds(
         values: as read from a file.
         kind: type of the values.
         what: names it in the error.
-        names: of the values.
+        names: names of the values.
         items: type of what lists hold.
-        place: where the values stand.
+        where: where the values stand.
     """
     for name in names:
         value = values.get(name)
@@ -417,7 +417,7 @@ def check_kinds(
         if fits and isinstance(value, str):
             fits = value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
         if value is not None and not fits:
-            raise UserError(f"{name} in {place} is {_shortened(value)}: {what} is needed")
+            raise UserError(f"{name} in {where} is {_shortened(value)}: {what} is needed")
 
 
 def _shortened(value: Any) -> str:

@@ -34,7 +34,7 @@ def initialize(
 
     Args:
         coordinator: `HOST:PORT` of process 0, with `num_processes` and `process_id`.
-        num_processes: of the run.
+        num_processes: number of processes in the run.
         process_id: this one's number, from 0.
         detect: ask JAX to find the others (TPU pods, Slurm, Open MPI). Inside an `srun` step of several
             tasks, or with `JAX_COORDINATOR_ADDRESS` set, this is done without being asked.

@@ -128,7 +128,7 @@ def read_text(path: str | os.PathLike, name: str) -> str:
     """The contents of a UTF-8 text file, without a byte-order mark.
 
     Args:
-        path: of the file.
+        path: path of the file.
         name: what it is, for the error.
 
     Raises:
@@ -161,11 +161,11 @@ def read_rows(path: str | os.PathLike, name: str) -> list[tuple[str, Any]]:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
-        place = f"{path} line {number}"
+        location = f"{path} line {number}"
         try:
-            rows += [(place, json.loads(line))] if line.strip() else []
+            rows += [(location, json.loads(line))] if line.strip() else []
         except ValueError as error:
-            raise UserError(f"{place} is not JSON: {error}") from error
+            raise UserError(f"{location} is not JSON: {error}") from error
     return rows
 
 
@@ -178,13 +178,13 @@ def read_csv(path: str | os.PathLike, name: str) -> list[tuple[str, dict[str, st
     try:
         header = next(reader, [])
         for cells in filter(None, reader):
-            place = f"{path} line {reader.line_num}"
+            location = f"{path} line {reader.line_num}"
             if len(cells) != len(header):
                 raise UserError(
-                    f"{place} has {len(cells)} fields, the header {len(header)} ({', '.join(header)}): quote "
-                    "what holds a comma, or fill the row"
+                    f"{location} has {len(cells)} fields, the header {len(header)} ({', '.join(header)}): "
+                    "quote what holds a comma, or fill the row"
                 )
-            rows.append((place, dict(zip(header, cells, strict=True))))
+            rows.append((location, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
     return rows

@@ -54,8 +54,8 @@ def flash_attention(
         return _cudnn(q, k, v, window) if platform == "gpu" else _plain(q, k, v, window)
 
     # "length" is not among the names: each device needs all tokens of its rows, whatever that rule says.
-    of_queries, of_keys = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
-    return on_shards(attention, (of_queries, of_keys, of_keys), of_queries)(q, k, v)
+    query_axes, key_axes = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
+    return on_shards(attention, (query_axes, key_axes, key_axes), query_axes)(q, k, v)
 
 
 def _plain(q, k, v, window):

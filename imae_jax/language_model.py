@@ -47,7 +47,7 @@ class LoadedResource:
     Attributes:
         second: the second model, or None.
         weights: fields of `Weights` for a method's settings.
-        fingerprint: of what was loaded.
+        fingerprint: fingerprint of what was loaded.
     """
 
     second: "LanguageModel | None" = None
@@ -74,12 +74,12 @@ class LanguageModel:
 
     Attributes:
         model: the Flax model, with units where the reference has them.
-        tokenizer: of the checkpoint; see `imae_jax.tokenizer`.
+        tokenizer: tokenizer of the checkpoint; see `imae_jax.tokenizer`.
         eos_token_ids: tokens that end a text.
         base: where the base came from.
         imae: `imae_config.json` of an IMAE directory, else None.
         load_resource: loads what a method's settings name; see `convert.references`.
-        units_fingerprint: of the units' tensors, None without units.
+        units_fingerprint: fingerprint of the units' tensors, None without units.
     """
 
     model: Llama
@@ -310,7 +310,7 @@ def text_so_far(
     """The text of new tokens up to a stop string, as far as no further token changes it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompt, new: token ids.
         stop: strings that end a text; the one that is complete first counts.
         finished: whether no token follows.
@@ -319,9 +319,9 @@ def text_so_far(
         The text, and whether a stop string ended it.
     """
     text = tokenizer.continuation(prompt, new, finished=finished)
-    found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
-    if found:
-        return text[: min(found)[1]], True
+    ends = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
+    if ends:
+        return text[: min(ends)[1]], True
     if not finished:
         # The end may be the beginning of a stop string.
         held_back = max(map(len, stop), default=1) - 1

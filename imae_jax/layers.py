@@ -128,7 +128,7 @@ def matmul(
     Args:
         num_inputs: how many axes are inputs. They are flattened: XLA otherwise transposes a weight with
             several of them (`o_proj`) at every call.
-        preferred_element_type: of the result.
+        preferred_element_type: dtype of the result.
     """
     batch, outputs = x.shape[: x.ndim - num_inputs], weight.shape[num_inputs:]
     x = x.reshape(*batch, -1)

@@ -116,7 +116,7 @@ class Llama(nnx.Module):
         stacked: layer weights as [L, …] stacks, for training under `lax.scan`; False keeps an array
             per layer and weight, for decoding: a loop that slices a stack copies each layer's weights
             at every token.
-        dtype: of the base; the units are float32.
+        dtype: dtype of the base; the units are float32.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class _Call:
         is_token: bool [B, T], of this call's tokens those that are not padding.
         in_use: bool [B, S], slots that hold such a token.
         start: the slot of the first new token.
-        slides: of every layer, whether it slides.
+        slides: whether each layer slides.
         kinds: RoPE's tables, and where tokens may look, of layers that slide and of the others.
     """
 

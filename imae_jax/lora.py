@@ -102,7 +102,7 @@ def adapter_factors(deltas: Mapping[str, Any], count: int, numbers: Sequence[int
     Args:
         deltas: from `side_by_side`.
         count: how many adapters they hold.
-        numbers: of the adapter (from 0) of every row; None for the base.
+        numbers: numbers of the adapter (from 0) of every row; None for the base.
 
     Returns:
         Float32 [rows, rank]: `adapter` of `llama.forward`.

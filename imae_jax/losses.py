@@ -130,7 +130,7 @@ def fact_loss_sums(
             positions that predict T_fact; `hidden_base` carries no gradient.
         targets: int32 [B, P], the tokens of T_fact.
         token_weight: float32 [B, P], from `token_weights`; 0 at padding.
-        settings: of the losses.
+        settings: settings of the losses.
         chunk: positions per row that are projected at once.
 
     Returns:
@@ -196,7 +196,7 @@ def preference_loss_sums(
         base, anti, expert: float32 [pairs, 2], log-probabilities of the wrong and of the right answer in
             every mode; `base` carries no gradient.
         valid: bool [pairs], False at padding.
-        settings: of the losses.
+        settings: settings of the losses.
 
     Returns:
         Float32 scalars: `anti` and `expert`.
@@ -282,14 +282,14 @@ def token_log_probs(
     frozen = Weights(jax.lax.stop_gradient(weights.base))
 
     @jax.checkpoint
-    def of_chunk(arrays):
+    def chunk_log_probs(arrays):
         hidden, targets = arrays
         logits = project(frozen, hidden)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)
 
     B, P = targets.shape
-    chunks = jax.lax.map(of_chunk, tuple(_split(x, min(chunk, P)) for x in (hidden_states, targets)))
+    chunks = jax.lax.map(chunk_log_probs, tuple(_split(x, min(chunk, P)) for x in (hidden_states, targets)))
     return jnp.moveaxis(chunks, 0, 1).reshape(B, -1)[:, :P]
 
 
@@ -339,10 +339,10 @@ def total_loss(sums: dict[str, jax.Array], counts: dict[str, jax.Array], setting
     """`L_anti + L_expert + L_gate + λ L_keep`, each mean over its own count.
 
     Args:
-        sums: of this micro-batch; `keep` only where λ is not 0.
+        sums: sums of this micro-batch; `keep` only where λ is not 0.
         counts: of the whole batch, by the names of the sums: of weights of tokens or of pairs, and of gates
             over layers and modes. A mean over nothing adds nothing.
-        settings: of the losses.
+        settings: settings of the losses.
     """
     counts = jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
     loss = (sums["anti"] + sums["expert"]) / counts["anti"]

@@ -62,7 +62,7 @@ def weight(
         init: initializer, called with (key, shape, dtype).
         stack: number of layers to stack along a leading `layers` axis; None for no such axis.
         kind: `nnx.Param` for the base, `AntiExpertParam` for the units, `LoraParam` for deltas.
-        dtype: of the stored parameter.
+        dtype: dtype of the stored parameter.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions but {len(axes)} axis names: {shape}, {axes}")

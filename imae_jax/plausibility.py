@@ -10,7 +10,7 @@ def plausible(logits: jax.Array, threshold: float, form: str = "probability") ->
     """Plausible tokens, bool [..., V]; the arg-max is always one.
 
     Args:
-        logits: of the stronger side, [..., V]. In the probability form log-probabilities do as well.
+        logits: logits of the stronger side, [..., V]. In the probability form log-probabilities do as well.
         threshold: 0 < α ≤ 1. For 0 the constraint is off: callers skip it.
         form: `probability`, `p(v) ≥ α · max p`, as the code of ICD, CD and DoLa computes it; `logit`,
             `logit(v) ≥ α · max logit`, as IMAE's paper writes it, where α = 1 keeps the arg-max alone.

@@ -182,9 +182,9 @@ def on_shards(
     For kernels that XLA cannot partition.
 
     Args:
-        function: of arrays to one array, without communication between devices.
+        function: function of arrays to one array, without communication between devices.
         inputs: the logical names of each argument's axes; the mesh must divide them.
-        output: of the result's.
+        output: axes of the result's.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function

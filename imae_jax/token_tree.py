@@ -12,7 +12,7 @@ class TokenTree:
     """Sequences laid out depth-first as nodes, each a token behind its ancestors.
 
     Attributes:
-        tokens: of every node.
+        tokens: token of every node.
         depths: how many ancestors a node has: its position in each of its sequences.
         ends: one more than the index of a node's last descendant: a node's descendants are the nodes between.
         paths: for every sequence the indices of its nodes.

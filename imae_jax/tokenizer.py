@@ -57,7 +57,7 @@ class Tokenizer:
         clean_up_tokenization_spaces: whether decoded text loses blanks before punctuation, as the checkpoint
             asks.
         config: what else `tokenizer_config.json` of an export holds.
-        files: of the checkpoint, for an export to copy.
+        files: files of the checkpoint, for an export to copy.
     """
 
     backend_tokenizer: tokenizers.Tokenizer
@@ -186,7 +186,7 @@ class Tokenizer:
         Args:
             messages: the conversation.
             tokenize: False gives text, True its token ids as `__call__` does, BOS as the template writes it.
-            options: of `chat_template.render`.
+            options: options of `chat_template.render`.
 
         Raises:
             ChatTemplateError: there is none, or it cannot be used.

@@ -477,7 +477,7 @@ def choose_merging(
         llama: config of the model; with `dynamic` RoPE tables follow each row's length, and no two rows can
             share tokens.
         shards: into which a micro-batch is split along its rows; a tree lies on one.
-        max_length: of a tree: attention must need no more memory than rows of that length.
+        max_length: length limit of a tree: attention must need no more memory than rows of that length.
     """
     if llama.rope.type == "dynamic":
         return None

@@ -63,7 +63,7 @@ def render_page(
     Gates are stored in steps of 1/255, everything else in float32.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         excerpts: what was looked at.
         inspections: from `inspect`.
         model: name for the heading.

@@ -37,7 +37,7 @@ class DecodeState:
         caches: one a model, see `streams.empty_caches`.
         token: int32 [B], drawn last and not yet fed.
         done: bool [B], rows that have drawn an end-of-text token.
-        key: of the whole generation.
+        key: key of the whole generation.
         step: int32 [], number of tokens drawn.
         seen: bool [B, V], tokens of prompt and new text, where the sampler needs them; else None.
         not_finite: int32 [B], the first step whose logits or scores were not finite, else `NEVER`.
@@ -59,7 +59,7 @@ class GenerationOptions:
     Attributes:
         sampler: how a token is drawn; greedy by default.
         max_new_tokens: upper bound per row.
-        seed: of the sampler.
+        seed: seed of the sampler.
         chunk_size: tokens per compiled call; between calls it is checked whether all rows are done.
 
     Raises:

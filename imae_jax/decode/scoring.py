@@ -73,8 +73,8 @@ def encode(
     """Tokenizes every prompt together with its continuation.
 
     Args:
-        tokenizer: of the model.
-        prompts, continuations: of equal length.
+        tokenizer: tokenizer of the model.
+        prompts, continuations: texts of equal length.
         add_special_tokens: whether the tokenizer may add its own (BOS); off for chat templates, which
             hold them already.
 
@@ -108,13 +108,13 @@ def windows(tokens: Sequence[int], length: int) -> list[Continuation]:
     """
     if len(tokens) < 2 or length < 2:
         raise UserError(f"a text of {len(tokens)} tokens in windows of {length}: both need at least two")
-    stride, scored, found = length // 2, 1, []
+    stride, scored, continuations = length // 2, 1, []
     for start in range(0, len(tokens), stride):
-        part = tuple(tokens[start : start + length])
-        if start + len(part) > scored:
-            found.append(Continuation(part, scored - start))
-            scored = start + len(part)
-    return found
+        window = tuple(tokens[start : start + length])
+        if start + len(window) > scored:
+            continuations.append(Continuation(window, scored - start))
+            scored = start + len(window)
+    return continuations
 
 
 class Scored(NamedTuple):
@@ -464,8 +464,8 @@ def _score_nodes(
     # Nothing of size B · T · V is ever built.
     def add_chunk(chunk, values):
         nodes, parents = chunks.nodes[chunk], chunks.parents[chunk]
-        of_parents = jax.tree.map(lambda x: x[..., chunks.positions[chunk], :], hidden)
-        logits = streams.logits_of(models, method, of_parents)
+        parent_states = jax.tree.map(lambda x: x[..., chunks.positions[chunk], :], hidden)
+        logits = streams.logits_of(models, method, parent_states)
         chosen = tokens[jnp.minimum(nodes, B * T - 1)]
         scores = method.token_scores(logits, parents, chosen)
         chex.assert_shape(scores, (*chosen.shape, *method.columns))

@@ -37,7 +37,7 @@ class Models:
     """What a method's streams run on.
 
     Attributes:
-        weights: of the model itself, and of the method's second model where it has one.
+        weights: weights of the model itself, and of the method's second model where it has one.
         configs: theirs; static.
     """
 
@@ -178,12 +178,12 @@ def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) ->
     """Logits of every stream. The streams of one model, early exits included, are projected in one matmul."""
     logits: list[StreamLogits | None] = [None] * len(method.streams)
     for model, group in enumerate(_groups(method)):
-        parts = []
+        states = []
         for i in group:
-            parts.append(hidden[i].final[None])
+            states.append(hidden[i].final[None])
             if hidden[i].exits is not None:
-                parts.append(hidden[i].exits)
-        projected = project(models.weights[model], jnp.concatenate(parts))
+                states.append(hidden[i].exits)
+        projected = project(models.weights[model], jnp.concatenate(states))
         projected = constrain(projected, None, "batch", "act_vocab")
         start = 0
         for i in group:
@@ -222,7 +222,7 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
 
     0 is the embedding's output.
     """
-    length, found = len(tokens), []
+    length, first_layers = len(tokens), []
     rows = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
     mask = np.arange(rows.shape[1])[None] < length
     for stream in method.streams:
@@ -241,8 +241,8 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
                 options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers
         bad = (layer for layer, x in enumerate(hidden_layers) if not jnp.isfinite(x[:, :length]).all())
-        found.append(next(bad, None))
-    return min((layer for layer in found if layer is not None), default=None)
+        first_layers.append(next(bad, None))
+    return min((layer for layer in first_layers if layer is not None), default=None)
 
 
 def projections(method: Method) -> int:

@@ -18,7 +18,7 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
         method: for errors.
         candidates: `low` or `high`, DoLa's buckets; `all` layers but the last; `a..b`, both included; or
             numbers, in a sequence or with `+` between them.
-        config: of the model.
+        config: configuration of the model.
 
     Raises:
         UserError: no such bucket, or a layer that is not before the last.

@@ -108,7 +108,7 @@ class Method(abc.ABC):
         To be overridden where that is cheaper than building [P, V].
 
         Args:
-            logits: of P positions.
+            logits: logits of P positions.
             positions: int32 [Q], in front of which of them a token comes.
             tokens: int32 [Q].
         """

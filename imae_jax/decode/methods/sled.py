@@ -123,10 +123,10 @@ def _cosines(q: jax.Array, d: jax.Array, chosen: jax.Array) -> jax.Array:
         jnp.sum(x, axis=-1, keepdims=True) for x in (others * d, others * others, d * d)
     )
     q_peak, d_peak = (jnp.take_along_axis(x, peak, axis=-1) for x in (q, d))
-    of_chosen = jnp.broadcast_to(chosen, (q.shape[0], *chosen.shape))
-    q_i, d_i = (jnp.take_along_axis(x, of_chosen, axis=-1) for x in (q, d))
+    chosen_per_layer = jnp.broadcast_to(chosen, (q.shape[0], *chosen.shape))
+    q_i, d_i = (jnp.take_along_axis(x, chosen_per_layer, axis=-1) for x in (q, d))
 
-    is_peak = of_chosen == peak
+    is_peak = chosen_per_layer == peak
     dot = jnp.where(is_peak, others_dot_d + d_i * (q_peak - 1), others_dot_d + q_peak * d_peak - d_i)
     squared = jnp.where(is_peak, others_squared + (q_peak - 1) ** 2, others_squared + q_peak**2 - 2 * q_i + 1)
     # As torch's cosine_similarity, of which the published script is made, keeps from dividing by 0.
