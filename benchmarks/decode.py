@@ -37,8 +37,8 @@ from imae_jax.evaluate.cost import (
     with_base,
     workloads_of,
 )
-from imae_jax.evaluate.tables import Table, number, show
-from imae_jax.evaluate.truthfulqa import parse_methods
+from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.runner.arguments import parse_methods
 
 PEER, BOUND = "transformers generate", "bandwidth bound"
 

@@ -22,7 +22,6 @@ from imae_jax.convert.hf import (
     SafetensorsSource,
     SelectedSource,
     check_tensors,
-    read_json,
     shards_of_size,
     write_config,
     write_weights,
@@ -31,7 +30,7 @@ from imae_jax.convert.references import HUB_ID, OpenedModel, open_model, parse_d
 from imae_jax.convert.table import base_rows, unit_rows
 from imae_jax.convert.verify import Verification
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_json
 
 TORCH_SIDE = Path(__file__).parent / "torch_side"
 SHIPPED = {

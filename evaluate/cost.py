@@ -25,11 +25,11 @@ from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
 from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
-
-from .runs import MARKDOWN_FILE, RESULTS_FILE, called, environment, jsonable, parse_methods
-from .summaries import precision_of
-from .tables import Table, number, show
+from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE
+from imae_jax.evaluate.runner.identity import called, environment
+from imae_jax.files import jsonable, new_directory
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -394,7 +394,7 @@ def cost_tables(results: Mapping[str, Any]) -> list[Table]:
             rows.append((name, *cells))
         workload = results["workload"]
         title = (
-            f"{results['model']}, {precision_of(results)}, batch {batch_size}, {workload['prompt_tokens']} + "
+            f"{results['model']}, {results['dtype']}, batch {batch_size}, {workload['prompt_tokens']} + "
             f"{workload['new_tokens']} tokens"
         )
         tables.append(Table(title, columns, tuple(rows)))
@@ -411,7 +411,7 @@ def cost_plot(results: Mapping[str, Any], path: Path) -> None:
         }
         for label, (key, scale) in panels.items()
     }
-    bar_plot(series, f"{results['model']}, {precision_of(results)}", path)
+    bar_plot(series, f"{results['model']}, {results['dtype']}", path)
 
 
 def bar_plot(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, path: Path) -> None:

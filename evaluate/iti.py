@@ -25,9 +25,8 @@ from imae_jax.cli import (
     model_arguments,
 )
 from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.questions import Question, load_data
 from imae_jax.files import new_directory
-
-from .questions import Question, load_data
 
 FOLDS_FILE = "folds.json"
 

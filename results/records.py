@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from imae_jax.evaluate.questions import Question, load_data, select
-from imae_jax.evaluate.runs import read_lines
+from imae_jax.evaluate.benchmarks.questions import Question, load_data, select
+from imae_jax.evaluate.runner.directory import read_records
 
 METRICS = ("mc1", "mc2", "mc3")
 # Of MC2 and MC3, which are shares.
@@ -70,7 +70,7 @@ def question_facts(questions: list[Question]) -> dict[str, list[int]]:
 def of_truthfulqa(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Every method's metrics, question by question, in the data's order; None where one is undefined."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    for line in sorted(read_lines(run), key=lambda line: line["index"]):
+    for line in sorted(read_records(run), key=lambda line: line["index"]):
         lines.setdefault(line["method"], []).append(line)
     # The split is of all questions, also where the run has a part of them.
     facts = question_facts(sorted(load_data(results["data"]["path"]).questions, key=lambda q: q.index))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imae_jax.decode.methods import parse_method
-from imae_jax.evaluate import plots, stats
-from imae_jax.evaluate.summaries import sums_of
-from imae_jax.evaluate.tables import Table, number, p_value, with_interval
+from imae_jax.evaluate.reporting import plots, stats
+from imae_jax.evaluate.reporting.aggregate import sums_of
+from imae_jax.evaluate.reporting.tables import Estimate, Table, number, p_value
 
 DOCS = Path(__file__).parent.parent / "docs"
 METRICS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3"}
@@ -77,7 +77,7 @@ def placebo(key: Key) -> Key:
 
 def deltas(compared: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Cells of a paired comparison, from `stats.compare`."""
-    return tuple(with_interval(c["value"], c["interval"], sign=True) for c in compared.values())
+    return tuple(Estimate(c["value"], c["interval"], sign=True) for c in compared.values())
 
 
 class Figures:
@@ -146,9 +146,7 @@ def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
         base, scores, differences, stored = methods[BASE], [], [], {}
         for key, own in methods.items():
             means = {m: stats.mean(own[m]).scaled(100) for m in METRICS}
-            scores.append(
-                (*key, *(with_interval(mean["value"], mean["interval"]) for mean in means.values()))
-            )
+            scores.append((*key, *(Estimate(mean["value"], mean["interval"]) for mean in means.values())))
             stored[" / ".join(key)] = {"scores": means}
             if key != BASE:
                 compared = figures.compare(own, base)
@@ -296,7 +294,7 @@ def lengths_table(
     rows, stored = [], {}
     for control, right in extremes.items():
         means = [stats.mean(right[mask]).scaled(100) for mask in parts.values()]
-        cells = [with_interval(mean["value"], mean["interval"]) for mean in means]
+        cells = [Estimate(mean["value"], mean["interval"]) for mean in means]
         rows.append((control, "", *cells, *["–"] * len(parts)))
         stored[control] = dict(zip(columns, cells, strict=False))
     base = methods[BASE]
@@ -307,7 +305,7 @@ def lengths_table(
             for mask in parts.values():
                 values = of[metric][mask] - (minus[metric][mask] if minus else 0)
                 mean = stats.mean(values).scaled(100)
-                cells.append(with_interval(mean["value"], mean["interval"], sign=minus is not None))
+                cells.append(Estimate(mean["value"], mean["interval"], sign=minus is not None))
         rows.append((*key, *cells))
         stored[" / ".join(key)] = dict(zip(columns, cells, strict=True))
     figures.values[name] = stored
@@ -402,7 +400,7 @@ def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
     """HaluEval's pairs of equal length, neutral text, time and memory."""
     columns_of = {
         "halueval": lambda row: {
-            "right preferred": with_interval(row["raw"], row["interval"]),
+            "right preferred": Estimate(row["raw"], row["interval"]),
             "per token": number(row["per_token"]),
         },
         "harm": lambda row: {

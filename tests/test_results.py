@@ -14,9 +14,9 @@ from conftest import write_rows
 from omegaconf import OmegaConf
 
 from imae_jax.decode.methods import parse_method, split_methods
+from imae_jax.evaluate.benchmarks.questions import load_data
 from imae_jax.evaluate.cost import main as cost
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.questions import load_data
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import DataConfig, TrainConfig, load_config
 from imae_jax.train.data import load_rows

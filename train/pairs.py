@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from imae_jax.cli import ArgumentParser, command
 from imae_jax.errors import UserError
-from imae_jax.evaluate import stats
+from imae_jax.evaluate.reporting import stats
 from imae_jax.files import read_csv, read_rows, read_text
 
 if TYPE_CHECKING:
