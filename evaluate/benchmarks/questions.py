@@ -22,7 +22,6 @@ DATA_DIRECTORY = Path(__file__).parents[1] / "data"
 DEMO_DATA = DATA_DIRECTORY / "demo_truthfulqa.csv"
 HUB_ID = "truthfulqa/truthful_qa"
 NEWER_CSV = "TruthfulQA.csv of https://github.com/sylinrl/TruthfulQA since January 2025"
-FORMS = ("answers", "targets", "binary")
 SPLITS = ("dev", "test", "all")
 
 

@@ -31,12 +31,13 @@ class Training:
     title = "training"
 
     def read(self, path: Path) -> dict[str, Any]:
-        environment_file, units_file, data = path / ENVIRONMENT_FILE, path / IMAE_CONFIG, {}
+        stages, data = read_stages(path), {}
+        environment_file, units_file = path / ENVIRONMENT_FILE, path / IMAE_CONFIG
         environment = read_json(environment_file, list) if environment_file.is_file() else []
         if units_file.is_file():
             data = with_file(read_json(units_file), units_file)["training"].get("data", {})
         return {
-            "stages": read_stages(path),
+            "stages": stages,
             "config": read_config(path / CONFIG_FILE),
             "environment": with_file(environment, environment_file, "a start"),
             "data": data,
