@@ -149,8 +149,8 @@ def figures_of(lm: Any, method: Method, groups: Sequence[Any], model: Any, peer_
     start = time.perf_counter()
     sums = {
         (i, j): float(scores.sum())
-        for i, of_group in score(models, lm.config, groups, method)
-        for j, scores in enumerate(of_group)
+        for i, scored in score(models, lm.config, groups, method)
+        for j, scores in enumerate(scored.scores)
     }
     ours = (time.perf_counter() - start) / len(sums)
     sample = [(i, j) for i, group in enumerate(groups) for j in range(len(group))][:peer_answers]

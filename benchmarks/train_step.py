@@ -396,17 +396,15 @@ def peak_of(device: Any, given: float | None) -> tuple[float | None, str]:
 
 
 def measure_torch(args: argparse.Namespace) -> dict[str, Any]:
-    import numpy as np
     import torch
     import transformers
-    from torch.nn import functional
 
     shared = json.loads((args.exchange / "model.json").read_text())
     backend = json.loads((args.exchange / f"{OURS}.json").read_text())["backend"]
     if backend == "tpu" or (backend == "gpu" and not torch.cuda.is_available()):
         sys.exit(f"{OURS} ran on a {backend}, which torch does not see: pass --no-peer")
     device = torch.device("cuda" if backend == "gpu" else "cpu")
-    dtype, loss_config, optimizer_config = getattr(torch, args.dtype), shared["loss"], shared["optimizer"]
+    dtype, settings = getattr(torch, args.dtype), shared["optimizer"]
 
     transformers.logging.disable_progress_bar()
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
@@ -417,103 +415,28 @@ def measure_torch(args: argparse.Namespace) -> dict[str, Any]:
         with device:
             model = load.from_config(transformers.AutoConfig.from_pretrained(directory), **options)
     model.eval().requires_grad_(False)
-    layers, hidden_size = model.model.layers, model.config.hidden_size
-
-    shapes = {
-        "gate": (hidden_size, 2),
-        "gate_bias": (2,),
-        "w_gate": (hidden_size, shared["unit_size"]),
-        "w_up": (hidden_size, shared["unit_size"]),
-        "w_down": (shared["unit_size"], hidden_size),
-    }
-    units = [
-        {
-            name: torch.zeros(shape, device=device)
-            if name in ("gate_bias", "w_down")
-            else torch.randn(shape, device=device) * model.config.initializer_range
-            for name, shape in shapes.items()
-        }
-        for _ in layers
-    ]
-    if args.shapes is None:
-        for name, stack in np.load(args.exchange / "units.npz").items():
-            for unit, array in zip(units, stack, strict=True):
-                unit[name].copy_(torch.from_numpy(array))
-    parameters = [array.requires_grad_() for unit in units for array in unit.values()]
+    peer = TorchUnits(model, shared["unit_size"], args, device, dtype)
+    parameters = [array for unit in peer.units for array in unit.values()]
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=optimizer_config["learning_rate"],
-        betas=(optimizer_config["beta1"], optimizer_config["beta2"]),
-        weight_decay=optimizer_config["weight_decay"],
+        lr=settings["learning_rate"],
+        betas=(settings["beta1"], settings["beta2"]),
+        weight_decay=settings["weight_decay"],
         fused=True,
     )
-
-    # Of the running forward pass: the units' strength a row, None without units; and their gates.
-    strength, gates = None, []
-
-    def add_unit(unit, mlp, inputs, output):
-        if strength is None:
-            return output
-        h = inputs[0]
-        gate, w_gate, w_up, w_down = (unit[name].to(dtype) for name in ("gate", "w_gate", "w_up", "w_down"))
-        a = ((h @ gate).float() + unit["gate_bias"]).softmax(-1)[..., :1]
-        # A recomputed layer's gates are not needed, and would keep its activations alive.
-        if len(gates) < len(layers):
-            gates.append(a[..., 0])
-        gated = a.to(dtype) * h
-        return output + strength * ((functional.silu(gated @ w_gate) * (gated @ w_up)) @ w_down)
-
-    for layer, unit in zip(layers, units, strict=True):
-        layer.mlp.register_forward_hook(functools.partial(add_unit, unit))
-        if args.remat != "none":
-            layer.forward = recomputed(layer.forward, args.remat)
-
     tokens, fact = (
         torch.from_numpy(array).to(device) for array in random_rows(args, model.config.vocab_size)
     )
-    num_facts, num_gates = int(fact.sum()), 2 * len(layers) * fact.numel()
-    start = args.length - fact.shape[1]
-
-    def run(rows, of_rows):
-        nonlocal strength
-        gates.clear()
-        strength = of_rows
-        return model.model(rows, use_cache=False).last_hidden_state
-
-    def loss_of(rows, fact):
-        """This micro-batch's part of the loss of the batch."""
-        count, positions = len(rows), fact.flatten().nonzero()[:, 0]
-
-        def at_facts(hidden):
-            # Position i predicts token i + 1.
-            return hidden[:, start - 1 : -1].flatten(0, 1)[positions]
-
-        with torch.no_grad():
-            log_base = model.lm_head(at_facts(run(rows, None))).float().log_softmax(-1)
-        modes = torch.ones(2 * count, 1, 1, device=device, dtype=dtype)
-        modes[count:] = -1
-        hidden = run(torch.cat([rows, rows]), modes)
-        both = torch.cat([at_facts(hidden[:count]), at_facts(hidden[count:])])
-        log_anti, log_expert = model.lm_head(both).float().log_softmax(-1).chunk(2)
-        with torch.no_grad():
-            valid = log_base >= log_base.amax(-1, keepdim=True) + math.log(loss_config["delta"])
-            scores = loss_config["beta"] * log_base - log_anti
-            target = scores.masked_fill(~valid, -math.inf).softmax(-1)
-        anti = functional.nll_loss(log_anti, rows[:, start:].flatten()[positions], reduction="sum")
-        expert = functional.kl_div(log_expert, target, reduction="sum")
-        of_answer = torch.stack(gates)[..., start - 1 : -1]
-        gate = torch.where(torch.cat([fact, fact]), 1 - of_answer, of_answer).sum()
-        return (anti + expert) / num_facts + loss_config["gate_weight"] * gate / num_gates
-
+    counts = {"fact": int(fact.sum()), "gate": 2 * len(peer.units) * fact.numel()}
     micro_batches = list(zip(tokens.chunk(args.accumulation), fact.chunk(args.accumulation), strict=True))
 
     def step():
         total = 0.0
-        for rows, of_rows in micro_batches:
-            loss = loss_of(rows, of_rows)
+        for rows, is_fact in micro_batches:
+            loss = peer.loss(rows, is_fact, counts, shared["loss"])
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optimizer_config["clip_norm"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings["clip_norm"])
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": float(total), "grad_norm": float(norm)}
@@ -524,6 +447,95 @@ def measure_torch(args: argparse.Namespace) -> dict[str, Any]:
     figures["device"] = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     figures["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return figures
+
+
+class TorchUnits:
+    """Units hooked onto the MLPs of a transformers model, and the loss of objective `paper`."""
+
+    def __init__(self, model: Any, unit_size: int, args: argparse.Namespace, device: Any, dtype: Any):
+        import numpy as np
+        import torch
+
+        self.model, self.dtype, self.length = model, dtype, args.length
+        # Of the running forward pass: the units' strength a row, None without units; and their gates.
+        self.strength, self.gates = None, []
+        size = model.config.hidden_size
+        shapes = {"gate": (size, 2), "gate_bias": (2,), "w_gate": (size, unit_size)}
+        shapes |= {"w_up": (size, unit_size), "w_down": (unit_size, size)}
+
+        def draw(name, shape):
+            if name in ("gate_bias", "w_down"):
+                return torch.zeros(shape, device=device)
+            return torch.randn(shape, device=device) * model.config.initializer_range
+
+        layers = model.model.layers
+        self.units = [{name: draw(name, shape) for name, shape in shapes.items()} for _ in layers]
+        if args.shapes is None:
+            for name, stack in np.load(args.exchange / "units.npz").items():
+                for unit, array in zip(self.units, stack, strict=True):
+                    unit[name].copy_(torch.from_numpy(array))
+        for layer, unit in zip(layers, self.units, strict=True):
+            for array in unit.values():
+                array.requires_grad_()
+            layer.mlp.register_forward_hook(functools.partial(self._add_unit, unit))
+            if args.remat != "none":
+                layer.forward = recomputed(layer.forward, args.remat)
+
+    def _add_unit(self, unit, mlp, inputs, output):
+        from torch.nn import functional
+
+        if self.strength is None:
+            return output
+        h, names = inputs[0], ("gate", "w_gate", "w_up", "w_down")
+        gate, w_gate, w_up, w_down = (unit[name].to(self.dtype) for name in names)
+        a = ((h @ gate).float() + unit["gate_bias"]).softmax(-1)[..., :1]
+        # A recomputed layer's gates are not needed, and would keep its activations alive.
+        if len(self.gates) < len(self.units):
+            self.gates.append(a[..., 0])
+        gated = a.to(self.dtype) * h
+        return output + self.strength * ((functional.silu(gated @ w_gate) * (gated @ w_up)) @ w_down)
+
+    def _run(self, rows, strength):
+        self.gates.clear()
+        self.strength = strength
+        return self.model.model(rows, use_cache=False).last_hidden_state
+
+    def loss(self, rows: Any, fact: Any, counts: dict[str, int], settings: dict[str, float]) -> Any:
+        """A micro-batch's part of the loss of its batch.
+
+        Args:
+            rows: tokens [B, T].
+            fact: bool [B, answer], which of the last tokens are in T_fact.
+            counts: what the sums of the whole batch are divided by.
+            settings: β, δ and the weight of the gates.
+        """
+        import torch
+        from torch.nn import functional
+
+        positions, start = fact.flatten().nonzero()[:, 0], self.length - fact.shape[1]
+
+        def at_facts(hidden):
+            # Position i predicts token i + 1.
+            return hidden[:, start - 1 : -1].flatten(0, 1)[positions]
+
+        def log_probs(hidden):
+            return self.model.lm_head(hidden).float().log_softmax(-1)
+
+        with torch.no_grad():
+            log_base = log_probs(at_facts(self._run(rows, None)))
+        modes = torch.ones(2 * len(rows), 1, 1, device=rows.device, dtype=self.dtype)
+        modes[len(rows) :] = -1
+        halves = self._run(torch.cat([rows, rows]), modes).chunk(2)
+        log_anti, log_expert = log_probs(torch.cat([at_facts(half) for half in halves])).chunk(2)
+        with torch.no_grad():
+            valid = log_base >= log_base.amax(-1, keepdim=True) + math.log(settings["delta"])
+            scores = settings["beta"] * log_base - log_anti
+            target = scores.masked_fill(~valid, -math.inf).softmax(-1)
+        anti = functional.nll_loss(log_anti, rows[:, start:].flatten()[positions], reduction="sum")
+        expert = functional.kl_div(log_expert, target, reduction="sum")
+        gates = torch.stack(self.gates)[..., start - 1 : -1]
+        gate = torch.where(torch.cat([fact, fact]), 1 - gates, gates).sum()
+        return (anti + expert) / counts["fact"] + settings["gate_weight"] * gate / counts["gate"]
 
 
 def recomputed(forward: Callable, remat: str) -> Callable:

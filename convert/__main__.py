@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("export", help="write a HuggingFace directory (safetensors)")
-    add_model_arguments(export, quantizable=False)
+    add_model_arguments(export, with_mesh=False)
     export.add_argument("--out", required=True, help="directory to write")
     export.add_argument(
         "--max-shard-gb",

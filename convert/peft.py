@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
+from imae_jax import layer_stack
 from imae_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from imae_jax.convert import identity
 from imae_jax.convert.hf import SafetensorsSource, check_shapes, fill, hf_tensors
@@ -96,7 +97,7 @@ class Adapter:
             {row.path.removeprefix("lora."): (row, self) for row in rows},
             mesh,
         )
-        return as_tree(module, self.config.num_layers)
+        return layer_stack.arrays(module)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A tensor, filled up with zeros to the rank of `lora`."""
@@ -280,17 +281,10 @@ def _no_weights(path: Path) -> UserError:
     return UserError(f"{path} has no {WEIGHTS_FILE}: download the adapter again")
 
 
-def as_tree(module: LoraDeltas | nnx.List, num_layers: int) -> Any:
-    """The arrays of a module of deltas as in `Weights.lora`."""
-    tree = nnx.to_pure_dict(nnx.state(module))
-    return tuple(tree[i] for i in range(num_layers)) if isinstance(module, nnx.List) else tree
-
-
-def _declare(config: LlamaConfig, lora: LoraConfig, stacked: bool) -> LoraDeltas | nnx.List:
-    if stacked:
-        return LoraDeltas(config, lora, rngs=nnx.Rngs(0), stack=config.num_layers)
-    layers = range(config.num_layers)
-    return nnx.List([LoraDeltas(config, lora, rngs=nnx.Rngs(0), stack=None) for _ in layers])
+def _declare(config: LlamaConfig, lora: LoraConfig, stacked: bool) -> nnx.Module:
+    return layer_stack.declare(
+        lambda n: LoraDeltas(config, lora, rngs=nnx.Rngs(0), stack=n), config.num_layers, stacked=stacked
+    )
 
 
 def write_adapter(

@@ -38,7 +38,6 @@ from imae_jax.decode.methods import Resource
 from imae_jax.distributed import place
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import read_json
-from imae_jax.int8 import quantize
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 from imae_jax.llama import Llama
 from imae_jax.sharding import model_mesh, sharding
@@ -181,7 +180,6 @@ def load_model(
     revision: str | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
-    int8: str | None = None,
 ) -> LanguageModel:
     """Loads a model by any reference that this module's docstring lists.
 
@@ -196,7 +194,6 @@ def load_model(
         tokenizer: directory or hub id of another tokenizer than the model's own.
         base: where the base of an IMAE directory or adapter is now, if it has moved; its weights must be
             the same.
-        int8: which weights to quantize, `units`, `base` or `all`; see `imae_jax.int8`.
 
     Raises:
         UserError: says what cannot be loaded and why.
@@ -213,8 +210,6 @@ def load_model(
     if adapter is not None:
         peft.merge_into(model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
         found = BaseReference(reference, None, adapter.fingerprint(found.fingerprint), found.dtype)
-    if int8 is not None:
-        quantize(model, int8)
     loaded_tokenizer = opened.tokenizer(tokenizer)
     return LanguageModel(
         model,

@@ -13,7 +13,7 @@ import numpy as np
 from imae_jax.anti_expert import MODES
 from imae_jax.convert.references import OpenedModel
 from imae_jax.errors import UserError
-from imae_jax.llama import forward, project
+from imae_jax.llama import Interventions, forward, project
 
 # Of two logits, in float64. Rounding stays far below: 2.5e-6 on SmolLM2's 30 layers, since RoPE's tables are
 # float32. In float32, XLA's sums alone would be 2.4e-4 away from float64 there, and torch's 1.4e-4.
@@ -155,7 +155,8 @@ def _logits_here(
 ) -> dict[str, np.ndarray]:
     @jax.jit
     def run(weights, strength):
-        output = forward(weights, opened.config, tokens, attention_mask=mask, strength=strength)
+        interventions = Interventions(strength=strength)
+        output = forward(weights, opened.config, tokens, attention_mask=mask, interventions=interventions)
         return project(weights, output.hidden_states)
 
     # The host's memory is what was found to suffice, and only a CPU has float64 in any case.

@@ -8,6 +8,7 @@ of a step does not depend on which tokens it sees.
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -90,12 +91,9 @@ class Source:
 
         directory, options = local_path(self.reference), dict(self.options)
         loads_units = units or not (self.random_weights or imae_dir.is_imae_dir(directory))
-        if options.get("int8") == "units" and not loads_units:
-            options["int8"] = None  # There are none to quantize.
         if self.random_weights:
-            dtype, int8 = options["dtype"], options.get("int8")
             mesh = options.get("mesh")
-            return random_model(self.reference, dtype=dtype, units=units, int8=int8, mesh=mesh)
+            return random_model(self.reference, dtype=options["dtype"], units=units, mesh=mesh)
         if loads_units:
             return load_model(self.reference, **options)
         recorded, moved = imae_dir.read_config(directory)["base"], options.pop("base")
@@ -206,9 +204,7 @@ def measure(
     import numpy as np
 
     # Imported before the meter is made: libraries do not count.
-    from imae_jax.decode.loop import stream_tokens
-    from imae_jax.decode.sampling import Sampler
-    from imae_jax.language_model import CHUNK_SIZE
+    from imae_jax.decode.loop import GenerationOptions, stream_tokens
 
     # Compiled anew, so that `compile_s` is what it says.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -223,22 +219,13 @@ def measure(
     del lm
     shape = (workload.batch_size, workload.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
-    chunk_size = min(CHUNK_SIZE, workload.new_tokens - 1)
+    chunk_size = min(GenerationOptions.chunk_size, workload.new_tokens - 1)
+    options = GenerationOptions(max_new_tokens=workload.new_tokens, chunk_size=chunk_size)
     num_chunks = -(-(workload.new_tokens - 1) // chunk_size)
 
     def run(at_end: Callable[[], None] = lambda: None) -> Timing:
         start = time.perf_counter()
-        stream = stream_tokens(
-            models,
-            config,
-            prompts,
-            method=method,
-            sampler=Sampler(),
-            max_new_tokens=workload.new_tokens,
-            eos_token_ids=(),
-            seed=0,
-            chunk_size=chunk_size,
-        )
+        stream = stream_tokens(models, prompts, method, options, eos_token_ids=())
         with jax.profiler.StepTraceAnnotation("prefill", step_num=0):
             next(stream)
         prefilled = time.perf_counter()
@@ -274,7 +261,6 @@ def random_model(
     *,
     dtype: str | None,
     units: bool,
-    int8: str | None = None,
     mesh: "Mesh | str | None" = None,
 ) -> "LanguageModel":
     """A model with random weights of another's sizes, without a tokenizer.
@@ -286,14 +272,12 @@ def random_model(
         reference: as of `convert.references.model_config`; published sizes need no network.
         dtype: of the base; default: the checkpoint's own.
         units: with anti-expert units of the paper's ratio.
-        int8: which weights to quantize; see `imae_jax.int8`.
         mesh: as of `load_model`.
     """
     from flax import nnx
 
     from imae_jax.config import AntiExpertConfig
     from imae_jax.convert.references import DTYPES, model_config
-    from imae_jax.int8 import quantize
     from imae_jax.language_model import BaseReference, LanguageModel
     from imae_jax.llama import Llama
     from imae_jax.sharding import check_divisible, model_mesh
@@ -309,8 +293,6 @@ def random_model(
     model = _drawn(
         lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=DTYPES[dtype]), mesh
     )
-    if int8 is not None:
-        quantize(model, int8)
     base = BaseReference(reference, None, "random weights", dtype)
     return LanguageModel(model, None, (), base, load_resource=_random_resource)
 
@@ -333,8 +315,8 @@ def _random_resource(lm: "LanguageModel", resource: Any) -> "LoadedResource":
     import jax
     from flax import nnx
 
+    from imae_jax import layer_stack
     from imae_jax.config import LoraConfig
-    from imae_jax.convert.peft import as_tree
     from imae_jax.language_model import LoadedResource
     from imae_jax.lora import LoraDeltas
 
@@ -345,12 +327,12 @@ def _random_resource(lm: "LanguageModel", resource: Any) -> "LoadedResource":
         return LoadedResource(weights=lambda method: {"shifts": shifts})
     if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
         lora = LoraConfig()
-        layers = range(config.num_layers)
+        rngs = nnx.Rngs(0)
+        declare = functools.partial(LoraDeltas, config, lora, rngs=rngs)
         module = _drawn(
-            lambda: nnx.List([LoraDeltas(config, lora, rngs=nnx.Rngs(i), stack=None) for i in layers]),
-            lm.mesh,
+            lambda: layer_stack.declare(lambda n: declare(stack=n), config.num_layers, stacked=False), lm.mesh
         )
-        deltas = as_tree(module, config.num_layers)
+        deltas = layer_stack.arrays(module)
         return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
     second = random_model(resource.reference, dtype=lm.base.dtype, units=False, mesh=lm.mesh)
     if second.config.vocab_size != config.vocab_size:
@@ -510,7 +492,6 @@ def measure_all(
     return {
         "model": source.reference,
         "random_weights": source.random_weights,
-        "int8": source.options.get("int8"),
         "workload": settings,
         **common,
         "batch_sizes": figures,

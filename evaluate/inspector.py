@@ -240,7 +240,7 @@ def _run_modes(
     import jax.numpy as jnp
 
     from imae_jax.anti_expert import MODES
-    from imae_jax.llama import Taps, forward, project
+    from imae_jax.llama import Interventions, Options, Taps, forward, project
 
     B, T = tokens.shape
     M = len(MODE_NAMES)
@@ -249,8 +249,10 @@ def _run_modes(
         config,
         jnp.tile(tokens, (M, 1)),
         attention_mask=jnp.tile(jnp.arange(T) < lengths[:, None], (M, 1)),
-        strength=jnp.repeat(jnp.asarray([MODES[name] for name in MODE_NAMES]), B),
-        taps=Taps(gates=True),
+        interventions=Interventions(
+            strength=jnp.repeat(jnp.asarray([MODES[name] for name in MODE_NAMES]), B)
+        ),
+        options=Options(Taps(gates=True)),
     )
 
     def of_position(x):

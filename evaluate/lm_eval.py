@@ -242,7 +242,7 @@ class IMAEJaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         from tqdm import tqdm
 
-        from imae_jax.decode import score_greedy
+        from imae_jax.decode import score
 
         items, groups = [], defaultdict(list)
         for place, (texts, context, continuation) in enumerate(requests):
@@ -250,18 +250,19 @@ class IMAEJaxLM(TemplateLM):
             groups[tuple(context)].append(place)
         places = list(groups.values())
         models, method = self._scored
-        scored = score_greedy(
+        results = score(
             models,
             self.lm.config,
             [[items[place] for place in group] for group in places],
             method,
+            greedy=True,
             rows_per_batch=self.batch_size,
             where=lambda i, j: f"request {places[i][j]}",
         )
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.quiet) as bar:
-            for i, scores, greedy in scored:
-                for place, s, g in zip(places[i], scores, greedy, strict=True):
+            for i, scored in results:
+                for place, s, g in zip(places[i], *scored, strict=True):
                     answers[place] = float(np.sum(s, dtype=np.float64)), bool(g.all())
                     if requests[place][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
@@ -327,7 +328,7 @@ class IMAEJaxLM(TemplateLM):
     def _continue(self, prompts: list[list[int]], generation: Generation, seed: int) -> list[str]:
         from lm_eval.models.utils import postprocess_generated_text
 
-        from imae_jax.decode.loop import stream_tokens
+        from imae_jax.decode.loop import GenerationOptions, stream_tokens
 
         models, method = self._generated
         # Special tokens do not appear in the text: they are looked for by their ids.
@@ -335,17 +336,9 @@ class IMAEJaxLM(TemplateLM):
         stop_ids = {special[string] for string in generation.stop if string in special}
         rows: list[list[int]] = [[] for _ in prompts]
         texts, closed = [""] * len(prompts), [False] * len(prompts)
-        for tokens in stream_tokens(
-            models,
-            self.lm.config,
-            prompts,
-            method=method,
-            sampler=generation.sampler,
-            max_new_tokens=generation.max_new_tokens,
-            eos_token_ids=sorted(stop_ids | set(self.lm.eos_token_ids)),
-            seed=seed,
-            closed=closed,
-        ):
+        options = GenerationOptions(generation.sampler, generation.max_new_tokens, seed)
+        ends = sorted(stop_ids | set(self.lm.eos_token_ids))
+        for tokens in stream_tokens(models, prompts, method, options, eos_token_ids=ends, closed=closed):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]

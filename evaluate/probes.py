@@ -18,7 +18,7 @@ from imae_jax.decode.streams import not_finite_error
 from imae_jax.distributed import to_host
 from imae_jax.language_model import LanguageModel
 from imae_jax.layers import precision
-from imae_jax.llama import Taps, Weights, forward
+from imae_jax.llama import Options, Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
 from imae_jax.sharding import use_mesh
 
@@ -57,7 +57,7 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = la
 
 def _heads_at(weights: Weights, tokens: jax.Array, last: jax.Array, *, config: LlamaConfig) -> jax.Array:
     mask = jnp.arange(tokens.shape[1]) <= last[:, None]
-    heads = forward(weights, config, tokens, attention_mask=mask, taps=Taps(heads=True)).heads
+    heads = forward(weights, config, tokens, attention_mask=mask, options=Options(Taps(heads=True))).heads
     of_rows = heads[:, jnp.arange(tokens.shape[0]), last]  # [L, B, N, H]
     return jnp.swapaxes(of_rows, 0, 1).astype(jnp.float32)
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
-from imae_jax.layers import Int8, gated, matmul
+from imae_jax.layers import gated, matmul
 from imae_jax.params import AntiExpertParam, normal, weight, zeros
 from imae_jax.sharding import constrain
 
@@ -59,10 +59,9 @@ class AntiExpertUnits(nnx.Module):
 
 
 def unit_forward(
-    unit: Mapping[str, jax.Array | Int8],
+    unit: Mapping[str, jax.Array],
     h: jax.Array,
     strength: jax.Array,
-    gate_threshold: jax.Array | None = None,
     activation: str = "silu",
 ) -> tuple[jax.Array, jax.Array]:
     """One unit's contribution to its layer's MLP output, `o · MLP_anti(a · h)`.
@@ -71,28 +70,16 @@ def unit_forward(
         unit: the weights of one layer's unit; cast to the dtype of `h`.
         h: [B, T, D], what enters the layer's MLP.
         strength: float32 [B], `o`. Rows at exactly 0 get exactly 0, whatever the unit computes.
-        gate_threshold: float32 [B]; where the gate is below it, the unit contributes nothing. For a single
-            token its MLP is then not read from memory.
         activation: of its MLP, which has the form of the base's.
 
     Returns:
         The contribution [B, T, D] in the dtype of `h`, and the gate `a`, float32 [B, T].
     """
-    unit = {name: array if isinstance(array, Int8) else array.astype(h.dtype) for name, array in unit.items()}
+    unit = {name: array.astype(h.dtype) for name, array in unit.items()}
     gate_logits = matmul(h, unit["gate"], preferred_element_type=jnp.float32)
     a = jax.nn.softmax(gate_logits + unit["gate_bias"].astype(jnp.float32), axis=-1)[..., 0]
     o = strength[:, None, None]
-
-    def contribution(h):
-        x = a[..., None].astype(h.dtype) * h
-        inner = gated(matmul(x, unit["w_gate"]), matmul(x, unit["w_up"]), activation)
-        inner = constrain(inner, "batch", "length", "act_mlp")
-        y = matmul(inner, unit["w_down"])
-        return jnp.where(o == 0, 0, o.astype(h.dtype) * y)
-
-    if gate_threshold is None:
-        return contribution(h), a
-    is_open = a >= gate_threshold[:, None]
-    if a.size == 1:
-        return jax.lax.cond(is_open[0, 0], contribution, jnp.zeros_like, h), a
-    return jnp.where(is_open[..., None], contribution(h), 0), a
+    x = a[..., None].astype(h.dtype) * h
+    inner = gated(matmul(x, unit["w_gate"]), matmul(x, unit["w_up"]), activation)
+    y = matmul(constrain(inner, "batch", "length", "act_mlp"), unit["w_down"])
+    return jnp.where(o == 0, 0, o.astype(h.dtype) * y), a

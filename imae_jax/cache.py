@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
+from imae_jax.cpu import with_rows, without_single_row
 from imae_jax.sharding import constrain
 
 
@@ -20,9 +21,9 @@ class KVCache:
     either side.
 
     Attributes:
-        keys, values: one [B, K, S, H] array a layer, [K, S, H] for one row. An array of its own for every
-            layer lets XLA update it in place; one stacked array would be copied at every step, and an axis
-            of length 1 eight times, since XLA takes it off in front of matmuls.
+        keys, values: one [B, K, S, H] array a layer, [K, S, H] for one row (see `imae_jax.cpu`). An array of
+            its own for every layer lets XLA update it in place; one stacked array would be copied at every
+            step.
         real: bool [B, S], True where a slot holds a token that is not padding.
         length: int32 [], slots in use; the next token goes to slot `length`.
     """
@@ -34,9 +35,8 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
-        shape, axes = (config.num_kv_heads, capacity, config.head_dim), ("act_heads", "length", None)
-        if batch_size > 1:
-            shape, axes = (batch_size, *shape), ("batch", *axes)
+        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+        shape, axes = without_single_row(shape, ("batch", "act_heads", "length", None))
 
         def zeros():
             return constrain(jnp.zeros(shape, dtype), *axes)
@@ -72,7 +72,7 @@ class KVCache:
             return self
 
         def repeat(x):
-            x = jnp.repeat(x if x.ndim == 4 else x[None], repeats, axis=0)
+            x = jnp.repeat(with_rows(x), repeats, axis=0)
             return constrain(x, "batch", "act_heads", "length", None)
 
         return dataclasses.replace(
@@ -94,8 +94,6 @@ def append(slots: jax.Array, new: jax.Array, start: jax.Array) -> tuple[jax.Arra
     Returns:
         The slots, and the same as [B, K, S, H].
     """
-    if slots.ndim == 3:
-        slots = jax.lax.dynamic_update_slice(slots, new[0], (0, start, 0))
-        return slots, slots[None]
-    slots = jax.lax.dynamic_update_slice(slots, new, (0, 0, start, 0))
-    return slots, slots
+    new = new if slots.ndim == 4 else new[0]
+    slots = jax.lax.dynamic_update_slice(slots, new, (*[0] * (slots.ndim - 2), start, 0))
+    return slots, with_rows(slots)

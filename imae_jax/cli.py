@@ -215,18 +215,17 @@ def _sigterm_unwinds() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = True) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, with_mesh: bool = True) -> None:
     """Adds `--model` and what goes with it; `model_arguments` reads them.
 
     Args:
-        quantizable: False for commands that write weights, which run on one device.
+        with_mesh: False for commands that write weights, which run on one device.
     """
     parser.add_argument("--model", required=True, help="model reference: see imae_jax.convert.references")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument("--tokenizer", help="directory or hub id of another tokenizer than the model's own")
-    if quantizable:
-        parser.add_argument("--int8", help="weights as 8-bit integers: units, base or all")
+    if with_mesh:
         parser.add_argument(
             "--mesh",
             default="auto",
@@ -240,7 +239,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantizable: bool = 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `imae_jax.convert.load_model` besides the reference."""
-    names = ("dtype", "revision", "tokenizer", "base", "int8", "mesh")
+    names = ("dtype", "revision", "tokenizer", "base", "mesh")
     return {name: getattr(args, name, None) for name in names}
 
 

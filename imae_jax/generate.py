@@ -117,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "units": lm.units_fingerprint,
             "tokenizer": lm.tokenizer.fingerprint,
             "dtype": lm.base.dtype,
-            "int8": args.int8,
         }
         _continue_file(
             lm, model, args.prompts, args.out, methods[0], args.batch_size, options, quiet=args.quiet

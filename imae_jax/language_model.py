@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.loop import stream_tokens
+from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
-from imae_jax.decode.sampling import Sampler
 from imae_jax.decode.scoring import encode, score, windows
 from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
@@ -19,7 +18,7 @@ from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_
 from imae_jax.sharding import mesh_of
 from imae_jax.tokenizer import Tokenizer
 
-CHUNK_SIZE, STREAMED_CHUNK_SIZE = 32, 4
+STREAMED_CHUNK_SIZE = 4
 WINDOW = 2048
 
 
@@ -144,29 +143,17 @@ class LanguageModel:
         """Of what `prepare` has loaded for a method; None for methods that need nothing besides the model."""
         return None if method.resource is None else self._loaded[method.resource].fingerprint
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        method: str | Method = "base",
-        *,
-        format: str = "raw",
-        sampler: Sampler = Sampler(),
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], method: str | Method = "base", **options: Any) -> list[str]:
         """Continues texts.
 
         Args:
             prompts: texts, questions or messages.
             method: `expert`, `base`, `anti-expert`, a strength, or any decoding method.
-            format: `raw` continues the text as it is, `plain` wraps it as `Q: …\\nA:`, `chat` in the
-                model's chat template.
-            sampler: greedy by default.
-            max_new_tokens: upper bound per prompt.
-            stop: strings that end a text; they are not part of it. The one that is complete first counts. A
-                special token, which is no part of any text, ends it where it is drawn.
-            seed: of the sampler.
+            options: `format`: `raw` continues the text as it is (the default), `plain` wraps it as
+                `Q: …\\nA:`, `chat` in the model's chat template. `stop`: strings that end a text and are not
+                part of it; the one that is complete first counts, and a special token, which is no part of
+                any text, ends it where it is drawn. And the fields of `GenerationOptions`, such as
+                `max_new_tokens`, `sampler` and `seed`.
 
         Returns:
             The new text of every prompt, without special tokens.
@@ -174,25 +161,12 @@ class LanguageModel:
         Raises:
             UserError: a prompt that is empty or too long, or a method that the model cannot run.
         """
-        completions = self.complete(
-            prompts,
-            method,
-            format=format,
-            sampler=sampler,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            seed=seed,
-        )
-        return [completion.text for completion in completions]
+        return [completion.text for completion in self.complete(prompts, method, **options)]
 
     def complete(
         self, prompts: Sequence[str], method: str | Method = "base", **options: Any
     ) -> list[Completion]:
-        """As `generate`, but also says of every text what ended it.
-
-        Args:
-            options: those of `generate`.
-        """
+        """As `generate`, but also says of every text what ended it."""
         texts, finished = [""] * len(prompts), [False] * len(prompts)
         for completions in self._pieces(prompts, method, **options):
             finished = [completion.finished for completion in completions]
@@ -200,32 +174,10 @@ class LanguageModel:
         return [Completion(text, end) for text, end in zip(texts, finished, strict=True)]
 
     def stream(
-        self,
-        prompts: Sequence[str],
-        method: str | Method = "base",
-        *,
-        format: str = "raw",
-        sampler: Sampler = Sampler(),
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        chunk_size: int = STREAMED_CHUNK_SIZE,
+        self, prompts: Sequence[str], method: str | Method = "base", **options: Any
     ) -> Iterator[list[str]]:
-        """As `generate`, but yields every prompt's next piece of text as it comes.
-
-        Args:
-            chunk_size: tokens between pieces.
-        """
-        for completions in self._pieces(
-            prompts,
-            method,
-            format=format,
-            sampler=sampler,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            seed=seed,
-            chunk_size=chunk_size,
-        ):
+        """As `generate`, but yields every prompt's next piece of text, of `chunk_size` tokens."""
+        for completions in self._pieces(prompts, method, **{"chunk_size": STREAMED_CHUNK_SIZE} | options):
             yield [completion.text for completion in completions]
 
     def _pieces(
@@ -234,18 +186,15 @@ class LanguageModel:
         method: str | Method,
         *,
         format: str = "raw",
-        sampler: Sampler = Sampler(),
-        max_new_tokens: int = 128,
         stop: Sequence[str] = (),
-        seed: int = 0,
-        chunk_size: int = CHUNK_SIZE,
+        **options: Any,
     ) -> Iterator[list[Completion]]:
         """Every prompt's next piece of text, and whether it is the last one."""
         ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
         ids = self.encode_prompts(prompts, format)
         rows: list[list[int]] = [[] for _ in prompts]
-        shown, closed = [0] * len(prompts), [False] * len(prompts)
+        emitted, closed = [0] * len(prompts), [False] * len(prompts)
 
         def pieces(last: bool) -> list[Completion]:
             new = []
@@ -254,21 +203,13 @@ class LanguageModel:
                 text = ""
                 if not closed[i]:
                     text, closed[i] = text_so_far(self.tokenizer, ids[i], row, stop, finished=last or ended)
-                new.append(Completion(text[shown[i] :], ended or closed[i]))
-                shown[i] = max(shown[i], len(text))
+                new.append(Completion(text[emitted[i] :], ended or closed[i]))
+                emitted[i] = max(emitted[i], len(text))
             return new
 
+        options = GenerationOptions(**options)
         for tokens in stream_tokens(
-            models,
-            self.config,
-            ids,
-            method=method,
-            sampler=sampler,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=sorted(ends_text),
-            seed=seed,
-            chunk_size=chunk_size,
-            closed=closed,
+            models, ids, method, options, eos_token_ids=sorted(ends_text), closed=closed
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
@@ -324,8 +265,8 @@ class LanguageModel:
             add_special_tokens=adds_special_tokens(format),
         )
         models, method = self.prepare(method, generating=False)
-        ((_, scores),) = score(models, self.config, [group], method, where=lambda _, j: f"answer {j}")
-        return [float(np.sum(s, dtype=np.float64)) for s in scores]
+        ((_, scored),) = score(models, self.config, [group], method, where=lambda _, j: f"answer {j}")
+        return [float(np.sum(s, dtype=np.float64)) for s in scored.scores]
 
     def perplexity(
         self, texts: Sequence[str], method: str | Method = "base", *, window: int | None = None
@@ -358,8 +299,8 @@ class LanguageModel:
             raise UserError(f"window {window} exceeds the model's context of {context}")
         groups = [windows(ids, window) for ids in self.tokenizer(list(texts))["input_ids"]]
         means = [0.0] * len(groups)
-        for i, scores in score(models, self.config, groups, method, where=lambda i, _: f"text {i}"):
-            means[i] = np.concatenate(scores).mean(dtype=np.float64)
+        for i, scored in score(models, self.config, groups, method, where=lambda i, _: f"text {i}"):
+            means[i] = np.concatenate(scored.scores).mean(dtype=np.float64)
         return np.exp(-np.asarray(means)).tolist()
 
 

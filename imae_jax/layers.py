@@ -4,7 +4,6 @@ Casts follow transformers' Llama: norms and softmax in float32, everything else 
 dtype, so that bfloat16 results agree with the reference as closely as float32 ones do.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -12,30 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig, RopeConfig
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Int8:
-    """`values · scales`, rounded to nearest; symmetric around 0.
-
-    Attributes:
-        values: int8 [inputs…, outputs…].
-        scales: float32 [outputs…], the largest magnitude of an output's weights / 127.
-    """
-
-    values: jax.Array
-    scales: jax.Array
-
-    @classmethod
-    def of(cls, weight: jax.Array, num_inputs: int, *, stacked: bool) -> "Int8":
-        """Quantizes a weight [inputs…, outputs…], or a stack of them."""
-        inputs = tuple(range(stacked, stacked + num_inputs))
-        weight = weight.astype(jnp.float32)
-        scales = jnp.max(jnp.abs(weight), axis=inputs, keepdims=True) / 127
-        # A row of zeros stays one.
-        values = jnp.round(weight / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
-        return cls(values, jnp.squeeze(scales, inputs))
+from imae_jax.cpu import multiply_rows
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -142,7 +118,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, attend: jax.Array) -> ja
 
 def matmul(
     x: jax.Array,
-    weight: jax.Array | Int8,
+    weight: jax.Array,
     *,
     num_inputs: int = 1,
     preferred_element_type: jnp.dtype | None = None,
@@ -154,28 +130,13 @@ def matmul(
             several of them (`o_proj`) at every call.
         preferred_element_type: of the result.
     """
-    if isinstance(weight, Int8):
-        y = matmul(
-            x, weight.values.astype(x.dtype), num_inputs=num_inputs, preferred_element_type=jnp.float32
-        )
-        return (y * weight.scales).astype(preferred_element_type or x.dtype)
     batch, outputs = x.shape[: x.ndim - num_inputs], weight.shape[num_inputs:]
     x = x.reshape(*batch, -1)
     weight = weight.reshape(x.shape[-1], -1)
     multiply = functools.partial(
         jnp.matmul, precision=precision(x.dtype), preferred_element_type=preferred_element_type
     )
-
-    def one_by_one(x, weight):
-        rows = x.reshape(-1, x.shape[-1])
-        return jnp.stack([multiply(row, weight) for row in rows]).reshape(*batch, -1)
-
-    # On CPU two rows one by one take 0.83 of the time of both at once; from three on it is no gain.
-    if math.prod(batch) == 2:
-        y = jax.lax.platform_dependent(x, weight, cpu=one_by_one, default=multiply)
-    else:
-        y = multiply(x, weight)
-    return y.reshape(*batch, *outputs)
+    return multiply_rows(multiply, x, weight).reshape(*batch, *outputs)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}

@@ -7,21 +7,22 @@ N query heads, K key/value heads, G query heads per key/value head, H head dim, 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imae_jax import layer_stack
 from imae_jax.anti_expert import AntiExpertUnits, unit_forward
-from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
+from imae_jax.flash_attention import flash_attention
 from imae_jax.layers import apply_rope, at_least_float32, gated, matmul, precision, rms_norm, rope_tables
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
-from imae_jax.params import AntiExpertParam, Initializer, normal, ones, weight, zeros
+from imae_jax.params import Initializer, normal, ones, weight, zeros
 from imae_jax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -82,11 +83,11 @@ class Weights:
     """A model's arrays as plain trees: what `forward` and every compiled function take.
 
     Attributes:
-        base: `embed` [V, D], `norm_final` [D], `unembed` [D, V] (absent when tied) and `layers`: one
-            dict of stacked [L, …] arrays, or a tuple with one dict a layer.
-        units: the anti-expert units in the same form as `layers`, or None.
-        lora: low-rank deltas in the same form as `layers`, `{projection: {a, b}}`, or None.
-        shifts: [L, N, H] or a tuple with one [N, H] a layer: what ITI adds to the heads' outputs, or None.
+        base: `embed` [V, D], `norm_final` [D], `unembed` [D, V] (absent when tied) and `layers`, in one of
+            the two layouts of `imae_jax.layer_stack`.
+        units: the anti-expert units in the same layout as `layers`, or None.
+        lora: low-rank deltas in the same layout as `layers`, `{projection: {a, b}}`, or None.
+        shifts: in the same layout, [L, N, H] or L times [N, H]: what ITI adds to the heads' outputs, or None.
         lora_scale: alpha / rank of the deltas; static.
     """
 
@@ -137,21 +138,19 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.unembed = weight(rngs, (D, V), ("embed", "vocab"), init, dtype=dtype)
 
-        def per_layer(declare):
-            return declare(L) if stacked else nnx.List([declare(None) for _ in range(L)])
+        def declare(kind, *sizes, **options):
+            layers = functools.partial(kind, config, *sizes, rngs=rngs, **options)
+            return layer_stack.declare(lambda n: layers(stack=n), L, stacked=stacked)
 
-        self.layers = per_layer(lambda n: DecoderLayers(config, rngs=rngs, stack=n, dtype=dtype))
+        self.layers = declare(DecoderLayers, dtype=dtype)
         if anti_expert is not None:
-            self.units = per_layer(lambda n: AntiExpertUnits(config, anti_expert, rngs=rngs, stack=n))
+            self.units = declare(AntiExpertUnits, anti_expert)
 
     def weights(self) -> Weights:
         """The arrays of this model (not copied)."""
         base = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-        units = nnx.to_pure_dict(nnx.state(self, AntiExpertParam)).get("units")
-        if not self.stacked:
-            layer_range = range(self.config.num_layers)
-            base["layers"] = tuple(base["layers"][i] for i in layer_range)
-            units = None if units is None else tuple(units[i] for i in layer_range)
+        base["layers"] = layer_stack.from_state(base["layers"])
+        units = None if self.anti_expert_config is None else layer_stack.arrays(self.units)
         return Weights(base, units)
 
     def __call__(
@@ -163,10 +162,44 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """Next-token logits, float32 [B, T, V], of tokens [B, T]; see `forward`."""
         weights = self.weights()
-        if weights.units is None:
-            strength = None
-        output = forward(weights, self.config, tokens, attention_mask=attention_mask, strength=strength)
+        interventions = Interventions(strength=None if weights.units is None else strength)
+        output = forward(
+            weights, self.config, tokens, attention_mask=attention_mask, interventions=interventions
+        )
         return project(weights, output.hidden_states)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Interventions:
+    """What acts on the rows of a batch besides the base's weights; None leaves it out of the program.
+
+    Attributes:
+        strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None runs the base
+            alone.
+        adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base; or
+            [B, rank], see `lora.adapter_factors`.
+        shift: float32 [B, T], factor of the heads' shifts at every position.
+    """
+
+    strength: float | jax.Array | None = None
+    adapter: float | jax.Array | None = None
+    shift: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TreeLayout:
+    """Where tokens stand that are no plain sequence, such as the nodes of token trees.
+
+    Attributes:
+        positions: int32 [B, T], for RoPE and windows.
+        attend: bool [B, T, S], True where a token may look; S is the cache's capacity or T. Layers that slide
+            look at no more than their window's part of it.
+    """
+
+    positions: jax.Array
+    attend: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +216,33 @@ class Taps:
     hidden_layers: tuple[int, ...] = ()
     gates: bool = False
     heads: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How `forward` computes; static.
+
+    Attributes:
+        taps: inner values to return.
+        remat: what the backward pass keeps of a layer: `none` recomputes nothing, `full` everything,
+            `dots` keeps the results of the matmuls with weights. Attention itself, plain or flash, is
+            recomputed by `full` and `dots`.
+        attention: `plain`, or `flash`: without the [T, T] scores, for training. `flash` needs rows that
+            are padded on the right, which is not checked, and gives other hidden states at padding.
+
+    Raises:
+        UserError: an unknown kind of attention.
+    """
+
+    taps: Taps = Taps()
+    remat: str = "none"
+    attention: str = "plain"
+
+    def __post_init__(self):
+        if self.attention not in ATTENTION_KINDS:
+            raise UserError(
+                f"attention {self.attention!r} does not exist: use {' or '.join(ATTENTION_KINDS)}"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -211,16 +271,10 @@ def forward(
     tokens: jax.Array,
     *,
     attention_mask: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    attend: jax.Array | None = None,
-    strength: float | jax.Array | None = None,
-    gate_threshold: float | jax.Array | None = None,
-    adapter: float | jax.Array | None = None,
-    shift: jax.Array | None = None,
+    tree: TreeLayout | None = None,
+    interventions: Interventions = Interventions(),
     cache: KVCache | None = None,
-    taps: Taps = Taps(),
-    remat: str = "none",
-    attention: str = "plain",
+    options: Options = Options(),
 ) -> ForwardOutput:
     """Runs the decoder.
 
@@ -228,73 +282,29 @@ def forward(
     results are the same.
 
     Args:
-        weights: of the model.
-        config: of the base.
+        weights: model weights.
+        config: base model configuration.
         tokens: int32 [B, T].
         attention_mask: bool [B, T], True at tokens that are not padding (default: all).
-        positions: int32 [B, T] for RoPE and windows (default: the number of real tokens before each).
-        attend: bool [B, T, S], True where a token may look; S is the cache's capacity or T. Default:
-            causal, padding excluded. Layers that slide look at no more than their window's part of it.
-        strength: the units' `o`, a number or [B]: -1 expert, 0 base, +1 anti-expert. None, or no
-            units, runs the base alone and costs nothing extra.
-        gate_threshold: gates below it count as closed, a number or [B]. None leaves all as they are.
-        adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base;
-            or [B, rank], see `lora.adapter_factors`. None, or no deltas, leaves them out.
-        shift: float32 [B, T], factor of the heads' shifts at every position. None, or no shifts, leaves them
-            out.
+        tree: positions and visibility of tokens that are no plain sequence. Default: a token's position is
+            the number of real tokens before it, and it looks at these and itself.
+        interventions: what acts on the rows besides the base.
         cache: the tokens before; this call's are appended to it. The caller sees to it that
             `cache.length + T` is within its capacity.
-        taps: inner values to return.
-        remat: what the backward pass keeps of a layer: `none` recomputes nothing, `full` everything,
-            `dots` keeps the results of the matmuls with weights. Attention itself, plain or flash, is
-            recomputed by `full` and `dots`.
-        attention: `plain`, or `flash`: without the [T, T] scores, for training. `flash` needs rows that
-            are padded on the right, which is not checked, and gives other hidden states at padding.
+        options: what to return, and how to compute it.
 
     Returns:
         A `ForwardOutput`.
 
     Raises:
-        UserError: a strength but no units; an unknown kind of attention; `flash` with a cache, with
-            `attend`, or with what its kernel does not take (see `attention.flash_attention`).
+        UserError: a strength but no units; attention `flash` with a cache, with a tree, or with what its
+            kernel does not take (see `flash_attention.flash_attention`).
     """
-    B, T = tokens.shape
-    if attention not in ATTENTION_KINDS:
-        raise UserError(f"attention {attention!r} does not exist: use {' or '.join(ATTENTION_KINDS)}")
-    if attention == "flash" and (cache is not None or attend is not None):
+    if options.attention == "flash" and (cache is not None or tree is not None):
         raise UserError("attention=flash takes neither a cache nor a mask of its own: use attention=plain")
-    units = weights.units
-    if strength is None:
-        units = None
-    elif units is None:
-        raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
-    else:
-        strength = per_row(strength, B)
-        gate_threshold = None if gate_threshold is None else per_row(gate_threshold, B)
-    lora = None if adapter is None else weights.lora
-    if lora is not None:
-        if jnp.ndim(adapter) < 2:
-            adapter = per_row(adapter, B)[:, None]
-        lora_scale = weights.lora_scale * adapter
-
-    shifts = None if shift is None else weights.shifts
-
     if attention_mask is None:
-        attention_mask = jnp.ones((B, T), bool)
-    attention_mask = attention_mask.astype(bool)
-    if positions is None:
-        positions = jnp.cumsum(attention_mask, axis=-1, dtype=jnp.int32) - 1
-        if cache is not None:
-            positions = positions + jnp.sum(cache.real, axis=-1, keepdims=True, dtype=jnp.int32)
-        positions = jnp.maximum(positions, 0)
-
-    real, start = attention_mask, 0
-    if cache is not None:
-        start = cache.length
-        real = jax.lax.dynamic_update_slice(cache.real, attention_mask, (0, start))
-    if attention == "plain" and attend is None:
-        slots = jnp.arange(real.shape[1])
-        attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & real[:, None, :]
+        attention_mask = jnp.ones(tokens.shape, bool)
+    call = _prepare(weights, config, attention_mask.astype(bool), tree, interventions, cache, options)
 
     # Gathered from a table whose rows are whole: SPMD would otherwise replicate the activations.
     x = jnp.take(constrain(weights.base["embed"], "vocab", None), tokens, axis=0)
@@ -302,91 +312,209 @@ def forward(
         x = x * jnp.float32(config.hidden_size**0.5).astype(x.dtype)
     x = constrain(x, "batch", "length", "act_embed")
 
-    sliding = tuple(config.layer_slides(i) for i in range(config.num_layers))
-    are_alike = len(set(sliding)) == 1
-    kinds = {
-        slides: _tables_and_mask(config, slides, positions, real, start, attend, x.dtype)
-        for slides in set(sliding)
-    }
-
-    def attend_to(q, k, v, mask, slides):
-        if attention == "plain":
-            return plain_attention(q, k, v, mask)
-        in_window = functools.partial(flash_attention, window=config.sliding_window)
-        if isinstance(slides, bool):
-            return (in_window if slides else flash_attention)(q, k, v)
-        return jax.lax.cond(slides, in_window, flash_attention, q, k, v)
-
-    def block(x, slides, layer, unit, deltas, head_shift, kv):
-        slides = sliding[0] if are_alike else slides
-        if isinstance(slides, bool):
-            cos, sin, mask = kinds[slides]
-        else:
-            cos, sin, mask = jax.tree.map(functools.partial(jnp.where, slides), kinds[True], kinds[False])
-
-        def linear(x, name):
-            y = matmul(x, layer[name], num_inputs=x.ndim - 2)
-            if deltas is not None and name in deltas:
-                y = y + delta(deltas[name], x, lora_scale)
-            return y
-
-        with jax.named_scope("attention"):
-            h = norm(config, x, layer["norm_attn"])
-            q, k, v = _queries_keys_values(linear, config, layer, h, cos, sin)
-            # An overflow at padding would pass through a weight of 0.
-            v = jnp.where(attention_mask[:, None, :, None], v, 0)
-            if kv is not None:
-                (keys, k), (values, v) = append(kv[0], k, start), append(kv[1], v, start)
-                kv = (keys, values)
-            heads = attend_to(q, k, v, mask, slides)
-            if head_shift is not None:
-                heads = heads + (shift[..., None, None] * head_shift).astype(heads.dtype)
-            h = linear(heads, "wo")
-            if "bo" in layer:
-                h = h + layer["bo"]
-            if config.post_norms:
-                h = norm(config, h, layer["norm_attn_out"])
-            x = constrain(x + h, "batch", "length", "act_embed")
-        with jax.named_scope("mlp"):
-            h = norm(config, x, layer["norm_mlp"])
-            out, gate = _mlp(linear, config, layer, h), None
-        if unit is not None:
-            with jax.named_scope("anti_expert"):
-                y, gate = unit_forward(unit, h, strength, gate_threshold, config.activation)
-                out = out + y
-        if config.post_norms:
-            out = norm(config, out, layer["norm_mlp_out"])
-        taken = (gate if taps.gates else None, heads if taps.heads else None)
-        return constrain(x + out, "batch", "length", "act_embed"), kv, taken
-
-    layers = weights.base["layers"]
-    hidden_layers, taken, keys, values = {0: x}, [], [], []
-    if isinstance(layers, dict) and cache is None:
-        stacks = (None if are_alike else jnp.asarray(sliding), layers, units, lora, shifts)
-        x, (hidden_stack, (gates, heads)) = _scan_layers(block, x, stacks, taps, remat)
-        if taps.hidden_layers:
-            hidden_layers |= {i + 1: hidden_stack[i] for i in range(config.num_layers)}
+    stack = LayerWeights(
+        base=weights.base["layers"],
+        unit=None if interventions.strength is None else weights.units,
+        lora=None if interventions.adapter is None else weights.lora,
+        shift=None if interventions.shift is None else weights.shifts,
+    )
+    if layer_stack.is_stacked(stack.base) and cache is None:
+        x, after, gates, heads = _scan_layers(call, stack, x)
     else:
-        for i in range(config.num_layers):
-            kv = None if cache is None else (cache.keys[i], cache.values[i])
-            with jax.named_scope(f"layer_{i}"):
-                of_layer = (_layer(stack, i) for stack in (layers, units, lora, shifts))
-                x, kv, taken_here = block(x, sliding[i], *of_layer, kv)
-            hidden_layers[i + 1] = x
-            taken.append(taken_here)
-            if kv is not None:
-                keys.append(kv[0])
-                values.append(kv[1])
-        gates, heads = (None if parts[0] is None else jnp.stack(parts) for parts in zip(*taken, strict=True))
-    if cache is not None:
-        cache = KVCache(tuple(keys), tuple(values), real, start + T)
+        x, after, gates, heads, cache = _loop_layers(call, stack, x, cache)
     return ForwardOutput(
         hidden_states=final_norm(weights, config, x),
         cache=cache,
-        hidden_layers=tuple(hidden_layers[n] for n in taps.hidden_layers),
+        hidden_layers=tuple(after[n] for n in options.taps.hidden_layers),
         gates=gates,
         heads=heads,
     )
+
+
+class LayerWeights(NamedTuple):
+    """What `layer_forward` takes of one layer, or of all in a layout of `imae_jax.layer_stack`; None where no
+    row has such an intervention."""
+
+    base: Any
+    unit: Any
+    lora: Any
+    shift: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the layers of one call of `forward` share.
+
+    Attributes:
+        strength, lora_scale, shift: float32 [B], [B, rank or 1] and [B, T], or None.
+        is_token: bool [B, T], of this call's tokens those that are not padding.
+        in_use: bool [B, S], slots that hold such a token.
+        start: the slot of the first new token.
+        slides: of every layer, whether it slides.
+        kinds: RoPE's tables, and where tokens may look, of layers that slide and of the others.
+    """
+
+    config: LlamaConfig
+    options: Options
+    strength: jax.Array | None
+    lora_scale: jax.Array | None
+    shift: jax.Array | None
+    is_token: jax.Array
+    in_use: jax.Array
+    start: int | jax.Array
+    slides: tuple[bool, ...]
+    kinds: dict[bool, tuple[jax.Array, jax.Array, jax.Array | None]]
+
+    @property
+    def slides_alike(self) -> bool:
+        return len(set(self.slides)) == 1
+
+    def kind(self, slides: bool | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Tables and mask of a layer; under `lax.scan` whether it slides is a traced bool."""
+        if isinstance(slides, bool):
+            return self.kinds[slides]
+        return jax.tree.map(functools.partial(jnp.where, slides), self.kinds[True], self.kinds[False])
+
+
+def _prepare(weights, config, is_token, tree, interventions, cache, options) -> _Call:
+    B, T = is_token.shape
+    strength, adapter = interventions.strength, interventions.adapter
+    if strength is not None:
+        if weights.units is None:
+            raise UserError("the model has no anti-expert units: give an IMAE model, or mode base")
+        strength = per_row(strength, B)
+    lora_scale = None
+    if adapter is not None and weights.lora is not None:
+        factors = adapter if jnp.ndim(adapter) == 2 else per_row(adapter, B)[:, None]
+        lora_scale = weights.lora_scale * factors
+
+    in_use, start = is_token, 0
+    if cache is not None:
+        start = cache.length
+        in_use = jax.lax.dynamic_update_slice(cache.real, is_token, (0, start))
+    if tree is not None:
+        positions, attend = tree.positions, tree.attend
+    else:
+        positions, attend = jnp.cumsum(is_token, axis=-1, dtype=jnp.int32) - 1, None
+        if cache is not None:
+            positions = positions + jnp.sum(cache.real, axis=-1, keepdims=True, dtype=jnp.int32)
+        positions = jnp.maximum(positions, 0)
+        if options.attention == "plain":
+            slots = jnp.arange(in_use.shape[1])
+            attend = (slots[None, :] <= start + jnp.arange(T)[:, None]) & in_use[:, None, :]
+
+    slides, dtype = tuple(config.layer_slides(i) for i in range(config.num_layers)), weights.dtype
+    kinds = {
+        kind: _tables_and_mask(config, kind, positions, in_use, start, attend, dtype) for kind in set(slides)
+    }
+    return _Call(
+        config, options, strength, lora_scale, interventions.shift, is_token, in_use, start, slides, kinds
+    )
+
+
+def _scan_layers(call: _Call, stack: LayerWeights, x: jax.Array):
+    taps, num_layers = call.options.taps, call.config.num_layers
+    slides = None if call.slides_alike else jnp.asarray(call.slides)
+
+    def body(x, layer):
+        slides, weights = layer
+        x, _, tapped = layer_forward(call, call.slides[0] if slides is None else slides, weights, x, None)
+        return x, (x if taps.hidden_layers else None, tapped)
+
+    policy, first = REMAT_POLICIES[call.options.remat], x
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    x, (hidden, (gates, heads)) = jax.lax.scan(body, x, (slides, stack))
+    after = {0: first}
+    if taps.hidden_layers:
+        after |= {i + 1: hidden[i] for i in range(num_layers)}
+    return x, after, gates, heads
+
+
+def _loop_layers(call: _Call, stack: LayerWeights, x: jax.Array, cache: KVCache | None):
+    after, tapped, caches = {0: x}, [], []
+    for i, slides in enumerate(call.slides):
+        weights = LayerWeights(*(layer_stack.layer(each, i) for each in stack))
+        kv = None if cache is None else (cache.keys[i], cache.values[i])
+        with jax.named_scope(f"layer_{i}"):
+            x, kv, tapped_here = layer_forward(call, slides, weights, x, kv)
+        after[i + 1] = x
+        tapped.append(tapped_here)
+        caches.append(kv)
+    gates, heads = (None if each[0] is None else jnp.stack(each) for each in zip(*tapped, strict=True))
+    if cache is not None:
+        keys, values = zip(*caches, strict=True)
+        cache = KVCache(keys, values, call.in_use, call.start + call.is_token.shape[1])
+    return x, after, gates, heads, cache
+
+
+def layer_forward(
+    call: _Call,
+    slides: bool | jax.Array,
+    weights: LayerWeights,
+    x: jax.Array,
+    kv: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, tuple[jax.Array | None, jax.Array | None]]:
+    """One decoder layer.
+
+    Args:
+        call: what it shares with the others.
+        slides: whether it looks at a window only.
+        weights: this layer's.
+        x: the residual stream [B, T, D].
+        kv: its slots of the cache, or None.
+
+    Returns:
+        The residual stream after it, its slots with this call's keys and values, and what `Taps` ask for: the
+        gate, float32 [B, T], and the heads' outputs [B, T, N, H].
+    """
+    config, layer, taps = call.config, weights.base, call.options.taps
+
+    def linear(x, name):
+        y = matmul(x, layer[name], num_inputs=x.ndim - 2)
+        if weights.lora is not None and name in weights.lora:
+            y = y + delta(weights.lora[name], x, call.lora_scale)
+        return y
+
+    with jax.named_scope("attention"):
+        h = norm(config, x, layer["norm_attn"])
+        heads, kv = _attention(call, slides, linear, layer, h, kv)
+        if weights.shift is not None:
+            heads = heads + (call.shift[..., None, None] * weights.shift).astype(heads.dtype)
+        h = linear(heads, "wo")
+        if "bo" in layer:
+            h = h + layer["bo"]
+        if config.post_norms:
+            h = norm(config, h, layer["norm_attn_out"])
+        x = constrain(x + h, "batch", "length", "act_embed")
+    with jax.named_scope("mlp"):
+        h = norm(config, x, layer["norm_mlp"])
+        out, gate = _mlp(linear, config, layer, h), None
+    if weights.unit is not None:
+        with jax.named_scope("anti_expert"):
+            y, gate = unit_forward(weights.unit, h, call.strength, config.activation)
+            out = out + y
+    if config.post_norms:
+        out = norm(config, out, layer["norm_mlp_out"])
+    tapped = (gate if taps.gates else None, heads if taps.heads else None)
+    return constrain(x + out, "batch", "length", "act_embed"), kv, tapped
+
+
+def _attention(call, slides, linear, layer, h, kv):
+    """The heads' outputs [B, T, N, H], and the layer's slots with the new keys and values."""
+    cos, sin, mask = call.kind(slides)
+    q, k, v = _queries_keys_values(linear, call.config, layer, h, cos, sin)
+    # An overflow at padding would pass through a weight of 0.
+    v = jnp.where(call.is_token[:, None, :, None], v, 0)
+    if kv is not None:
+        (keys, k), (values, v) = append(kv[0], k, call.start), append(kv[1], v, call.start)
+        kv = (keys, values)
+    if call.options.attention == "plain":
+        return plain_attention(q, k, v, mask), kv
+    in_window = functools.partial(flash_attention, window=call.config.sliding_window)
+    if isinstance(slides, bool):
+        return (in_window if slides else flash_attention)(q, k, v), kv
+    return jax.lax.cond(slides, in_window, flash_attention, q, k, v), kv
 
 
 def final_norm(weights: Weights, config: LlamaConfig, x: jax.Array) -> jax.Array:
@@ -421,32 +549,15 @@ def per_row(value: float | jax.Array, batch_size: int) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (batch_size,))
 
 
-def _layer(stack: Any, i: int) -> Any:
-    if isinstance(stack, dict):
-        return jax.tree.map(lambda array: array[i], stack)
-    return None if stack is None else stack[i]
-
-
-def _scan_layers(block, x, stacks, taps, remat):
-    def body(x, of_layer):
-        x, _, taken = block(x, *of_layer, None)
-        return x, (x if taps.hidden_layers else None, taken)
-
-    policy = REMAT_POLICIES[remat]
-    if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, x, stacks)
-
-
-def _tables_and_mask(config, slides, positions, real, start, attend, dtype):
+def _tables_and_mask(config, slides, positions, in_use, start, attend, dtype):
     """RoPE's tables, and where tokens may look (None: flash), of layers that slide or of the others."""
     rope = config.local_rope if slides and config.local_rope is not None else config.rope
     cos, sin = rope_tables(config, rope, positions, dtype)
     if slides and attend is not None:
         # Slots hold padding, and nodes of token trees: a window counts positions.
-        of_slots = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
-        of_slots = jax.lax.dynamic_update_slice(of_slots, positions, (0, start))
-        attend = attend & (positions[:, :, None] - of_slots[:, None, :] < config.sliding_window)
+        slot_positions = jnp.cumsum(in_use, axis=-1, dtype=jnp.int32) - 1
+        slot_positions = jax.lax.dynamic_update_slice(slot_positions, positions, (0, start))
+        attend = attend & (positions[:, :, None] - slot_positions[:, None, :] < config.sliding_window)
     return cos, sin, attend
 
 

@@ -6,6 +6,7 @@ what only the right (the wrong) answer has: words of it that are in neither the 
 """
 
 import argparse
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,8 +27,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("methods", nargs="*", default=["base", "expert", "anti-expert", "-2"])
     parser.add_argument("--model", help="another than the run's units, such as its adapters")
+    parser.add_argument("--held-out", type=int, help="only the first N, which runs with fewer pairs share")
     args = parser.parse_args()
     config = load_config(str(args.run / "config.yaml")).data
+    config = dataclasses.replace(config, held_out=args.held_out or config.held_out)
     rows, lm = data.load_rows(config), load_model(args.model or str(args.run / "imae"))
     tokenized = data.tokenize(rows, lm.tokenizer, config)
     pairs = zip(tokenized.held_out, tokenized.right, strict=True)
@@ -36,7 +39,8 @@ def main() -> None:
     before = None
     for method in args.methods:
         margins = np.empty(len(held_out))
-        for i, (wrong, right) in score(lm.model, lm.config, answers, parse_method(method)):
+        for i, scored in score(lm.model, lm.config, answers, parse_method(method)):
+            wrong, right = scored.scores
             margins[i] = np.sum(right) - np.sum(wrong)
         before = margins if before is None else before
         questions = [row.question for row in held_out]

@@ -42,7 +42,7 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.errors import UserError
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
-from imae_jax.llama import Llama, Weights, forward, project
+from imae_jax.llama import Interventions, Llama, Options, Taps, Weights, forward, project
 from imae_jax.tokenizer import Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -303,12 +303,19 @@ def random_tokens(*shape: int, seed: int = 0, vocab_size: int = TINY.vocab_size)
     return np.random.default_rng(seed).integers(3, vocab_size, shape)
 
 
-jit_forward = jax.jit(forward, static_argnames=("config", "taps", "remat"))
+_jit_forward = jax.jit(forward, static_argnames=("config", "options"))
+
+
+def jit_forward(
+    weights, config, tokens, *, taps=Taps(), remat="none", strength=None, adapter=None, shift=None, **kwargs
+):
+    interventions, options = Interventions(strength, adapter, shift), Options(taps, remat)
+    return _jit_forward(weights, config, tokens, interventions=interventions, options=options, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "remat"))
 def _logits(weights, config, tokens, **kwargs):
-    return project(weights, forward(weights, config, tokens, **kwargs).hidden_states)
+    return project(weights, jit_forward(weights, config, tokens, **kwargs).hidden_states)
 
 
 def logits(weights: Weights, config: LlamaConfig, tokens: np.ndarray, **kwargs) -> np.ndarray:

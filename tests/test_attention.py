@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY, TINY_GEMMA, assert_bitwise, random_tokens, tiny_llama, user_error
 from flax import nnx
 
-from imae_jax.attention import flash_attention
 from imae_jax.cache import KVCache
-from imae_jax.llama import ATTENTION_KINDS, Weights, forward
+from imae_jax.flash_attention import flash_attention
+from imae_jax.llama import ATTENTION_KINDS, Interventions, Options, TreeLayout, Weights, forward
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
 # What runs here: the code for other devices, and the TPU's kernel as plain operations.
@@ -128,9 +128,8 @@ def jit_gradient(kernel, remat="none", config=CONFIG):
             config,
             tokens,
             attention_mask=real,
-            strength=jnp.linspace(-1, 1, tokens.shape[0]),
-            remat=remat,
-            attention=kind,
+            interventions=Interventions(strength=jnp.linspace(-1, 1, tokens.shape[0])),
+            options=Options(remat=remat, attention=kind),
         ).hidden_states
         terms = states * jnp.cos(jnp.arange(states.shape[-1]))
         return jnp.sum(jnp.where(real[..., None], terms, 0)), states
@@ -258,7 +257,7 @@ def lowered_gradient(
     monkeypatch.setattr("imae_jax.llama.flash_attention", kernel)
 
     def loss(base, tokens):
-        output = forward(Weights(base), config, tokens, remat="dots", attention=attention)
+        output = forward(Weights(base), config, tokens, options=Options(remat="dots", attention=attention))
         return jnp.sum(output.hidden_states.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss)).trace(weights.base, jnp.zeros((8, 384), jnp.int32))
@@ -298,17 +297,23 @@ def test_a_training_step_with_windows_lowers_for_accelerators(cudnn, monkeypatch
 def test_unknown_kinds_are_refused():
     assert ATTENTION_KINDS == ("plain", "flash")
     with user_error("attention", "'flsh'", "plain or flash"):
-        forward(tiny_llama(CONFIG).weights(), CONFIG, TOKENS, attention="flsh")
+        Options(attention="flsh")
 
 
-@pytest.mark.parametrize("argument", ["cache", "attend"])
+@pytest.mark.parametrize("argument", ["cache", "tree"])
 def test_flash_takes_neither_cache_nor_mask(argument):
     value = {
         "cache": KVCache.empty(CONFIG, 8, 16, jnp.float32),
-        "attend": jnp.ones((8, 16, 16), bool),
+        "tree": TreeLayout(jnp.zeros((8, 16), int), jnp.ones((8, 16, 16), bool)),
     }[argument]
     with user_error("attention=flash", "attention=plain"):
-        forward(tiny_llama(CONFIG).weights(), CONFIG, TOKENS, attention="flash", **{argument: value})
+        forward(
+            tiny_llama(CONFIG).weights(),
+            CONFIG,
+            TOKENS,
+            options=Options(attention="flash"),
+            **{argument: value},
+        )
 
 
 def test_what_the_kernels_do_not_take_is_refused(cudnn, monkeypatch):

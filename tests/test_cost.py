@@ -19,11 +19,10 @@ from imae_jax.convert.references import BUILT_IN
 from imae_jax.decode import Continuation, generate, parse_method, score
 from imae_jax.evaluate import cost, report
 from imae_jax.evaluate.cost import MemoryMeter, Source, Timing, Workload, main
-from imae_jax.layers import Int8
 from imae_jax.llama import Weights
 
 ROOT = Path(__file__).parents[1]
-NO_OPTIONS = dict.fromkeys(("dtype", "revision", "tokenizer", "base", "int8"))
+NO_OPTIONS = dict.fromkeys(("dtype", "revision", "tokenizer", "base"))
 
 
 def arguments(tiny, tmp_path, *more) -> list[str]:
@@ -198,9 +197,6 @@ def test_methods_without_units_are_measured_without_them(tiny, tmp_path):
     bare = source.load(units=False)
     assert bare.model.weights().units is None
     assert bare.base.fingerprint == lm.base.fingerprint
-    int8 = Source(str(tmp_path / "imae"), NO_OPTIONS | {"int8": "units"})
-    assert isinstance(int8.load(units=True).model.weights().units[0]["w_up"], Int8)
-    assert int8.load(units=False).model.weights().units is None
     moved = Source(str(tmp_path / "imae"), NO_OPTIONS | {"base": str(tiny("gqa").directory)})
     assert moved.load(units=False).base.fingerprint == lm.base.fingerprint
 
@@ -237,20 +233,6 @@ def test_any_method_runs_on_random_weights(name, fields, tmp_path):
     assert len(row) == 1
 
 
-def test_random_weights_are_quantized(tmp_path):
-    model = write_sizes(tmp_path, num_layers=1)
-    options = {int8: NO_OPTIONS | {"int8": int8, "dtype": "bfloat16"} for int8 in ("units", "all")}
-    sources = {int8: Source(model, of_int8, random_weights=True) for int8, of_int8 in options.items()}
-    for int8, units in (("units", False), ("units", True), ("all", True)):
-        weights = sources[int8].load(units=units).model.weights()
-        assert isinstance(weights.base["layers"][0]["wq"], Int8) == (int8 == "all")
-        assert units == (weights.units is not None)
-        if units:
-            assert isinstance(weights.units[0]["w_up"], Int8)
-    with user_error("int8='half'"):
-        cost.random_model(model, dtype=None, units=False, int8="half")
-
-
 def test_random_weights_refuse_what_does_not_fit(tmp_path):
     model = write_sizes(tmp_path / "model", num_layers=1)
     other = write_sizes(tmp_path / "other", num_layers=1, vocab_size=98)
@@ -284,11 +266,11 @@ def test_peers_one_answer_at_a_time_compute_the_same(tiny, name):
     models, method = lm.prepare(name, generating=False)
     benchmark.check_peer(name, method)
     items = [Continuation((5, 6, 7, 8, 9, 10), 4), Continuation((5, 6, 7, 8, 11), 4)]
-    ((_, scores),) = score(models, lm.config, [items], method, row_length=16)
+    ((_, scored),) = score(models, lm.config, [items], method, row_length=16)
     sums, seconds = benchmark.one_at_a_time(tiny("tied").hf, method, items)
     assert seconds > 0
     # Float32 sums over 97 tokens, and cosines of vectors that nearly cancel.
-    np.testing.assert_allclose(sums, [float(s.sum()) for s in scores], rtol=1e-4)
+    np.testing.assert_allclose(sums, [float(s.sum()) for s in scored.scores], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["expert", "cd:amateur=model", "dola:divergence=jensen-shannon"])

@@ -10,12 +10,13 @@ import pytest
 from conftest import FAMILIES, TINY, TINY_GEMMA, log_softmax, logits, random_tokens, tiny_llama, user_error
 
 from imae_jax.config import RopeConfig
+from imae_jax.cpu import argmax
 from imae_jax.decode import Sampler, generate, parse_method, split_methods, streams
-from imae_jax.decode.loop import stream_tokens
+from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.decode.methods import StreamLogits
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
-from imae_jax.decode.sampling import argmax
+from imae_jax.decode.streams import Models
 
 QUESTIONS = [
     "Q: What is the capital of France?\nA:",
@@ -188,15 +189,11 @@ def test_generation_ends_when_all_rows_have(tiny_units):
     def chunks(eos):
         return list(
             stream_tokens(
-                tiny_units,
-                TINY,
+                Models.of(tiny_units, TINY),
                 tiny_prompts(5, 8, 5, 8),
-                method=Strength(0.0),
-                sampler=Sampler(),
-                max_new_tokens=25,
+                Strength(0.0),
+                GenerationOptions(max_new_tokens=25, chunk_size=8),
                 eos_token_ids=eos,
-                seed=0,
-                chunk_size=8,
             )
         )
 

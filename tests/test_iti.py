@@ -15,7 +15,7 @@ from imae_jax.evaluate import iti, probes
 from imae_jax.evaluate.benchmarks.questions import read_questions
 from imae_jax.evaluate.probes import collect_heads, find_directions, fit_probes
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
-from imae_jax.llama import forward, project
+from imae_jax.llama import Interventions, forward, project
 
 ALPHA, HEADS = 3.0, 5
 
@@ -118,7 +118,9 @@ def test_export_as_biases_equals_the_intervened_model(checkpoint, directions, tm
     tokens = random_tokens(2, 9)
     stack = jnp.asarray(ALPHA * found.shifts(HEADS))
     weights = dataclasses.replace(lm.model.weights(), shifts=stack if stacked else tuple(stack))
-    hidden = forward(weights, lm.config, jnp.asarray(tokens), shift=jnp.ones(tokens.shape)).hidden_states
+    hidden = forward(
+        weights, lm.config, jnp.asarray(tokens), interventions=Interventions(shift=jnp.ones(tokens.shape))
+    ).hidden_states
     actual = project(weights, hidden)
     np.testing.assert_allclose(actual, hf_logits(biased, tokens), atol=2e-4)
     assert np.abs(actual - logits(lm.model.weights(), lm.config, tokens)).max() > 0.1

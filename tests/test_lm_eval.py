@@ -382,8 +382,8 @@ def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypat
             assert list(continuations) == [f" {answer}" for answer in (*true, *question.false)]
             group = encode(lm.tokenizer, prompts, continuations)
             models, method = lm.prepare("base", generating=False)
-            ((_, scores),) = score(models, lm.config, [group], method)
-            sums = [float(np.sum(s, dtype=np.float64)) for s in scores]
+            ((_, scored),) = score(models, lm.config, [group], method)
+            sums = [float(np.sum(s, dtype=np.float64)) for s in scored.scores]
             expected = [references[texts] for texts in zip(prompts, continuations, strict=True)]
             np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-4)
             best = question.best if name == "mc2" else 0

@@ -397,11 +397,6 @@ def units_with(world, tokens, strength, **kwargs):
 
 CASES = {
     "imae": Case("-3", lambda w, x, _, __: log_softmax(units_with(w, x, -3)), units=True),
-    "imae, closed gates": Case(
-        "imae:strength=-3,gate_threshold=0.5",
-        lambda w, x, _, __: log_softmax(units_with(w, x, -3, gate_threshold=0.5)),
-        units=True,
-    ),
     "in-model-contrast": Case(
         "in-model-contrast:beta=2,anti_strength=3",
         lambda w, x, _, task: icd(units_with(w, x, 0), units_with(w, x, 3), beta=2.0, **task),
@@ -478,7 +473,7 @@ def test_scores_equal_recomputation_without_cache(world, name):
     models, method = prepared(world, name, generating=False)
     results = dict(score(models, world.config, groups, method, row_length=24, rows_per_batch=2))
     for i, group in enumerate(groups):
-        for actual, item in zip(results[i], group, strict=True):
+        for actual, item in zip(results[i].scores, group, strict=True):
             expected = CASES[name].scores(world, item.tokens, item.start, TASKS[False])
             places = np.arange(item.start, len(item.tokens))
             expected = expected[places - 1, np.asarray(item.tokens)[places]]
@@ -550,7 +545,7 @@ def test_an_adapter_of_the_same_base_shares_its_weights(world):
     both = streams.Models((world.weights["base"][0], second), (world.config, config))
     apart = dataclasses.replace(shared, shared=False)
     results = [
-        np.concatenate(next(score(m, world.config, groups, method))[1])
+        np.concatenate(next(score(m, world.config, groups, method))[1].scores)
         for m, method in ((models, shared), (both, apart))
     ]
     np.testing.assert_allclose(*results, atol=1e-4)
@@ -596,9 +591,9 @@ def test_text_and_tokens_of_a_method_agree(world):
         " " + world.lm.tokenizer.decode(row, skip_special_tokens=True)
     ]
     models, method = world.lm.prepare(text, generating=False)
-    ((_, (scores,)),) = score(models, world.config, [[Continuation((8, 9, 10, 11), 2)]], method)
+    ((_, scored),) = score(models, world.config, [[Continuation((8, 9, 10, 11), 2)]], method)
     (total,) = world.lm.score("t8 t9", [" t10 t11"], text, format="raw")
-    np.testing.assert_allclose(total, scores.sum(), rtol=1e-6)
+    np.testing.assert_allclose(total, scored.scores[0].sum(), rtol=1e-6)
 
 
 # Settings
@@ -642,7 +637,7 @@ def test_methods_are_read_from_text_and_yaml(settings, method):
 
 
 ROUND = [
-    Strength(-1.0, gate_threshold=0.2),
+    Strength(-1.0),
     InModelContrast(2.0, alpha=0.1),
     ICD("m", 2.0),
     CD("m", renormalize=True),
@@ -769,7 +764,7 @@ def test_buckets_of_layers(layers, tied, low, high):
         ({"name": "sled", "steps": 2.5}, ["sled", "steps", "2.5"]),
         ({"name": "dola", "candidates": [0, "x"]}, ["dola", "candidates"]),
         ("iti:directions=f,heads=0", ["iti", "heads=0"]),
-        ("imae:gate_threshold=1.5", ["imae", "gate_threshold=1.5"]),
+        ("imae:gate_threshold=0.5", ["imae", "gate_threshold", "strength"]),
     ],
     ids=str,
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,8 @@ from flax import nnx
 from imae_jax.anti_expert import AntiExpertUnits, parse_mode, unit_forward
 from imae_jax.cache import KVCache
 from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
-from imae_jax.int8 import quantize
-from imae_jax.layers import Int8, matmul, rope_inverse_frequencies
-from imae_jax.llama import Taps, final_norm, forward, project
+from imae_jax.layers import rope_inverse_frequencies
+from imae_jax.llama import Taps, final_norm, project
 from imae_jax.params import AntiExpertParam
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
@@ -201,7 +199,7 @@ def test_loops_and_cache_agree(config, stacked):
 def loss_and_gradients(units, weights, *, remat):
     def loss(units):
         changed = dataclasses.replace(weights, units=units)
-        output = forward(changed, TINY, jnp.asarray(TOKENS), strength=1.0, remat=remat)
+        output = jit_forward(changed, TINY, jnp.asarray(TOKENS), strength=1.0, remat=remat)
         return jnp.mean(project(weights, output.hidden_states) ** 2)
 
     return jax.value_and_grad(loss)(units)
@@ -325,99 +323,6 @@ def test_closed_gate_contributes_nothing():
     np.testing.assert_array_equal(out, 0)
 
 
-def test_gates_below_the_threshold_are_closed():
-    unit = tiny_llama(units=True).weights().units[1]
-    h = np.random.default_rng(1).normal(size=(3, 7, TINY.hidden_size)).astype(np.float32)
-    strength, threshold = np.float32([-1.0, 1.0, 2.5]), np.float32([0.0, 0.45, 0.55])
-    expected, a = unit_reference(unit, h, strength)
-    closed = a < threshold[:, None]
-    assert closed[1:].any(axis=1).all()
-    assert not closed[0].any() and not closed[1:].all(axis=1).any()
-    expected[closed] = 0
-    actual, gate = jax.jit(unit_forward)(unit, h, strength, threshold)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(gate, a, rtol=1e-5)
-    for row, token in itertools.product(range(3), range(7)):
-        one = jax.jit(unit_forward)(
-            unit, h[row : row + 1, token : token + 1], strength[row : row + 1], threshold[row : row + 1]
-        )[0]
-        np.testing.assert_allclose(one[0, 0], actual[row, token], rtol=1e-5, atol=1e-6)
-        assert closed[row, token] == (not np.any(one))
-
-
-def test_a_closed_unit_of_one_token_is_not_computed():
-    unit = tiny_llama(units=True).weights().units[0]
-    h = jnp.ones((1, 1, TINY.hidden_size))
-
-    def unconditional(jaxpr):
-        return [str(e.primitive) for e in jaxpr.eqns if e.primitive.name == "dot_general"]
-
-    def dots(threshold):
-        return len(unconditional(jax.make_jaxpr(unit_forward)(unit, h, jnp.ones(1), threshold).jaxpr))
-
-    assert dots(None) == 4
-    assert dots(jnp.ones(1)) == 1
-
-
-# 8-bit weights
-
-
-@pytest.mark.parametrize(("shape", "num_inputs"), [((40, 24), 1), ((40, 3, 8), 1), ((5, 8, 24), 2)])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_int8_products_are_off_by_half_a_step_a_weight(shape, num_inputs, stacked):
-    random = np.random.default_rng(0)
-    weight = random.normal(size=(2, *shape)).astype(np.float32)
-    weight[0, ..., 1] = 0
-    x = random.normal(size=(2, 3, *shape[:num_inputs])).astype(np.float32)
-    inputs = tuple(range(1, 1 + num_inputs))
-    step = np.abs(weight).max(axis=inputs) / 127
-    if stacked:
-        parts = Int8.of(jnp.asarray(weight), num_inputs, stacked=True)
-        parts = [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(2)]
-    else:
-        parts = [Int8.of(jnp.asarray(w), num_inputs, stacked=False) for w in weight]
-    for i, part in enumerate(parts):
-        assert part.values.dtype == jnp.int8
-        assert np.abs(part.values).max() == 127
-        actual = matmul(jnp.asarray(x), part, num_inputs=num_inputs)
-        exact = np.tensordot(x, weight[i].astype(np.float64), axes=num_inputs)
-        size = np.abs(x).sum(axis=tuple(range(2, 2 + num_inputs)))
-        bound = size.reshape(2, 3, *[1] * (exact.ndim - 2)) * step[i] / 2
-        assert (np.abs(actual - exact) <= bound * 1.001 + 1e-5).all()
-        assert np.abs(actual - exact).max() > bound.max() / 100
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_int8_models(stacked):
-    plain = tiny_llama(units=True, stacked=stacked)
-    expected = {o: logits(plain.weights(), TINY, TOKENS, strength=o) for o in (0.0, -1.0)}
-    for what in ("units", "base", "all"):
-        model = tiny_llama(units=True, stacked=stacked)
-        before = nbytes(model)
-        quantize(model, what)
-        assert nbytes(model) < before
-        base, expert = (logits(model.weights(), TINY, TOKENS, strength=o) for o in (0.0, -1.0))
-        if what == "units":
-            assert_bitwise(base, expected[0.0])
-        # A step is 1/127 of the largest weight, about three standard deviations: rounding adds 0.7 % to
-        # every product, and some 20 products follow one another.
-        for actual, o in ((base, 0.0), (expert, -1.0)):
-            error = np.abs(actual - expected[o]).mean() / np.abs(expected[o]).mean()
-            assert error < 0.007 * 20**0.5 * 1.5
-            assert error > 0 or (what, o) == ("units", 0.0)
-
-
-def nbytes(model):
-    return sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-
-
-def test_what_cannot_be_quantized_is_refused():
-    with user_error("int8", "'half'", "units", "base", "all"):
-        quantize(tiny_llama(), "half")
-    with user_error("int8=units", "no anti-expert units"):
-        quantize(tiny_llama(), "units")
-
-
 @pytest.mark.parametrize("stacked", [True, False])
 def test_units_act_beside_every_mlp(tiny, stacked):
     """Against transformers with the reference unit hooked onto the MLP of every layer."""
@@ -478,7 +383,7 @@ def test_units_and_base_are_told_apart_by_type():
 
 def test_strength_without_units_is_refused():
     with user_error("no anti-expert units"):
-        forward(tiny_llama().weights(), TINY, jnp.asarray(random_tokens(1, 4)), strength=-1.0)
+        jit_forward(tiny_llama().weights(), TINY, jnp.asarray(random_tokens(1, 4)), strength=-1.0)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_the_answer_is_named(lm, bad, method):
 def test_groups_texts_and_the_prefix_that_all_share_are_named(lm, bad):
     groups = [[Continuation((5, 6, 7, 8), 2)], [Continuation((5, 6, 9), 2), Continuation((5, 6, bad, 3), 2)]]
     with user_error("group 1, continuation 1"):
-        list(decode.score_greedy(lm.model, lm.config, groups, decode.parse_method("base"), row_length=16))
+        list(
+            decode.score(lm.model, lm.config, groups, decode.parse_method("base"), greedy=True, row_length=16)
+        )
     groups = [[Continuation((bad, 6, 7, 8, 9), 3), Continuation((bad, 6, 7, 8, 3), 3)]]
     with user_error("group 0, continuation 0", "from layer 2 on"):
         list(decode.score(lm.model, lm.config, groups, decode.parse_method("base"), row_length=16))

@@ -55,7 +55,7 @@ def assert_sums_are_equal(lm, content, questions, primer, name):
     # Rows of 64 waste less on padding than the default's for so few answers.
     results = dict(score(models, lm.config, groups, method, row_length=64))
     for place, golden in enumerate(chosen):
-        sums = [np.sum(scores, dtype=np.float64) for scores in results[place]]
+        sums = [np.sum(scores, dtype=np.float64) for scores in results[place].scores]
         expected = golden["sums"][name][answers]
         np.testing.assert_allclose(sums, expected, rtol=2e-5 if name == "baseline" else 1e-4)
 

@@ -204,7 +204,7 @@ def test_methods_that_share_streams_get_the_scores_that_they_get_alone(tiny_imae
         for column, place in enumerate(places):
             alone = dict(score(*prepared[place][:1], lm.config, groups, prepared[place][1], row_length=32))
             for i in alone:
-                for one, all_of_them in zip(alone[i], together[i], strict=True):
+                for one, all_of_them in zip(alone[i].scores, together[i].scores, strict=True):
                     np.testing.assert_allclose(all_of_them[:, column], one, rtol=1e-4, atol=1e-3)
 
 

@@ -56,8 +56,7 @@ def assert_scores_equal_reference(weights, groups, method=Strength(0.0), atol=1e
     results = dict(score(weights, config, groups, method, **kwargs))
     assert results.keys() == set(range(len(groups)))
     for i, group in enumerate(groups):
-        assert len(results[i]) == len(group)
-        for actual, item in zip(results[i], group, strict=True):
+        for actual, item in zip(results[i].scores, group, strict=True):
             assert actual.dtype == np.float32
             expected = reference(weights, method, item, config)
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
@@ -155,8 +154,8 @@ def test_bfloat16_models_are_scored_in_float32(weights):
     """Scores are taken from float32 logits: sums over the vocabulary stay one."""
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
     every_token = [continuations(PRIMER, *((v,) for v in range(TINY.vocab_size)))]
-    ((_, scores),) = score(rounded, TINY, every_token, Strength(-1.0), row_length=128)
-    scores = np.concatenate(scores)
+    ((_, scored),) = score(rounded, TINY, every_token, Strength(-1.0), row_length=128)
+    scores = np.concatenate(scored.scores)
     assert scores.dtype == np.float32
     # All come from one hidden state, so that only float32 rounding is left.
     np.testing.assert_allclose(np.exp(scores.astype(np.float64)).sum(), 1, rtol=1e-5)
@@ -275,7 +274,8 @@ def test_sequences_over_the_context_are_refused(weights, rope):
     config = dataclasses.replace(TINY, rope=rope)
     shorter, fits = (continuations(PRIMER, numbers(45, 1)[:n]) for n in (44, 45))
     (fewer,), (scores,) = (
-        next(score(weights, config, [group], Strength(0.0), row_length=24))[1] for group in (shorter, fits)
+        next(score(weights, config, [group], Strength(0.0), row_length=24))[1].scores
+        for group in (shorter, fits)
     )
     assert len(scores) == 45
     # The 65th token is only predicted: it takes no place in the context and stretches nothing.
@@ -302,8 +302,8 @@ def test_no_groups_and_empty_groups(weights):
     groups = [[], *questions(PRIMER, n=1), []]
     results = dict(score(weights, TINY, groups, Strength(0.0), row_length=24))
     assert results.keys() == {0, 1, 2}
-    assert results[0] == results[2] == []
-    assert len(results[1]) == 4
+    assert results[0].scores == results[2].scores == []
+    assert len(results[1].scores) == 4
 
 
 # Texts

@@ -328,7 +328,8 @@ def test_all_stages_in_one_command(settings, tmp_path, capfd):
     for row in datasets.load_from_disk(str(stored)):
         item = Continuation(tuple(row["tokens"]), row["start"])
         log_probs = [
-            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1][0] for lm in (base, anti)
+            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1].scores[0]
+            for lm in (base, anti)
         ]
         np.testing.assert_allclose(row["log_ratio"], log_probs[1] - log_probs[0], atol=1e-4)
 
@@ -387,7 +388,8 @@ def test_all_stages_of_pairs(settings, tmp_path, capfd):
     for row in rows:
         item = Continuation(tuple(row["tokens"]), row["start"])
         log_probs = [
-            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1][0] for lm in (right, wrong)
+            next(iter(score(lm.model, lm.config, [[item]], Strength(0.0))))[1].scores[0]
+            for lm in (right, wrong)
         ]
         np.testing.assert_allclose(row["log_ratio"], log_probs[0] - log_probs[1], atol=1e-4)
         kept += (np.abs(row["log_ratio"]) >= 0.1).tolist()

@@ -17,6 +17,7 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.evaluate.reporting.stats import length_auc
 from imae_jax.files import read_csv, read_rows
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
+from imae_jax.token_tree import token_tree
 from imae_jax.train.config import ColumnsConfig, DataConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -499,50 +500,20 @@ def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
     """The trees, without A, of a batch whose micro-batches have all rows of their trees; None where one would
     be too long."""
     groups = [examples[i : i + merging.rows] for i in range(0, len(examples), merging.rows)]
-    merged = [_merge(group) for group in groups]
-    longest = max(len(tokens) for tokens, *_ in merged)
+    merged = [token_tree([example.tokens for example in group]) for group in groups]
+    longest = max(map(len, merged))
     if longest > merging.max_length:
         return None
     shape = (len(groups), _round_up(longest, TREE_BUCKET))
     tokens, positions, ends = (np.zeros(shape, np.int32) for _ in range(3))
     length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
     places = np.zeros((len(groups), merging.rows, length), np.int32)
-    for i, (*fields, paths) in enumerate(merged):
-        for array, values in zip((tokens, positions, ends), fields, strict=True):
-            array[i, : len(values)] = values
-        for row, path in enumerate(paths):
+    for i, tree in enumerate(merged):
+        for array, values in ((tokens, tree.tokens), (positions, tree.depths), (ends, tree.ends)):
+            array[i, : len(tree)] = values
+        for row, path in enumerate(tree.paths):
             places[i, row, : len(path)] = path
     return Trees(tokens, positions, ends, places.reshape(len(groups), -1))
-
-
-def _merge(rows: Sequence[Example]) -> tuple[list[int], list[int], list[int], list[list[int]]]:
-    """Tokens, positions and ends of a tree, and the places of every row's tokens in it."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    ends: list[int] = []
-    paths: list[list[int]] = [[]] * len(rows)
-    path: list[int] = []
-    before: Sequence[int] = ()
-    # Sorted, so that rows which begin alike are neighbours.
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].tokens):
-        row = rows[i].tokens
-        shared = _common_length(before, row)
-        for place in path[shared:]:
-            ends[place] = len(tokens)
-        path = path[:shared] + list(range(len(tokens), len(tokens) + len(row) - shared))
-        tokens += row[shared:]
-        positions += range(shared, len(row))
-        ends += [0] * (len(row) - shared)
-        paths[i], before = path, row
-    for place in path:
-        ends[place] = len(tokens)
-    return tokens, positions, ends, paths
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginning."""
-    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(differ, min(len(first), len(second)))
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from imae_jax.anti_expert import AntiExpertUnits
 from imae_jax.config import AntiExpertConfig, LlamaConfig, LoraConfig
-from imae_jax.llama import Taps, Weights, forward
+from imae_jax.llama import Interventions, Options, Taps, TreeLayout, Weights, forward
 from imae_jax.lora import LoraDeltas, adapter_factors
 from imae_jax.losses import (
     LossConfig,
@@ -26,6 +26,7 @@ from imae_jax.losses import (
     token_weights,
     total_loss,
 )
+from imae_jax.token_tree import attend_to_ancestors
 
 Arrays = dict[str, jax.Array]
 # Places of the adapters in `Weights.lora` of objective `pairs`.
@@ -43,7 +44,7 @@ class Objective(abc.ABC):
     answers: ClassVar[tuple[str, ...]] = ("wrong",)
     """The rows of each question, neighbours in a batch: see `data.TokenizedData.stage`."""
     attention: str
-    """See `llama.forward`."""
+    """See `llama.Options`."""
 
     @abc.abstractmethod
     def module(self, llama: LlamaConfig, seed: int) -> nnx.Module:
@@ -83,6 +84,14 @@ class Objective(abc.ABC):
         """Summed log-probability of each row's `fact` tokens, float32 [B], in every mode of the model,
         `base` among them."""
 
+    def _log_probs(
+        self, weights: Weights, llama: LlamaConfig, batch: Arrays, interventions: Interventions
+    ) -> jax.Array:
+        """Those of one mode."""
+        options = Options(attention=self.attention)
+        hidden, _ = run(weights, llama, batch, interventions=interventions, options=options)
+        return _fact_log_probs(weights, batch, hidden)
+
 
 @dataclasses.dataclass(frozen=True)
 class UnitsObjective(Objective):
@@ -91,7 +100,7 @@ class UnitsObjective(Objective):
     Attributes:
         anti_expert: sizes of the units.
         settings: of the losses.
-        remat, attention: see `llama.forward`.
+        remat, attention: see `llama.Options`.
         first_layer: units of layers below stay as they begin, where they contribute nothing. L_gate counts
             their gates, which nothing moves.
     """
@@ -149,10 +158,8 @@ class UnitsObjective(Objective):
             llama,
             batch,
             copies=2,
-            strength=jnp.asarray([1.0, -1.0]),
-            taps=Taps(gates=True),
-            remat=self.remat,
-            attention=self.attention,
+            interventions=Interventions(strength=jnp.asarray([1.0, -1.0])),
+            options=Options(Taps(gates=True), self.remat, self.attention),
         )
         sums = self.mode_sums(weights, batch, frozen, anti, expert)
         fact, answer = (jnp.concatenate([batch[name]] * 2) for name in ("fact", "answer"))
@@ -189,7 +196,7 @@ class UnitsObjective(Objective):
 
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {
-            mode: _answer_log_probs(weights, llama, batch, strength=o, attention=self.attention)
+            mode: self._log_probs(weights, llama, batch, Interventions(strength=o))
             for mode, o in {"base": None, "expert": -1.0, "anti_expert": 1.0}.items()
         }
 
@@ -198,7 +205,7 @@ class ImaeObjective(UnitsObjective):
     """Objective `paper`: hallucinated answers alone (IMAE, section 3.2)."""
 
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
-        return run(weights, llama, batch, attention=self.attention)[:1]
+        return run(weights, llama, batch, options=Options(attention=self.attention))[:1]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         hidden = (at_facts(batch, x) for x in (*frozen, anti, expert))
@@ -219,7 +226,15 @@ class PairsObjective(UnitsObjective):
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
         """Base, right and wrong rows as one batch: each base weight is read once."""
         factors = adapter_factors(weights.lora, 2, (None, RIGHT, WRONG))
-        return run(weights, llama, batch, copies=3, adapter=factors, attention=self.attention)[:3]
+        rows = run(
+            weights,
+            llama,
+            batch,
+            copies=3,
+            interventions=Interventions(adapter=factors),
+            options=Options(attention=self.attention),
+        )
+        return rows[:3]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         frozen = tuple(at_facts(batch, x) for x in frozen)
@@ -237,7 +252,7 @@ class PreferenceObjective(UnitsObjective):
     answers = ("wrong", "right")
 
     def frozen_rows(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> tuple[jax.Array, ...]:
-        return run(weights, llama, batch, attention=self.attention)[:1]
+        return run(weights, llama, batch, options=Options(attention=self.attention))[:1]
 
     def mode_sums(self, weights, batch, frozen, anti, expert):
         pairs = (_fact_log_probs(weights, batch, hidden).reshape(-1, 2) for hidden in (*frozen, anti, expert))
@@ -261,7 +276,7 @@ class AnswerObjective(Objective):
     Attributes:
         lora: the low-rank deltas to train.
         mode: what the adapted model is called where it is measured.
-        remat, attention: see `llama.forward`.
+        remat, attention: see `llama.Options`.
     """
 
     lora: LoraConfig
@@ -278,7 +293,8 @@ class AnswerObjective(Objective):
         return dataclasses.replace(frozen, lora=trainable, lora_scale=self.lora.scale)
 
     def sums(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
-        hidden, _ = run(weights, llama, batch, adapter=1.0, remat=self.remat, attention=self.attention)
+        adapted, options = Interventions(adapter=1.0), Options(remat=self.remat, attention=self.attention)
+        hidden, _ = run(weights, llama, batch, interventions=adapted, options=options)
         return answer_loss_sums(weights, at_facts(batch, hidden), batch["fact_targets"], batch["fact_valid"])
 
     def counts(self, llama: LlamaConfig, batch: Arrays) -> Arrays:
@@ -292,7 +308,7 @@ class AnswerObjective(Objective):
 
     def answer_log_probs(self, weights: Weights, llama: LlamaConfig, batch: Arrays) -> Arrays:
         return {
-            mode: _answer_log_probs(weights, llama, batch, adapter=factor, attention=self.attention)
+            mode: self._log_probs(weights, llama, batch, Interventions(adapter=factor))
             for mode, factor in {"base": None, self.mode: 1.0}.items()
         }
 
@@ -303,53 +319,45 @@ def run(
     batch: Arrays,
     *,
     copies: int = 1,
-    strength: float | jax.Array | None = None,
-    adapter: float | jax.Array | None = None,
-    **options: Any,
+    interventions: Interventions = Interventions(),
+    options: Options = Options(),
 ) -> tuple[jax.Array | None, ...]:
     """`forward` of copies of a batch's rows, or of its token trees where it has them (not with attention
     `flash`, whose kernels take no mask).
 
     Args:
         copies: of the rows, which run as one batch.
-        strength, adapter: see `forward`; an array's first axis is copies.
+        interventions: of `forward`; an array's first axis is copies.
         options: of `forward`.
 
     Returns:
         The copies' hidden states, each [B, T, D], of trees [B / R, S, D]; then the gates [L, copies · B, T]
         with that tap, else None.
     """
-    rows = {"tokens": batch["tokens"], "attention_mask": batch["attention_mask"]}
+    tokens, mask, tree = batch["tokens"], batch["attention_mask"], None
     if "tree_tokens" in batch:
         ends = batch["tree_ends"]
-        rows = {"tokens": batch["tree_tokens"], "attention_mask": ends > 0}
-        rows |= {"positions": batch["tree_positions"], "attend": _attend_in_tree(ends)}
-    size = rows["tokens"].shape[0]
-
-    def of_rows(value):
-        return jnp.repeat(value, size, axis=0) if jnp.ndim(value) else value
-
+        tokens, mask = batch["tree_tokens"], ends > 0
+        tree = TreeLayout(batch["tree_positions"], attend_to_ancestors(ends))
+    size = tokens.shape[0]
+    tokens, mask, tree = jax.tree.map(lambda x: jnp.concatenate([x] * copies), (tokens, mask, tree))
     output = forward(
         weights,
         llama,
-        **{name: jnp.concatenate([value] * copies) for name, value in rows.items()},
-        strength=None if strength is None else of_rows(strength),
-        adapter=None if adapter is None else of_rows(adapter),
-        **options,
+        tokens,
+        attention_mask=mask,
+        tree=tree,
+        interventions=jax.tree.map(
+            lambda x: jnp.repeat(x, size, axis=0) if jnp.ndim(x) else x, interventions
+        ),
+        options=options,
     )
     gates = output.gates
-    if gates is not None and "tree_places" in batch:
+    if gates is not None and tree is not None:
         places = jnp.concatenate([batch["tree_places"]] * copies)
         gates = jnp.take_along_axis(gates, places[None], axis=2)
         gates = gates.reshape(len(gates), -1, batch["tokens"].shape[1])
     return *jnp.split(output.hidden_states, copies), gates
-
-
-def _attend_in_tree(ends: jax.Array) -> jax.Array:
-    """Bool [B, S, S] from `Trees.ends`: a token looks at what is before it in its own row."""
-    place = jnp.arange(ends.shape[1])
-    looking, seen = place[:, None], place[None, :]
-    return (seen <= looking) & (looking < ends[:, None, :])
 
 
 def weights_as_run(batch: Arrays, weight: jax.Array) -> jax.Array:
@@ -370,11 +378,6 @@ def at_facts(batch: Arrays, hidden: jax.Array) -> jax.Array:
         positions = jnp.take_along_axis(places, positions, axis=1).reshape(len(hidden), -1)
     taken = jnp.take_along_axis(hidden, positions[..., None], axis=1)
     return taken.reshape(*batch["fact_positions"].shape, -1)
-
-
-def _answer_log_probs(weights: Weights, llama: LlamaConfig, batch: Arrays, **options: Any) -> jax.Array:
-    hidden, _ = run(weights, llama, batch, **options)
-    return _fact_log_probs(weights, batch, hidden)
 
 
 def _fact_log_probs(weights: Weights, batch: Arrays, hidden: jax.Array) -> jax.Array:

@@ -113,15 +113,15 @@ class Scores:
 
     def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
         index = [self._items[i].index for i in missing]
-        scored = score(
+        results = score(
             each.models,
             self._config,
             [self._groups[i] for i in missing],
             each.method,
             where=lambda i, j: f"question {index[i]}, answer {j}",
         )
-        for i, scores in scored:
-            yield missing[i], [[answer[:, k] for answer in scores] for k in range(len(each.labels))]
+        for i, scored in results:
+            yield missing[i], [[answer[:, k] for answer in scored.scores] for k in range(len(each.labels))]
 
 
 class Texts:

@@ -1,6 +1,7 @@
 """Several methods in one pass: the forward streams that they have in common run once."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -15,10 +16,10 @@ from imae_jax.llama import Weights
 class Joint(Method):
     """M methods as one, for the scorer: `token_scores` gives [..., M].
 
-    Streams that intervene alike are one stream; it has the early exits of all of them.
+    Methods with the same interventions share a stream; its early exits are the union of theirs.
 
     Attributes:
-        methods: resolved, and all for the same models.
+        methods: resolved methods, all for the same models.
     """
 
     methods: tuple[Method, ...]
@@ -31,107 +32,110 @@ class Joint(Method):
     def streams(self) -> tuple[Stream, ...]:
         merged: list[Stream] = []
         for stream in (stream for method in self.methods for stream in method.streams):
-            place = _place(merged, stream)
-            if place is None:
+            index = _find_stream(merged, stream)
+            if index is None:
                 merged.append(stream)
             elif stream.exits:
-                exits = tuple(sorted({*merged[place].exits, *stream.exits}))
-                merged[place] = dataclasses.replace(stream, exits=exits)
+                exits = tuple(sorted({*merged[index].exits, *stream.exits}))
+                merged[index] = dataclasses.replace(stream, exits=exits)
         return tuple(merged)
+
+    @property
+    def rules_out(self) -> tuple[bool, ...]:
+        return tuple(method.rules_out for method in self.methods)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return (len(self.methods),)
 
     def split(self, logits: Sequence[StreamLogits]) -> list[tuple[StreamLogits, ...]]:
         """Every method's own logits, from those of `streams`."""
         merged = self.streams
 
-        def of(stream: Stream) -> StreamLogits:
-            place = _place(merged, stream)
+        def logits_for(stream: Stream) -> StreamLogits:
+            index = _find_stream(merged, stream)
             if not stream.exits:
-                return StreamLogits(logits[place].final)
-            exits = logits[place].exits
-            if stream.exits != merged[place].exits:
-                chosen = [merged[place].exits.index(layer) for layer in stream.exits]
-                exits = exits[jnp.asarray(chosen)]
-            return StreamLogits(logits[place].final, exits)
+                return StreamLogits(logits[index].final)
+            exits = logits[index].exits
+            if stream.exits != merged[index].exits:
+                exits = exits[jnp.asarray([merged[index].exits.index(layer) for layer in stream.exits])]
+            return StreamLogits(logits[index].final, exits)
 
-        return [tuple(of(stream) for stream in method.streams) for method in self.methods]
+        return [tuple(map(logits_for, method.streams)) for method in self.methods]
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         each = zip(self.methods, self.split(logits), strict=True)
-        return jnp.stack([method.scores(own) for method, own in each])
+        return jnp.stack([method.scores(its_logits) for method, its_logits in each])
 
     def token_scores(
         self, logits: Sequence[StreamLogits], positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:
         each = zip(self.methods, self.split(logits), strict=True)
-        return jnp.stack([method.token_scores(own, positions, tokens) for method, own in each], axis=-1)
+        scores = [method.token_scores(its_logits, positions, tokens) for method, its_logits in each]
+        return jnp.stack(scores, axis=-1)
 
 
 def share_streams(prepared: Sequence[tuple[Models, Method]]) -> list[tuple[Models, Joint, list[int]]]:
-    """Which methods run in one pass: those with a stream in common, where their models go together.
+    """Which methods run in one pass: those with a stream in common, where their models merge.
 
     Args:
         prepared: from `LanguageModel.prepare`.
 
     Returns:
-        Passes with their models, their methods, and the places of these in `prepared`.
+        Passes with their models, their methods, and the indices of these in `prepared`.
     """
     passes: list[tuple[Models, Joint, list[int]]] = []
-    for place, (models, method) in enumerate(prepared):
-        joint, places, apart = Joint((method,)), [place], []
-        for other in passes:
-            both = _together(other[0], models)
-            if both is not None and _have_one_in_common(other[1], method):
-                models, places = both, [*other[2], *places]
-                joint = Joint((*other[1].methods, *joint.methods))
+    for i, (models, method) in enumerate(prepared):
+        joint, indices, apart = Joint((method,)), [i], []
+        for other_models, other, other_indices in passes:
+            merged = _merge_models(other_models, models)
+            if merged is not None and _share_a_stream(other, method):
+                models, indices = merged, [*other_indices, *indices]
+                joint = Joint((*other.methods, *joint.methods))
             else:
-                apart.append(other)
-        passes = [*apart, (models, joint, places)]
+                apart.append((other_models, other, other_indices))
+        passes = [*apart, (models, joint, indices)]
     return passes
 
 
-def _have_one_in_common(a: Method, b: Method) -> bool:
-    return any(_place(a.streams, stream) is not None for stream in b.streams)
+def _share_a_stream(a: Method, b: Method) -> bool:
+    return any(_find_stream(a.streams, stream) is not None for stream in b.streams)
 
 
-def _place(streams: Sequence[Stream], wanted: Stream) -> int | None:
-    """The stream that intervenes as `wanted` does, and whose early exits can be joined with its own."""
-    for place, stream in enumerate(streams):
-        alike = dataclasses.replace(stream, exits=(), exit_norm=False) == dataclasses.replace(
-            wanted, exits=(), exit_norm=False
-        )
-        if alike and (not stream.exits or not wanted.exits or stream.exit_norm == wanted.exit_norm):
-            return place
+def _find_stream(streams: Sequence[Stream], wanted: Stream) -> int | None:
+    """The stream with the interventions of `wanted` whose early exits can be merged with its own."""
+
+    def interventions(stream: Stream) -> Stream:
+        return dataclasses.replace(stream, exits=(), exit_norm=False)
+
+    for index, stream in enumerate(streams):
+        exits_merge = not stream.exits or not wanted.exits or stream.exit_norm == wanted.exit_norm
+        if exits_merge and interventions(stream) == interventions(wanted):
+            return index
     return None
 
 
-def _together(a: Models, b: Models) -> Models | None:
-    """Models that have what both have, or None where they hold different arrays in one place."""
+def _merge_models(a: Models, b: Models) -> Models | None:
+    """Models that have what both have, or None where they hold different arrays for one thing."""
     if len(a.weights) < len(b.weights):
         a, b = b, a
     if a.configs[: len(b.configs)] != b.configs:
         return None
-    weights = list(a.weights)
-    for place, other in enumerate(b.weights):
-        both = _joined(weights[place], other)
-        if both is None:
-            return None
-        weights[place] = both
-    return Models(tuple(weights), a.configs)
+    merged = [_merge_weights(*pair) for pair in zip(a.weights, b.weights, strict=False)]
+    return None if None in merged else Models((*merged, *a.weights[len(merged) :]), a.configs)
 
 
-def _joined(a: Weights, b: Weights) -> Weights | None:
+def _merge_weights(a: Weights, b: Weights) -> Weights | None:
     if b.lora is not None and a.lora is None:
         a = dataclasses.replace(a, lora=b.lora, lora_scale=b.lora_scale)
     if b.shifts is not None and a.shifts is None:
         a = dataclasses.replace(a, shifts=b.shifts)
-    scales = b.lora is None or a.lora_scale == b.lora_scale
-    same = scales and all(
-        _same(getattr(a, name), getattr(b, name)) for name in ("base", "units", "lora", "shifts")
-    )
-    return a if same else None
+    same_scale = b.lora is None or a.lora_scale == b.lora_scale
+    fields = ("base", "units", "lora", "shifts")
+    return a if same_scale and all(_has_arrays_of(getattr(a, f), getattr(b, f)) for f in fields) else None
 
 
-def _same(a, b) -> bool:
+def _has_arrays_of(a, b) -> bool:
     """Whether b is None or made of the very arrays of a."""
-    own, other = jax.tree.leaves(a), jax.tree.leaves(b)
-    return b is None or (len(own) == len(other) and all(x is y for x, y in zip(own, other, strict=True)))
+    these, those = jax.tree.leaves(a), jax.tree.leaves(b)
+    return b is None or (len(these) == len(those) and all(map(operator.is_, these, those)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -50,18 +51,39 @@ class DecodeState:
     not_finite: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """How texts are generated.
+
+    Attributes:
+        sampler: how a token is drawn; greedy by default.
+        max_new_tokens: upper bound per row.
+        seed: of the sampler.
+        chunk_size: tokens per compiled call; between calls it is checked whether all rows are done.
+
+    Raises:
+        UserError: no new tokens.
+    """
+
+    sampler: Sampler = Sampler()
+    max_new_tokens: int = 128
+    seed: int = 0
+    chunk_size: int = 32
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens}: it must be at least 1")
+
+
 def generate(
     model: Llama | Weights | Models,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
     *,
     method: Method = Strength(0.0),
-    sampler: Sampler = Sampler(),
-    max_new_tokens: int = 128,
     eos_token_ids: Sequence[int] = (),
-    seed: int = 0,
-    chunk_size: int = 32,
     padding_side: str = "left",
+    **options: Any,
 ) -> list[list[int]]:
     """Continues token prompts with a decoding method.
 
@@ -70,15 +92,12 @@ def generate(
     Args:
         model: with layers as separate arrays (`stacked=False`) for full speed; methods that need more than
             it take what `LanguageModel.prepare` returns.
-        config: of the base.
+        config: base model configuration.
         prompts: token ids of every prompt.
         method: what scores the next token.
-        sampler: how it is drawn.
-        max_new_tokens: upper bound per row.
         eos_token_ids: tokens that end a row; the one drawn is part of the result.
-        seed: of the sampler.
-        chunk_size: steps per compiled call; between calls it is checked whether all rows are done.
         padding_side: `left` or `right`; the results are the same.
+        options: fields of `GenerationOptions`.
 
     Returns:
         The new token ids of every prompt.
@@ -89,15 +108,11 @@ def generate(
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in stream_tokens(
-        model,
-        config,
+        Models.of(model, config),
         prompts,
-        method=method,
-        sampler=sampler,
-        max_new_tokens=max_new_tokens,
+        method,
+        GenerationOptions(**options),
         eos_token_ids=eos_token_ids,
-        seed=seed,
-        chunk_size=chunk_size,
         padding_side=padding_side,
     ):
         for row, new in zip(rows, tokens, strict=True):
@@ -106,16 +121,12 @@ def generate(
 
 
 def stream_tokens(
-    model: Llama | Weights | Models,
-    config: LlamaConfig,
+    models: Models,
     prompts: Sequence[Sequence[int]],
-    *,
     method: Method,
-    sampler: Sampler,
-    max_new_tokens: int,
+    options: GenerationOptions,
+    *,
     eos_token_ids: Sequence[int],
-    seed: int,
-    chunk_size: int = 32,
     padding_side: str = "left",
     closed: Sequence[bool] | None = None,
 ) -> Iterator[list[list[int]]]:
@@ -125,11 +136,9 @@ def stream_tokens(
         closed: rows whose text has ended otherwise, such as at a stop string: the caller may set them between
             two yields. Nothing more comes of them, neither tokens nor errors.
     """
-    models = Models.of(model, config)
+    config, max_new_tokens, chunk_size = models.configs[0], options.max_new_tokens, options.chunk_size
     method = method.resolve(config, generating=True)
     streams.check(models, method)
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: it must be at least 1")
     if not prompts:
         return
     _check_prompts(prompts, max_new_tokens, config, models.context_length)
@@ -145,9 +154,9 @@ def stream_tokens(
             tokens,
             mask,
             eos,
-            np.int32(seed),
+            np.int32(options.seed),
             method=method,
-            sampler=sampler,
+            sampler=options.sampler,
             capacity=tokens.shape[1] + num_chunks * chunk_size,
         )
     closed = [False] * len(prompts) if closed is None else closed
@@ -159,7 +168,7 @@ def stream_tokens(
         if number > 0:
             with use_mesh(models.mesh):
                 state, drawn = _decode_chunk(
-                    models, state, eos, method=method, sampler=sampler, length=chunk_size
+                    models, state, eos, method=method, sampler=options.sampler, length=chunk_size
                 )
         drawn, not_finite = (to_host(x)[: len(prompts)].tolist() for x in (drawn, state.not_finite))
         new: list[list[int]] = [[] for _ in prompts]
@@ -245,9 +254,9 @@ def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.nd
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for i, prompt in enumerate(prompts):
-        place = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
-        tokens[i, place] = prompt
-        mask[i, place] = True
+        span = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
+        tokens[i, span] = prompt
+        mask[i, span] = True
     return tokens, mask
 
 

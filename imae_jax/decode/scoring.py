@@ -9,7 +9,9 @@ benchmark.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from imae_jax.config import LlamaConfig
+from imae_jax.cpu import argmax
 from imae_jax.decode import streams
-from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods import Method
-from imae_jax.decode.sampling import argmax
 from imae_jax.decode.streams import Caches, Models
 from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama, Weights
+from imae_jax.llama import Llama, TreeLayout, Weights
 from imae_jax.sharding import row_shards, use_mesh
+from imae_jax.token_tree import TokenTree, attend_to_ancestors, common_length, token_tree
 from imae_jax.tokenizer import Tokenizer
 
 ROW_LENGTH = 256
@@ -114,60 +116,56 @@ def windows(tokens: Sequence[int], length: int) -> list[Continuation]:
     return found
 
 
+class Scored(NamedTuple):
+    """Scores of a group's continuations.
+
+    Attributes:
+        scores: one array a continuation, float32 [n]: the score of every token from its `start` on; of a
+            `Joint` of M methods [n, M].
+        is_greedy: bool [n], whether the token is the method's arg-max; None where that was not asked for.
+    """
+
+    scores: list[np.ndarray]
+    is_greedy: list[np.ndarray] | None
+
+    @classmethod
+    def empty(cls, size: int, *, greedy: bool) -> "Scored":
+        return cls([None] * size, [None] * size if greedy else None)
+
+
 def score(
     model: Llama | Weights | Models,
     config: LlamaConfig,
     groups: Sequence[Sequence[Continuation]],
     method: Method,
     *,
+    greedy: bool = False,
     row_length: int = ROW_LENGTH,
     rows_per_batch: int | None = None,
     where: Where = "group {}, continuation {}".format,
-) -> Iterator[tuple[int, list[np.ndarray]]]:
+) -> Iterator[tuple[int, Scored]]:
     """Scores every continuation's tokens: `s_t(x_t)` of docs/methods.md, teacher-forced.
 
     Args:
         model: with layers as separate arrays (`stacked=False`) for full speed; methods that need more than
             it take what `LanguageModel.prepare` returns.
-        config: of the base.
+        config: base model configuration.
         groups: continuations that belong together (the answers of a question): what they share is
             computed once.
         method: what scores.
+        greedy: also tell which tokens are the method's arg-max, which costs a pass over the vocabulary.
         row_length: tokens per row; a group's tree that is longer is cut, a longer continuation gets a
             row of its own.
         rows_per_batch: rows computed at once, more where a mesh does not divide them; default by platform.
-        where: what continuation j of group i is called in errors.
+        where: names continuation j of group i in errors.
 
     Yields:
-        `(i, scores)` for every group, in no particular order: one float32 array per continuation with
-        the score of every token from its `start` on.
+        The index and the `Scored` of every group, in no particular order.
 
     Raises:
         UserError: a sequence over the context length, a method that the model cannot run, or logits or
             scores that are not finite.
     """
-    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, where, greedy=False):
-        yield i, [scores for (scores,) in scored]
-
-
-def score_greedy(
-    model: Llama | Weights | Models,
-    config: LlamaConfig,
-    groups: Sequence[Sequence[Continuation]],
-    method: Method,
-    *,
-    row_length: int = ROW_LENGTH,
-    rows_per_batch: int | None = None,
-    where: Where = "group {}, continuation {}".format,
-) -> Iterator[tuple[int, list[np.ndarray], list[np.ndarray]]]:
-    """As `score`, but also yields which tokens are the method's arg-max: one bool array per continuation."""
-    for i, scored in _score(model, config, groups, method, row_length, rows_per_batch, where, greedy=True):
-        yield i, [scores for scores, _ in scored], [greedy for _, greedy in scored]
-
-
-def _score(
-    model, config, groups, method, row_length, rows_per_batch, where, *, greedy: bool
-) -> Iterator[tuple[int, list[tuple[np.ndarray, ...]]]]:
     models = Models.of(model, config)
     method = method.resolve(config, generating=False)
     streams.check(models, method)
@@ -182,30 +180,19 @@ def _score(
     window_size = GROUPS_PER_WINDOW * shards
     for window_start in range(0, len(groups), window_size):
         window = range(window_start, min(window_start + window_size, len(groups)))
-        pieces = _pieces({i: groups[i] for i in window}, len(prefix), row_length)
-        rows = _fill_rows(pieces, row_length)
-        of_nodes: dict[int, tuple[np.ndarray, ...]] = {}
+        trees = [tree for i in window for tree in _answer_trees(i, groups[i], len(prefix), row_length)]
+        rows = _fill_rows(trees, row_length)
+        results = {
+            i: Scored(*([None] * len(groups[i]) if kept else None for kept in (True, greedy))) for i in window
+        }
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
-            length = max(row_length, *(row.length for row in batch))
-            length = -(-length // row_length) * row_length
-            batch_arrays = [row.arrays(length) for row in batch]
-            batch_arrays += [_Row([]).arrays(length)] * (batch_rows - len(batch))
-            *arrays, parents = (np.stack(a) for a in zip(*batch_arrays, strict=True))
+            arrays, parents = _batch_arrays(batch, batch_rows, row_length)
             chunks = _projection_chunks(parents, streams.projections(method), shards)
             with use_mesh(models.mesh):
-                values = _score_nodes(models, prefix_caches, *arrays, *chunks, method=method, greedy=greedy)
+                values = _score_nodes(models, prefix_caches, arrays, chunks, method=method, greedy=greedy)
             for row, *row_values in zip(batch, *map(to_host, values), strict=False):
-                offset = 0
-                for tree in row.trees:
-                    part = slice(offset, offset + len(tree.tokens))
-                    of_nodes[id(tree)] = tuple(v[part] for v in row_values)
-                    offset = part.stop
-        results: dict[int, list[tuple[np.ndarray, ...]]] = {i: [()] * len(groups[i]) for i in window}
-        for tree in pieces:
-            for group, index, nodes in tree.members:
-                first = groups[group][index].start - len(prefix)
-                results[group][index] = tuple(v[nodes[first:]] for v in of_nodes[id(tree)])
+                _collect(row, row_values, results)
         _check_finite(models, method, groups, results, where)
         yield from results.items()
 
@@ -238,93 +225,128 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
             )
 
 
-def _check_finite(models, method, groups, results, where: Where) -> None:
+def _check_finite(models, method, groups, results: dict[int, Scored], where: Where) -> None:
     """Raises a `UserError` that names a continuation whose scores are not finite, but for masks of -inf."""
-    methods = method.methods if isinstance(method, Joint) else (method,)
-    masked = np.array([each.rules_out for each in methods])
+    is_masked = np.asarray(method.rules_out)
 
     def is_bad(scores: np.ndarray) -> bool:
-        scores = scores.reshape(-1, len(methods))
-        return not (np.isfinite(scores) | ((scores == -np.inf) & masked)).all()
+        return not (np.isfinite(scores) | ((scores == -np.inf) & is_masked)).all()
 
-    bad = [(i, j) for i, each in results.items() for j, (scores, *_) in enumerate(each) if is_bad(scores)]
+    bad = [(i, j) for i, each in results.items() for j, scores in enumerate(each.scores) if is_bad(scores)]
     if not bad:
         return
     # An overflow passes to what lies in the same row through weights of 0: the one to name overflows alone.
-    texts = {place: groups[place[0]][place[1]].tokens[:-1] for place in bad}
+    texts = {index: groups[index[0]][index[1]].tokens[:-1] for index in bad}
     overflows = (
-        place for place in bad if streams.first_layer_not_finite(models, method, texts[place]) is not None
+        index for index in bad if streams.first_layer_not_finite(models, method, texts[index]) is not None
     )
     named = next(overflows, bad[0])
     raise streams.not_finite_error(models, method, texts[named], f"{method.name}, {where(*named)}")
 
 
-class _TokenTree:
-    """Sequences merged where they begin alike; a node's score is its token's, given its ancestors.
+@dataclasses.dataclass(frozen=True)
+class _AnswerTree:
+    """Continuations of one group as a tree, behind the tokens that all sequences share.
 
-    Nodes from depth `first_predictor` on predict tokens that are scored.
+    Attributes:
+        tree: its sequences are the continuations'.
+        group: their group.
+        first: index in the group of the first of them; the others follow.
+        start: depth of the first scored token, the same of all.
     """
 
-    def __init__(self, first_predictor: int):
-        self.first_predictor = first_predictor
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
-        self.members: list[tuple[int, int, list[int]]] = []
-        self._children: dict[tuple[int, int], int] = {}
-
-    def missing(self, tokens: Sequence[int]) -> int:
-        """How many nodes `add` would append."""
-        node = -1
-        for depth, token in enumerate(tokens):
-            node = self._children.get((node, token), None)
-            if node is None:
-                return len(tokens) - depth
-        return 0
-
-    def add(self, tokens: Sequence[int], group: int, index: int) -> None:
-        node, path = -1, []
-        for depth, token in enumerate(tokens):
-            child = self._children.get((node, token))
-            if child is None:
-                child = self._children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.depths.append(depth)
-            path.append(child)
-            node = child
-        self.members.append((group, index, path))
+    tree: TokenTree
+    group: int
+    first: int
+    start: int
 
 
-@dataclasses.dataclass
-class _Row:
-    """Trees laid out one after another."""
+def _answer_trees(
+    group: int, continuations: Sequence[Continuation], skip: int, length: int
+) -> Iterator[_AnswerTree]:
+    """One tree, or several where one would exceed `length` or prompts differ in length."""
+    first = 0
+    for start, items in itertools.groupby(continuations, lambda item: item.start - skip):
+        sequences = [item.tokens[skip:] for item in items]
+        while sequences:
+            tree, count = token_tree(sequences), len(sequences)
+            if len(tree) > length and count > 1:
+                tree, count = _longest_that_fits(sequences, length)
+            yield _AnswerTree(tree, group, first, start)
+            sequences, first = sequences[count:], first + count
 
-    trees: list[_TokenTree]
 
-    @property
-    def length(self) -> int:
-        return sum(len(tree.tokens) for tree in self.trees)
+def _longest_that_fits(sequences: Sequence[Sequence[int]], length: int) -> tuple[TokenTree, int]:
+    """The tree of as many of the first sequences as fit into `length`, one at least; and their number."""
+    tree, count = token_tree(sequences[:1]), 1
+    while count < len(sequences) and len(longer := token_tree(sequences[: count + 1])) <= length:
+        tree, count = longer, count + 1
+    return tree, count
 
-    def arrays(self, length: int) -> tuple[np.ndarray, ...]:
-        """tokens and depths int32 [T], predictors of answers' tokens bool [T], ancestors (self included) bool
-        [T, T], and parents of the nodes to score, else -1, int32 [T]."""
-        tokens, depths = (np.zeros(length, np.int32) for _ in range(2))
-        answer, ancestors = np.zeros(length, bool), np.zeros((length, length), bool)
-        parents = np.full(length, -1, np.int32)
+
+def _fill_rows(trees: Sequence[_AnswerTree], length: int) -> list[list[_AnswerTree]]:
+    """Trees in rows, first-fit decreasing."""
+    rows: list[list[_AnswerTree]] = []
+    room: list[int] = []
+    for each in sorted(trees, key=lambda each: -len(each.tree)):
+        size = len(each.tree)
+        row = next((i for i, free in enumerate(room) if size <= free), None)
+        if row is None:
+            rows.append([each])
+            room.append(length - size)
+        else:
+            rows[row].append(each)
+            room[row] -= size
+    return rows
+
+
+class TreeRows(NamedTuple):
+    """Trees laid out one after another in rows, padded on the right.
+
+    Attributes:
+        tokens: int32 [B, T].
+        depths: int32 [B, T], positions behind the common prefix.
+        ends: int32 [B, T], see `TokenTree.ends`, of the row; 0 at padding.
+        answer: bool [B, T], nodes that predict a token of an answer.
+    """
+
+    tokens: np.ndarray
+    depths: np.ndarray
+    ends: np.ndarray
+    answer: np.ndarray
+
+
+def _batch_arrays(
+    rows: Sequence[Sequence[_AnswerTree]], batch_rows: int, row_length: int
+) -> tuple[TreeRows, np.ndarray]:
+    """Rows as arrays, and the parents of the nodes to score, else -1, int32 [B, T]."""
+    longest = max(sum(len(each.tree) for each in row) for row in rows)
+    shape = (batch_rows, -(-longest // row_length) * row_length)
+    arrays = TreeRows(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, bool))
+    parents = np.full(shape, -1, np.int32)
+    for number, row in enumerate(rows):
         offset = 0
-        for tree in self.trees:
-            part = slice(offset, offset + len(tree.tokens))
-            tokens[part], depths[part] = tree.tokens, tree.depths
-            answer[part] = depths[part] >= tree.first_predictor
-            for node, parent in enumerate(tree.parents, offset):
-                if parent >= 0:
-                    ancestors[node] = ancestors[parent + offset]
-                ancestors[node, node] = True
-                if depths[node] > tree.first_predictor:
-                    parents[node] = parent + offset
-            offset = part.stop
-        return tokens, depths, answer, ancestors, parents
+        for each in row:
+            tree, span = each.tree, slice(offset, offset + len(each.tree))
+            arrays.tokens[number, span], arrays.depths[number, span] = tree.tokens, tree.depths
+            arrays.ends[number, span] = np.add(tree.ends, offset)
+            arrays.answer[number, span] = np.greater_equal(tree.depths, each.start - 1)
+            for path in tree.paths:
+                scored, before = path[each.start :], path[each.start - 1 : -1]
+                parents[number, np.add(scored, offset)] = np.add(before, offset)
+            offset = span.stop
+    return arrays, parents
+
+
+def _collect(row: Sequence[_AnswerTree], values: Sequence[np.ndarray], results: dict[int, Scored]) -> None:
+    """Puts the values [T, …] of a row's nodes into its continuations' results."""
+    offset = 0
+    for each in row:
+        for index, path in enumerate(each.tree.paths, each.first):
+            nodes = np.add(path[each.start :], offset)
+            for result, value in zip(results[each.group], values, strict=False):
+                result[index] = value[nodes]
+        offset += len(each.tree)
 
 
 def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
@@ -337,40 +359,8 @@ def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
         tokens = item.tokens[: item.start - 1]
         if prefix is None:
             prefix = tokens
-        if tokens[: len(prefix)] != prefix:
-            same = 0
-            while same < min(len(prefix), len(tokens)) and prefix[same] == tokens[same]:
-                same += 1
-            prefix = prefix[:same]
+        prefix = prefix[: common_length(prefix, tokens)]
     return prefix or ()
-
-
-def _pieces(groups: dict[int, Sequence[Continuation]], skip: int, length: int) -> list[_TokenTree]:
-    """One tree a group, or several where one would exceed `length` or prompts differ in length."""
-    trees = []
-    for group, continuations in groups.items():
-        tree = None
-        for index, item in enumerate(continuations):
-            tokens, predictor = item.tokens[skip:], item.start - skip - 1
-            full = tree is not None and len(tree.tokens) + tree.missing(tokens) > length
-            if tree is None or full or tree.first_predictor != predictor:
-                tree = _TokenTree(predictor)
-                trees.append(tree)
-            tree.add(tokens, group, index)
-    return trees
-
-
-def _fill_rows(trees: Sequence[_TokenTree], length: int) -> list[_Row]:
-    """First-fit decreasing."""
-    rows: list[_Row] = []
-    for tree in sorted(trees, key=lambda t: -len(t.tokens)):
-        size = len(tree.tokens)
-        row = next((r for r in rows if r.length + size <= length), None)
-        if row is None:
-            rows.append(_Row([tree]))
-        else:
-            row.trees.append(tree)
-    return rows
 
 
 def _prefix_caches(models: Models, method: Method, prefix: Sequence[int]) -> Caches:
@@ -390,34 +380,45 @@ def _fill_prefix(models, tokens, mask, *, method):
     return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
 
 
-def _projection_chunks(parents: np.ndarray, projections: int, shards: int = 1) -> tuple[np.ndarray, ...]:
-    """Cuts the scored nodes of a batch into chunks of few enough positions to project at once.
+class Chunks(NamedTuple):
+    """The scored nodes of a batch in C chunks of few enough positions to project at once.
 
-    Only parents of scored nodes are projected, and siblings share their parent's logits.
+    Nodes are numbered through the batch, B · T. Siblings share their parent's logits.
+
+    Attributes:
+        count: int32 [], chunks in use.
+        positions: int32 [C, P], the parents to project.
+        nodes: int32 [C, Q], the nodes to score; B · T where there is none.
+        parents: int32 [C, Q], the index in P of their parent.
+    """
+
+    count: np.ndarray
+    positions: np.ndarray
+    nodes: np.ndarray
+    parents: np.ndarray
+
+
+def _projection_chunks(parents: np.ndarray, projections: int, shards: int = 1) -> Chunks:
+    """Cuts the scored nodes of a batch into chunks.
 
     Args:
         parents: int32 [B, T], -1 at nodes that are not scored.
         projections: to the vocabulary, at every position.
         shards: over which the mesh spreads the positions of a chunk.
-
-    Returns:
-        The number of chunks in use, and for each chunk the positions to project [C, P], numbered through
-        the batch, and its nodes [C, Q]: their places in the batch, and the places of their parents in P.
-        Unused nodes have the place B · T.
     """
     size = parents.size
     P = min(max(1, POSITIONS_PER_PROJECTION // projections) * shards, size)
     Q = 2 * P
     row_starts = np.arange(len(parents))[:, None] * parents.shape[1]
     flat = np.where(parents < 0, -1, parents + row_starts).ravel()
-    nodes = np.flatnonzero(flat >= 0)
-    nodes = nodes[np.argsort(flat[nodes], kind="stable")]
+    scored = np.flatnonzero(flat >= 0)
+    scored = scored[np.argsort(flat[scored], kind="stable")]
     # A chunk but the last is full in P or in Q: it holds P nodes at least.
     C = -(-size // P)
-    positions, parent_places = np.zeros((C, P), np.int32), np.zeros((C, Q), np.int32)
-    places = np.full((C, Q), size, np.int32)
+    positions, parent_indices = np.zeros((C, P), np.int32), np.zeros((C, Q), np.int32)
+    nodes = np.full((C, Q), size, np.int32)
     chunk, num_positions, num_nodes = 0, 0, 0
-    for node in nodes:
+    for node in scored:
         parent = flat[node]
         is_new = num_positions == 0 or positions[chunk, num_positions - 1] != parent
         if num_nodes == Q or (is_new and num_positions == P):
@@ -425,66 +426,54 @@ def _projection_chunks(parents: np.ndarray, projections: int, shards: int = 1) -
         if is_new:
             positions[chunk, num_positions] = parent
             num_positions += 1
-        places[chunk, num_nodes], parent_places[chunk, num_nodes] = node, num_positions - 1
+        nodes[chunk, num_nodes], parent_indices[chunk, num_nodes] = node, num_positions - 1
         num_nodes += 1
-    return np.int32(chunk + (num_nodes > 0)), positions, places, parent_places
+    return Chunks(np.int32(chunk + (num_nodes > 0)), positions, nodes, parent_indices)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "greedy"))
 def _score_nodes(
-    models,
-    prefix,
-    tokens,
-    depths,
-    answer,
-    ancestors,
-    num_chunks,
-    positions,
-    places,
-    parent_places,
-    *,
-    method,
-    greedy,
-):
+    models: Models, prefix: Caches, rows: TreeRows, chunks: Chunks, *, method: Method, greedy: bool
+) -> tuple[jax.Array, ...]:
     """Scores [B, T], of a `Joint` [B, T, M], of the scored nodes' tokens from the hidden states of their
     parents, NaN where logits are not finite; with `greedy` also whether the token is the arg-max there,
-    bool [B, T]. See `_Row.arrays` and `_projection_chunks`."""
-    B, T = tokens.shape
-    chex.assert_equal_shape([tokens, depths, answer])
-    chex.assert_shape(ancestors, (B, T, T))
-    columns = (len(method.methods),) if isinstance(method, Joint) else ()
+    bool [B, T]."""
+    B, T = rows.tokens.shape
+    chex.assert_equal_shape(rows)
     last_position = models.max_positions - 1
     real, capacity = prefix[0].real[0], prefix[0].capacity
     in_prefix = jnp.broadcast_to(real, (B, T, capacity))
     hidden, _ = streams.run(
         models,
         method,
-        tokens,
+        rows.tokens,
         # What nothing follows, padding too, is attended to by nobody else: its overflow must not show.
-        attention_mask=jnp.sum(ancestors, axis=1) > 1,
-        answer=answer,
+        attention_mask=rows.ends - jnp.arange(T) > 1,
+        answer=rows.answer,
         # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
-        positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + depths, last_position),
-        attend=jnp.concatenate([in_prefix, ancestors], axis=-1),
+        tree=TreeLayout(
+            positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + rows.depths, last_position),
+            attend=jnp.concatenate([in_prefix, attend_to_ancestors(rows.ends)], axis=-1),
+        ),
         caches=tuple(cache.repeat_rows(B).with_capacity(capacity + T) for cache in prefix),
     )
     hidden = jax.tree.map(lambda x: x.reshape(*x.shape[:-3], B * T, x.shape[-1]), hidden)
-    tokens = tokens.reshape(-1)
+    tokens = rows.tokens.reshape(-1)
 
     # Nothing of size B · T · V is ever built.
     def add_chunk(chunk, values):
-        at = places[chunk]
-        of_parents = jax.tree.map(lambda x: x[..., positions[chunk], :], hidden)
+        nodes, parents = chunks.nodes[chunk], chunks.parents[chunk]
+        of_parents = jax.tree.map(lambda x: x[..., chunks.positions[chunk], :], hidden)
         logits = streams.logits_of(models, method, of_parents)
-        chosen = tokens[jnp.minimum(at, B * T - 1)]
-        scores = method.token_scores(logits, parent_places[chunk], chosen)
-        chex.assert_shape(scores, (*chosen.shape, *columns))
-        finite = streams.finite(logits)[parent_places[chunk]]
+        chosen = tokens[jnp.minimum(nodes, B * T - 1)]
+        scores = method.token_scores(logits, parents, chosen)
+        chex.assert_shape(scores, (*chosen.shape, *method.columns))
+        finite = streams.finite(logits)[parents]
         new = [jnp.where(finite.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)]
         if greedy:
-            new.append(argmax(method.scores(logits))[parent_places[chunk]] == chosen)
-        return tuple(v.at[at].set(n, mode="drop") for v, n in zip(values, new, strict=True))
+            new.append(argmax(method.scores(logits))[parents] == chosen)
+        return tuple(v.at[nodes].set(n, mode="drop") for v, n in zip(values, new, strict=True))
 
-    values = (jnp.zeros((B * T, *columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
-    values = jax.lax.fori_loop(0, num_chunks, add_chunk, values)
+    values = (jnp.zeros((B * T, *method.columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
+    values = jax.lax.fori_loop(0, chunks.count, add_chunk, values)
     return tuple(v.reshape(B, T, *v.shape[1:]) for v in values)

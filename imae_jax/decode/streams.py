@@ -13,12 +13,22 @@ from imae_jax.cache import KVCache
 from imae_jax.config import LlamaConfig
 from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama, Taps, Weights, final_norm, forward, project
+from imae_jax.llama import (
+    Interventions,
+    Llama,
+    Options,
+    Taps,
+    TreeLayout,
+    Weights,
+    final_norm,
+    forward,
+    project,
+)
 from imae_jax.sharding import constrain, mesh_of, use_mesh
 
 LENGTH_BUCKET = 64
 
-_forward = jax.jit(forward, static_argnames=("config", "taps"))
+_forward = jax.jit(forward, static_argnames=("config", "options"))
 
 
 @jax.tree_util.register_dataclass
@@ -108,15 +118,14 @@ def run(
     attention_mask: jax.Array,
     answer: jax.Array,
     caches: Caches,
-    positions: jax.Array | None = None,
-    attend: jax.Array | None = None,
+    tree: TreeLayout | None = None,
 ) -> tuple[tuple[StreamHidden, ...], Caches]:
     """One forward pass of every stream over the same tokens.
 
     Args:
         models: with what the method needs.
         method: resolved.
-        tokens, attention_mask, positions, attend: as in `llama.forward`, for [B, …] rows.
+        tokens, attention_mask, tree: as in `llama.forward`, for [B, …] rows.
         answer: bool [B, T], positions that predict a token of an answer: where heads are shifted.
         caches: from `empty_caches`.
 
@@ -131,8 +140,8 @@ def run(
         weights, config = models.weights[model], models.configs[model]
         streams = [method.streams[i] for i in group]
 
-        def tile(x: jax.Array | None, copies: int = len(group)) -> Any:
-            return x if x is None or copies == 1 else jnp.concatenate([x] * copies)
+        def tile(x: Any, copies: int = len(group)) -> Any:
+            return x if copies == 1 else jax.tree.map(lambda a: jnp.concatenate([a] * copies), x)
 
         def per_row(values: Sequence[float]) -> jax.Array | None:
             return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
@@ -144,18 +153,18 @@ def run(
             config,
             tile(tokens),
             attention_mask=tile(attention_mask),
-            positions=tile(positions),
-            attend=tile(attend),
-            strength=per_row([stream.strength for stream in streams]),
-            gate_threshold=per_row([stream.gate_threshold for stream in streams]),
-            adapter=per_row([stream.adapter for stream in streams]),
-            shift=None if shift is None else shift[:, None] * tile(answer),
+            tree=tile(tree),
+            interventions=Interventions(
+                strength=per_row([stream.strength for stream in streams]),
+                adapter=per_row([stream.adapter for stream in streams]),
+                shift=None if shift is None else shift[:, None] * tile(answer),
+            ),
             cache=cache,
-            taps=Taps(hidden_layers=layers),
+            options=Options(Taps(hidden_layers=layers)),
         )
         after = dict(zip(layers, output.hidden_layers, strict=True))
-        for place, i in enumerate(group):
-            rows, stream = slice(place * B, (place + 1) * B), method.streams[i]
+        for copy, i in enumerate(group):
+            rows, stream = slice(copy * B, (copy + 1) * B), method.streams[i]
             exits = None
             if stream.exits:
                 exits = jnp.stack([after[layer][rows] for layer in stream.exits])
@@ -224,11 +233,12 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
                 config,
                 rows,
                 attention_mask=mask,
-                strength=stream.strength or None,
-                gate_threshold=stream.gate_threshold or None,
-                adapter=stream.adapter or None,
-                shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
-                taps=Taps(hidden_layers=tuple(range(config.num_layers + 1))),
+                interventions=Interventions(
+                    strength=stream.strength or None,
+                    adapter=stream.adapter or None,
+                    shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
+                ),
+                options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers
         bad = (layer for layer, x in enumerate(hidden_layers) if not jnp.isfinite(x[:, :length]).all())
         found.append(next(bad, None))

@@ -4,7 +4,6 @@ The generator (`decode.loop`) and the scorer (`decode.scoring`) run any `Method`
 of it. A method is a frozen dataclass, one file each; `REGISTRY` lists them by name.
 """
 
-import dataclasses
 import itertools
 import math
 import re
@@ -20,7 +19,7 @@ from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
-from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits
+from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits, setting_fields
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
 
@@ -34,10 +33,6 @@ REGISTRY: dict[str, type[Method]] = {
     "sled": SLED,
     "iti": ITI,
 }
-
-MAY_BE_INFINITE = {"implausible"}
-# Fields of methods that are found out when their resources are loaded.
-FOUND_OUT = {"shared"}
 
 __all__ = ["REGISTRY", "Method", "Resource", "Stream", "StreamLogits", "parse_method", "split_methods"]
 
@@ -79,12 +74,15 @@ def parse_method(settings: str | float | Mapping[str, Any] | Method) -> Method:
             raise UserError(f"method {name!r} {wrong}: use {known}")
         return Strength(parse_mode(name))
     kinds = typing.get_type_hints(method)
-    names = [field.name for field in dataclasses.fields(method) if field.name not in FOUND_OUT]
+    known = {field.name: field.metadata for field in setting_fields(method)}
     values = {}
     for key, value in fields.items():
-        if key not in names:
-            raise UserError(f"method {name} has no setting {key!r}: it has {', '.join(names)}")
-        values[key] = _convert(name, key, kinds[key], value)
+        if key not in known:
+            raise UserError(f"method {name} has no setting {key!r}: it has {', '.join(known)}")
+        values[key] = value = _convert(name, key, kinds[key], value)
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if infinite and not known[key].get("may_be_infinite"):
+            raise UserError(f"method {name}: {key}={value} must be finite")
     return method(**values)
 
 
@@ -150,6 +148,4 @@ def _convert(method: str, key: str, kind: Any, value: Any) -> Any:
         raise wrong from error
     if isinstance(value, float) and converted != value:
         raise wrong  # A fraction where a whole number is needed, or NaN.
-    if isinstance(converted, float) and not math.isfinite(converted) and key not in MAY_BE_INFINITE:
-        raise UserError(f"method {method}: {key}={value} must be finite")
     return converted

@@ -32,7 +32,7 @@ class Contrast(Method):
     alpha: float | None = None
     plausibility: str = "probability"
     renormalize: bool = False
-    implausible: float | None = None
+    implausible: float | None = dataclasses.field(default=None, metadata={"may_be_infinite": True})
 
     def __post_init__(self):
         if self.alpha is not None and not 0 <= self.alpha <= 1:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 
@@ -21,13 +21,12 @@ class ICD(Contrast):
     Attributes:
         anti_expert: reference of the anti-expert LLM.
         beta: weight of the base term; the published scripts use 1.
-        shared: whether the anti-expert LLM is an adapter of the model itself; found out when it is
-            loaded.
+        shared: whether the anti-expert LLM is an adapter of the model itself; known once it is loaded.
     """
 
     anti_expert: str = ""
     beta: float = 1.0
-    shared: bool = False
+    shared: bool = dataclasses.field(default=False, metadata={"setting": False})
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,9 +47,6 @@ class ICD(Contrast):
 
     def with_resource(self, *, shared: bool) -> Self:
         return dataclasses.replace(self, shared=shared)
-
-    def settings(self) -> dict[str, Any]:
-        return {key: value for key, value in super().settings().items() if key != "shared"}
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)

@@ -8,7 +8,6 @@ import jax
 
 from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
-from imae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,27 +18,21 @@ class Strength(Method):
 
     Attributes:
         strength: -1 expert, 0 base, +1 anti-expert; any real number is a dial between and beyond.
-        gate_threshold: gates below it count as closed, and at batch 1 their units' weights are not read. The
-            paper's units have none: 0.
     """
 
     strength: float = MODES["expert"]
-    gate_threshold: float = 0.0
 
     def __post_init__(self):
         parse_mode(self.strength)
-        if not 0 <= self.gate_threshold <= 1:
-            raise UserError(f"imae: gate_threshold={self.gate_threshold} must be between 0 and 1")
 
     @property
     def name(self) -> str:
         named = {value: name for name, value in MODES.items()}
-        name = named.get(self.strength, f"{self.strength:g}")
-        return f"{name}, gates above {self.gate_threshold:g}" if self.gate_threshold else name
+        return named.get(self.strength, f"{self.strength:g}")
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        return (Stream(strength=self.strength, gate_threshold=self.gate_threshold),)
+        return (Stream(strength=self.strength),)
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
@@ -54,4 +47,4 @@ class Strength(Method):
         return final[positions, tokens] - jax.nn.logsumexp(final, axis=-1)[positions]
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "imae", **dataclasses.asdict(self)}
+        return super().settings() | {"name": "imae"}

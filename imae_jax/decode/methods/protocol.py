@@ -21,7 +21,6 @@ class Stream:
     Attributes:
         model: 0 for the model itself, 1 for the method's second one.
         strength: the anti-expert units' `o`; 0 leaves them out.
-        gate_threshold: gates below it count as closed.
         adapter: factor of the low-rank deltas; 0 leaves them out.
         shift: factor of the heads' shifts; 0 leaves them out.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
@@ -30,7 +29,6 @@ class Stream:
 
     model: int = 0
     strength: float = 0.0
-    gate_threshold: float = 0.0
     adapter: float = 0.0
     shift: float = 0.0
     exits: tuple[int, ...] = ()
@@ -122,9 +120,14 @@ class Method(abc.ABC):
         return True
 
     @property
-    def rules_out(self) -> bool:
-        """Whether -inf is a score, of tokens that are masked; else it is an overflow."""
+    def rules_out(self) -> bool | tuple[bool, ...]:
+        """Whether -inf is a score, of tokens that are masked; else it is an overflow. For every column."""
         return False
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """What `token_scores` has behind [Q]: nothing, or the number of methods that are scored as one."""
+        return ()
 
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         """The method with every setting filled in for a model and a task.
@@ -149,4 +152,9 @@ class Method(abc.ABC):
 
     def settings(self) -> dict[str, Any]:
         """What to write into results: enough to build the method again."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in setting_fields(type(self))}}
+
+
+def setting_fields(method: type[Method]) -> list[dataclasses.Field]:
+    """The fields that a user sets: all but those with `metadata={"setting": False}`."""
+    return [field for field in dataclasses.fields(method) if field.metadata.get("setting", True)]

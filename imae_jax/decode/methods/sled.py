@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
+from imae_jax.cpu import argmax
 from imae_jax.decode.methods.exits import candidate_layers
 from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
-from imae_jax.decode.sampling import argmax
 from imae_jax.errors import UserError
 
 EPSILON = 1e-8
