@@ -249,9 +249,9 @@ def measure(
     }
     if profile is not None:
         profile.mkdir(parents=True)
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        with jax.profiler.trace(profile, profiler_options=options):
+        tracing = jax.profiler.ProfileOptions()
+        tracing.python_tracer_level = 0
+        with jax.profiler.trace(profile, profiler_options=tracing):
             run(lambda: jax.profiler.save_device_memory_profile(profile / MEMORY_PROFILE))
     return figures
 

@@ -9,7 +9,7 @@ from imae_jax.evaluate.benchmarks.protocols import load_primer
 from imae_jax.evaluate.benchmarks.questions import load_data
 from imae_jax.evaluate.inspector import read_texts
 from imae_jax.evaluate.runner.arguments import parse_methods
-from imae_jax.files import read_json, read_rows, read_text
+from imae_jax.files import Journal, read_json, read_rows, read_text
 from imae_jax.train.config import DataConfig, load_config
 from imae_jax.train.data import load_rows
 
@@ -92,3 +92,26 @@ def test_training_takes_a_list_with_a_byte_order_mark(checkpoint, tmp_path):
     run = run_python(["-m", "imae_jax", "train", *settings, "units.intermediate_size=8"], tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "imae").is_dir()
+
+
+def test_a_journal_drops_what_a_kill_has_cut_off(tmp_path):
+    journal = Journal(tmp_path / "new" / "journal.jsonl", {"n": int}, "line {number} is not ours")
+    assert journal.read() == []
+    journal.append({"n": 1, "text": "a\u2028b"})
+    journal.append({"n": 2, "text": float("nan")})
+    records = [{"n": 1, "text": "a\u2028b"}, {"n": 2, "text": None}]
+    whole = journal.path.read_bytes()
+    for cut_off in (b"", b"{", b'{"n', b'{"n": 3, "text": "\xe2\x80'):
+        journal.path.write_bytes(whole + cut_off)
+        assert journal.read() == records
+        assert journal.path.read_bytes() == whole + cut_off, "reading changes nothing"
+        assert journal.resume() == records
+        assert journal.path.read_bytes() == whole
+    for foreign in (b"mine", b"mine\n", b"[]\n", b'{"n": "3"}\n', b'{"other": 3}', b'{"n": 3\n'):
+        journal.path.write_bytes(whole + foreign)
+        with user_error("journal.jsonl line 3 is not ours"):
+            journal.resume()
+        assert journal.path.read_bytes() == whole + foreign
+    journal.path.write_bytes(whole + b'{"n": 3}')
+    assert journal.resume() == [*records, {"n": 3}]
+    assert journal.path.read_bytes() == whole + b'{"n": 3}\n'
