@@ -11,7 +11,7 @@ export PYTHONWARNINGS ?= ignore:Editable installation
 install = $(BIN)/pip install --progress-bar off $(1) | \
   awk '/^ *(Downloading|Using cached) / && !/\.metadata/ { print; fflush() }'
 
-.PHONY: demo results test lint clean
+.PHONY: demo results test test-all lint clean
 
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -40,11 +40,19 @@ demo: .venv/run
 	  --prompt "Which planet is closest to the Sun?" --prompt "How many legs does a spider have?" \
 	  --prompt "Who wrote Romeo and Juliet?" --compare base,expert,anti-expert
 
-# The figures of docs/results.md: hours on two CPU cores. See results/Makefile.
+# The runs and tables of docs/results.md: hours on two CPU cores. See results/Makefile.
 results: .venv/test
 	$(MAKE) --file results/Makefile
 
+# Programs that tests compiled are there again the next time.
+test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/xla
+test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+
+# The fast tests; at its end it names the markers (pyproject.toml) that it left out.
 test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not docs and not browser and not multiprocess'
+
+test-all: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
@@ -52,4 +60,4 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .cache out build *.egg-info

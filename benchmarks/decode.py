@@ -23,22 +23,12 @@ from typing import Any
 
 from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, command
-from imae_jax.evaluate.cost import (
-    BASE,
-    MemoryMeter,
-    Source,
-    Timing,
-    Workload,
-    add_cost_arguments,
-    bar_plot,
-    in_own_process,
-    measure_all,
-    time_runs,
-    with_base,
-    workloads_of,
-)
+from imae_jax.evaluate.cost import BASE, add_cost_arguments, measure_all, with_base, workloads_of
+from imae_jax.evaluate.measurement import Source, load_base
+from imae_jax.evaluate.reporting.plots import bar_panels
 from imae_jax.evaluate.reporting.tables import Table, number, show
 from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, in_own_process, time_runs
 
 PEER, BOUND = "transformers generate", "bandwidth bound"
 
@@ -94,7 +84,7 @@ def export_base(source: Source, directory: Path) -> int:
     from imae_jax.convert.hf import save_hf
 
     runtime.set_up()
-    lm = source.load(units=False)
+    lm = load_base(source)
     save_hf(lm.model, lm.tokenizer, directory)
     base = lm.model.weights().base
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(base))
@@ -170,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"batch {batch_size}": {name: row["ms_per_token"] for name, row in figures.items()}
             for batch_size, figures in results["batch_sizes"].items()
         }
-        bar_plot({"ms/token": series}, f"{results['model']}, {results['dtype']}", args.png)
+        title = f"{results['model']}, {results['dtype']}"
+        bar_panels({"ms/token": series}, title).savefig(args.png, dpi=150)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.protocols import get_protocol, load_primer
 from imae_jax.evaluate.benchmarks.questions import read_questions
-from imae_jax.evaluate.cost import bar_plot, environment
+from imae_jax.evaluate.reporting.plots import bar_panels
 from imae_jax.evaluate.reporting.tables import Table, number, show
 from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.runner.identity import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ("one at a time", "peer_seconds_per_answer"),
             )
         }
-        bar_plot({"ms/answer": series}, f"{args.model}, {results['questions']} questions", args.png)
+        title = f"{args.model}, {results['questions']} questions"
+        bar_panels({"ms/answer": series}, title).savefig(args.png, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m imae_jax.convert`: checkpoints from one format to another."""
 
 import argparse
+import dataclasses
 import math
 import shutil
 import sys
@@ -20,35 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("export", help="write a HuggingFace directory (safetensors)")
-    add_model_arguments(export, with_mesh=False)
-    export.add_argument("--out", required=True, help="directory to write")
-    export.add_argument(
-        "--max-shard-gb",
-        type=float,
-        help="size of a safetensors file (default: the files of a plain source, else 5)",
-    )
-    export.add_argument(
-        "--step", type=int, metavar="N", help="MODEL is a training run: take its checkpoint of step N"
-    )
-    export.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
-    export.add_argument("--iti-alpha", type=float, default=15.0, help="strength (default: 15)")
-    export.add_argument("--iti-heads", type=int, default=48, help="number of heads (default: 48)")
-    export.add_argument(
-        "--mode", default="expert", help="IMAE models: mode in which transformers runs it (default: expert)"
-    )
-    export.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="IMAE models: hold the export in transformers against this library (default, where torch is)",
-    )
-    export.add_argument(
-        "--results", metavar="DIR", help="IMAE models: an evaluation's output, for the model card"
-    )
-    export.add_argument("--base-model", metavar="ORG/NAME", help="hub id of the base, for the model card")
-    export.add_argument("--push", metavar="ORG/NAME", help="upload to this repository of the HuggingFace hub")
-    export.add_argument("--dry-run", action="store_true", help="with --push: only list what it would upload")
-    export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    _add_export_arguments(export)
+    verify = commands.add_parser("verify", help="compare an export in transformers with its source")
+    verify.add_argument("--model", required=True, help="what was exported")
+    verify.add_argument("--revision", help="branch, tag or commit of a hub model")
+    verify.add_argument("--base", help="where the base of an IMAE directory is now")
+    verify.add_argument("--export", required=True, metavar="DIR", help="what `convert export` wrote of MODEL")
+    verify.add_argument("--layers", type=int, metavar="N", help="compare the lowest N layers (default: all)")
     back = commands.add_parser("import", help="make an IMAE directory of an exported IMAE model")
     back.add_argument("--model", required=True, help="directory or hub id of the export")
     back.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -58,13 +37,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint", help="make an IMAE directory or an adapter of a training run's checkpoint"
     )
     checkpoint.add_argument("--run", required=True, help="OUT of a training run; OUT/icd: its adapter")
-    checkpoint.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    checkpoint.add_argument("--step", type=int, metavar="N", help="step to take (default: the newest)")
     checkpoint.add_argument("--base", help="where the base is now, if it has moved")
     checkpoint.add_argument("--out", required=True, help="directory to write")
     checkpoint.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
-    lock_outputs(args.out)
-    {"export": _export, "import": _import, "checkpoint": _checkpoint}[args.command](args)
+    lock_outputs(getattr(args, "out", None))
+    {"export": _export, "verify": _verify, "import": _import, "checkpoint": _checkpoint}[args.command](args)
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, with_mesh=False)
+    parser.add_argument("--out", required=True, help="directory to write")
+    parser.add_argument(
+        "--max-shard-gb",
+        type=float,
+        help="size of a safetensors file (default: the files of a plain source, else 5)",
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="MODEL is a training run: take its checkpoint of step N"
+    )
+    parser.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
+    parser.add_argument("--iti-alpha", type=float, default=15.0, help="strength of ITI (default: 15)")
+    parser.add_argument("--iti-heads", type=int, default=48, help="number of ITI's heads (default: 48)")
+    parser.add_argument(
+        "--mode", default="expert", help="IMAE models: mode in which transformers runs it (default: expert)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="IMAE models: `convert verify` before it is kept"
+    )
+    parser.add_argument("--name", metavar="ORG/NAME", help="IMAE models: name on the card (default: OUT's)")
+    parser.add_argument("--base-model", metavar="ORG/NAME", help="hub id of the base, for the model card")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -74,116 +78,112 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"--iti-alpha {args.iti_alpha} must be a number")
     if args.iti_heads < 1:
         raise UserError(f"--iti-heads {args.iti_heads} must be at least 1")
-    if args.dry_run and args.push is None:
-        raise UserError("--dry-run goes with --push: it lists what would be uploaded")
     max_shard_bytes = None if args.max_shard_gb is None else max(1, int(args.max_shard_gb * 1e9))
 
     runtime.set_up()
     from imae_jax.anti_expert import MODES, parse_mode
-    from imae_jax.convert import load_model
-    from imae_jax.convert.export import check_repository, push, read_results, write_card, write_model
-    from imae_jax.convert.hf import MAX_SHARD_BYTES, save_hf
+    from imae_jax.convert import export, load_model
     from imae_jax.convert.iti import bake_into, read_directions
-    from imae_jax.convert.peft import is_adapter
-    from imae_jax.convert.references import local_paths, open_model
-    from imae_jax.convert.verify import Verification, verify
+    from imae_jax.convert.references import Reference, open_model
+    from imae_jax.convert.verify import check_installed, verify
 
-    if args.push is not None:
-        check_repository(args.push)
     strength = parse_mode(args.mode)
-    results = None if args.results is None else read_results(args.results)
+    mode = args.mode if args.mode in MODES else strength
+    if args.verify:
+        check_installed()
     notes = []
     with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
-        of_step, read = out / ".checkpoint", [args.tokenizer, args.iti, args.results]
+        model, checkpoint = args.model, out / ".checkpoint"
         if args.step is not None:
             from imae_jax.train.result import write_result
 
-            read.append(args.model)
-            write_result(Path(args.model), args.step, of_step, base=args.base)
-            args.model = str(of_step)
-        _keep_sources(args.out, *read, *local_paths(args.model, args.base))
-        if args.iti is not None or is_adapter(Path(args.model)):
-            lm = load_model(args.model, **model_arguments(args))
+            write_result(Path(args.model), args.step, checkpoint, base=args.base)
+            model = str(checkpoint)
+        run = None if args.step is None else args.model
+        _keep_sources(args.out, args.tokenizer, args.iti, run, models=[(model, args.base)])
+        if args.iti is not None or Reference.parse(model).is_adapter:
+            _check_plain(args)
+            lm = load_model(model, **model_arguments(args))
             if lm.imae is not None:
                 raise UserError(f"--iti goes with a plain model, which {args.model} is not: export its base")
-            _check_plain(args)
-            model = lm.model
             if args.iti is not None:
                 directions = read_directions(Path(args.iti), lm.config)
-                model = bake_into(model, directions, args.iti_alpha, args.iti_heads)
-            size = max_shard_bytes or MAX_SHARD_BYTES
-            save_hf(model, lm.tokenizer, out, eos_token_ids=lm.eos_token_ids, max_shard_bytes=size)
+                biased = bake_into(lm.model, directions, args.iti_alpha, args.iti_heads)
+                lm = dataclasses.replace(lm, model=biased)
+            export.export_merged(lm, out, max_shard_bytes=max_shard_bytes)
         else:
-            opened = open_model(args.model, revision=args.revision, base=args.base)
+            opened = open_model(model, revision=args.revision, base=args.base)
+            options = {"dtype": args.dtype, "tokenizer": args.tokenizer, "max_shard_bytes": max_shard_bytes}
             if opened.imae is None:
                 _check_plain(args)
-            write_model(
-                opened,
-                out,
-                dtype=args.dtype,
-                tokenizer=args.tokenizer,
-                max_shard_bytes=max_shard_bytes,
-                mode=args.mode if args.mode in MODES else strength,
-            )
-            if opened.imae is not None:
-                verification = verify(opened, out, args.dtype) if args.verify else "--no-verify was given"
-                if isinstance(verification, Verification):
-                    notes.append(verification.summary())
-                else:
-                    notes.append(f"not verified: {verification}")
-                    verification = None
-                base_model = write_card(
-                    out,
-                    opened,
-                    name=args.push or Path(args.out).resolve().name,
-                    verification=verification,
-                    results=results,
-                    base_model=args.base_model,
+                export.export_plain(opened, out, **options)
+            else:
+                name = args.name or Path(args.out).resolve().name
+                base_model = export.export_imae(
+                    opened, out, name=name, mode=mode, base_model=args.base_model, **options
                 )
                 if base_model is None:
                     notes.append("the card cannot link to the base: --base-model ORG/NAME says where it is")
-        if args.step is not None:
-            shutil.rmtree(of_step)
+                if args.verify:
+                    notes.append(verify(opened, out).summary())
+        shutil.rmtree(checkpoint, ignore_errors=True)
     print("\n".join([*notes, f"wrote {args.out}"]))
-    if args.push is not None:
-        files = push(Path(args.out), args.push, dry_run=args.dry_run)
-        print("\n".join([f"{'would push' if args.dry_run else 'pushed'} to {args.push}:", *files]))
 
 
 def _check_plain(args: argparse.Namespace) -> None:
-    """Raises a `UserError` where an argument for a model card comes with a plain model, which gets none."""
-    for name, value in (("--results", args.results), ("--base-model", args.base_model)):
-        if value is not None:
-            raise UserError(f"{name} goes with an IMAE model, which {args.model} is not: leave it out")
+    """Raises a `UserError` where an argument for IMAE models comes with a plain model."""
+    for name in ("name", "base_model", "verify"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} goes with an IMAE model, which {args.model} is not: leave it out"
+            )
 
 
-def _keep_sources(out: str, *read: str | Path | None) -> None:
-    """Raises a `UserError` where `out` would replace something that is read."""
+def _keep_sources(out: str, *paths: str | Path | None, models: Sequence[tuple[str, str | None]] = ()) -> None:
+    """Raises a `UserError` where `out` would replace something that is read.
+
+    Args:
+        out: to be written.
+        paths: that are read; a None is no path.
+        models: references that are read, each with the base that it has moved to, or None.
+    """
+    from imae_jax.convert.references import local_paths
+
     directory = Path(out).resolve()
+    if not directory.exists():  # A new output has a temporary name until it is written.
+        return
+    read = [path for path in paths if path is not None]
+    read += [path for model in models for path in local_paths(*model)]
     for path in read:
-        path = None if path is None else Path(path).resolve()
-        # A new output has a temporary name until it is written.
-        if path is not None and directory.exists() and path.is_relative_to(directory):
-            raise UserError(f"{out} holds {path}, which is read: choose another output")
+        if Path(path).resolve().is_relative_to(directory):
+            raise UserError(f"{out} holds {Path(path).resolve()}, which is read: choose another output")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    runtime.set_up()
+    from imae_jax.convert.references import open_model
+    from imae_jax.convert.verify import verify
+
+    opened = open_model(args.model, revision=args.revision, base=args.base)
+    print(verify(opened, Path(args.export), args.layers).summary())
 
 
 def _import(args: argparse.Namespace) -> None:
     runtime.set_up()
     from imae_jax.convert.export import import_model
-    from imae_jax.convert.references import local_paths, open_model
+    from imae_jax.convert.references import open_model
 
     opened = open_model(args.model, revision=args.revision)
-    _keep_sources(args.out, *local_paths(args.model))
+    _keep_sources(args.out, models=[(args.model, None)])
     import_model(opened, args.out, overwrite=args.overwrite)
     print(f"wrote {args.out}/imae and its base, {args.out}/base")
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
     runtime.set_up()
-    from imae_jax.convert.references import local_paths
     from imae_jax.train.result import write_result
 
-    _keep_sources(args.out, args.run, *([] if args.base is None else local_paths(args.base)))
+    _keep_sources(args.out, args.run, models=[] if args.base is None else [(args.base, None)])
     step = write_result(Path(args.run), args.step, Path(args.out), base=args.base, overwrite=args.overwrite)
     print(f"wrote {args.out} (step {step})")
 

@@ -5,10 +5,8 @@ safetensors files, `config.json` with an `auto_map` to the modules of `torch_sid
 tokenizer, and a model card. `references.load_model` reads it back.
 """
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,16 @@ from imae_jax.convert.hf import (
     SafetensorsSource,
     SelectedSource,
     check_tensors,
+    save_hf,
     shards_of_size,
     write_config,
     write_weights,
 )
 from imae_jax.convert.references import HUB_ID, OpenedModel, open_model, parse_dtype
 from imae_jax.convert.table import base_rows, unit_rows
-from imae_jax.convert.verify import Verification
-from imae_jax.errors import UserError, first_line
-from imae_jax.files import new_directory, read_json
+from imae_jax.errors import UserError
+from imae_jax.files import new_directory
+from imae_jax.language_model import LanguageModel
 
 TORCH_SIDE = Path(__file__).parent / "torch_side"
 SHIPPED = {
@@ -47,66 +46,120 @@ FAMILIES = {
 }
 CARD_FILE, CARD_TEMPLATE = "README.md", Path(__file__).parent / "model_card.md.jinja"
 DATASETS = {"halueval": "pminervini/HaluEval"}
-METRICS = ("mc1", "mc2", "mc3")
 BASE_DIR, IMAE_DIR = "base", "imae"
 
 
-def write_model(
+def export_plain(
     opened: OpenedModel,
     directory: Path,
     *,
     dtype: str | None = None,
     tokenizer: str | None = None,
     max_shard_bytes: int | None = None,
-    mode: str | float = "expert",
 ) -> None:
-    """Writes a plain or an IMAE model as a HuggingFace directory, without its model card.
+    """Writes the base of a model as a HuggingFace directory.
 
     Args:
-        opened: the model.
+        opened: the model; its units, if any, are left out.
         directory: an existing, empty directory.
-        dtype: of the base; default: every tensor's own, bit for bit. Units stay float32.
+        dtype: of the weights; default: every tensor's own, bit for bit.
         tokenizer: directory or hub id of another tokenizer than the model's own.
-        max_shard_bytes: size at which a new file is begun; default: the files of the source, where the model
-            is a plain one from safetensors files, else 5 GB.
-        mode: in which transformers runs an IMAE model by default.
+        max_shard_bytes: size at which a new file is begun; default: the files of the source, where those are
+            safetensors, else 5 GB.
 
     Raises:
-        UserError: tensors that do not fit the config, units of another base, or a model that transformers has
-            no config for.
+        UserError: tensors that do not fit the config, or a model that transformers has no config for.
     """
-    config, units = opened.config, _unit_tensors(opened)
-    rows = base_rows(config)
-    check_tensors(rows, config, opened.source, opened.num_source_layers)
-    hf = config.to_hf()
-    if units is not None:
-        hf = _imae_config(hf, opened, mode)
-        for source, target in SHIPPED.items():
-            (directory / target).parent.mkdir(exist_ok=True)
-            shutil.copyfile(TORCH_SIDE / source, directory / target)
-    loaded_tokenizer = opened.tokenizer(tokenizer)
-    if dtype is None and opened.base.dtype != str(opened.source.dtype):
-        dtype = opened.base.dtype  # That of the base which the units were trained on.
-    tensors = SelectedSource(
-        opened.source,
-        rows,
-        config.num_layers,
-        dtype=None if dtype is None else parse_dtype(dtype),
-        more=units,
-    )
-    if max_shard_bytes is None and units is None and isinstance(opened.source, SafetensorsSource):
-        shards = _shards_of_source(opened.source, tensors)
+    hf, tensors = opened.config.to_hf(), _base_tensors(opened, dtype)
+    source = opened.source
+    if max_shard_bytes is None and opened.unit_source is None and isinstance(source, SafetensorsSource):
+        shards: dict[str, list[str]] = {file: [] for file in sorted(set(source.files.values()))}
+        for name in tensors.shapes:
+            shards[source.files[name]].append(name)
+        _write(opened, directory, hf, tensors, [names for names in shards.values() if names], tokenizer)
     else:
         shards = shards_of_size(tensors, max_shard_bytes or MAX_SHARD_BYTES)
+        _write(opened, directory, hf, tensors, shards, tokenizer)
+
+
+def export_merged(lm: LanguageModel, directory: Path, *, max_shard_bytes: int | None = None) -> None:
+    """Writes a plain model that is in memory, such as a base with an adapter or ITI's biases merged in.
+
+    Args:
+        lm: the model; units are left out.
+        directory: an existing, empty directory.
+        max_shard_bytes: size at which a new file is begun; default: 5 GB.
+    """
+    size = max_shard_bytes or MAX_SHARD_BYTES
+    save_hf(lm.model, lm.tokenizer, directory, eos_token_ids=lm.eos_token_ids, max_shard_bytes=size)
+
+
+def export_imae(
+    opened: OpenedModel,
+    directory: Path,
+    *,
+    name: str,
+    mode: str | float = "expert",
+    base_model: str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> str | None:
+    """Writes an IMAE model as a directory that transformers runs, with its model card.
+
+    Args:
+        opened: a model with units.
+        directory, tokenizer: as of `export_plain`.
+        name: of the model on its card.
+        mode: in which transformers runs it by default.
+        base_model: hub id of the base; default: the base's reference, where that is one.
+        dtype: of the base; default: every tensor's own, bit for bit. Units stay float32.
+        max_shard_bytes: size at which a new file is begun; default: 5 GB.
+
+    Returns:
+        The hub id of the base, if it is known.
+
+    Raises:
+        UserError: as `export_plain`, or units of another base.
+    """
+    hf = _imae_config(opened.config.to_hf(), opened, mode)
+    tensors = _base_tensors(opened, dtype, _unit_tensors(opened))
+    for source, target in SHIPPED.items():
+        (directory / target).parent.mkdir(exist_ok=True)
+        shutil.copyfile(TORCH_SIDE / source, directory / target)
+    shards = shards_of_size(tensors, max_shard_bytes or MAX_SHARD_BYTES)
+    _write(opened, directory, hf, tensors, shards, tokenizer)
+    return _write_card(opened, directory, name, base_model)
+
+
+def _base_tensors(
+    opened: OpenedModel, dtype: str | None, units: SelectedSource | None = None
+) -> SelectedSource:
+    """The base's tensors, and the units' beside them; none is read yet."""
+    rows = base_rows(opened.config)
+    check_tensors(rows, opened.config, opened.source, opened.num_source_layers)
+    if dtype is None and opened.base.dtype != str(opened.source.dtype):
+        dtype = opened.base.dtype  # That of the base which the units were trained on.
+    dtype = None if dtype is None else parse_dtype(dtype)
+    return SelectedSource(opened.source, rows, opened.config.num_layers, dtype=dtype, more=units)
+
+
+def _write(
+    opened: OpenedModel,
+    directory: Path,
+    hf: dict[str, Any],
+    tensors: SelectedSource,
+    shards: list[list[str]],
+    tokenizer: str | None,
+) -> None:
+    loaded_tokenizer = opened.tokenizer(tokenizer)
     write_weights(directory, tensors, shards)
     opened.identified()  # Refuses units of another base, whose tensors have been read only now.
     eos_token_ids = opened.eos_token_ids(loaded_tokenizer)
     write_config(directory, hf, tensors.dtype, loaded_tokenizer, eos_token_ids, opened.generation_config())
 
 
-def _unit_tensors(opened: OpenedModel) -> SelectedSource | None:
-    if opened.unit_source is None:
-        return None
+def _unit_tensors(opened: OpenedModel) -> SelectedSource:
     rows = unit_rows(opened.config, opened.anti_expert)
     check_tensors(rows, opened.config, opened.unit_source, opened.num_source_layers)
     return SelectedSource(opened.unit_source, rows, opened.config.num_layers)
@@ -138,39 +191,11 @@ def _public_name(reference: str) -> str:
     return Path(reference).name if Path(reference).is_absolute() else reference
 
 
-def _shards_of_source(source: SafetensorsSource, tensors: SelectedSource) -> list[list[str]]:
-    shards: dict[str, list[str]] = {file: [] for file in sorted(set(source.files.values()))}
-    for name in tensors.shapes:
-        shards[source.files[name]].append(name)
-    return [names for names in shards.values() if names]
-
-
-def write_card(
-    directory: Path,
-    opened: OpenedModel,
-    *,
-    name: str,
-    verification: Verification | None = None,
-    results: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
-) -> str | None:
-    """Writes an IMAE model's card.
-
-    Args:
-        directory: of the export.
-        opened: the model.
-        name: of the export.
-        verification: what was measured of the written files.
-        results: from `read_results`.
-        base_model: hub id of the base; default: the base's reference, where that is one.
-
-    Returns:
-        The hub id of the base, if it is known.
-    """
+def _write_card(opened: OpenedModel, directory: Path, name: str, base_model: str | None) -> str | None:
+    """Writes the model card and returns the base's hub id, if it is known."""
     training = opened.imae.get("training")
     config = training.get("config") if isinstance(training, dict) else None
-    config = config if isinstance(config, dict) else {}
-    data = config.get("data")
+    data = config.get("data") if isinstance(config, dict) else None
     source = data.get("source") if isinstance(data, dict) else None
     source = _public_name(source) if isinstance(source, str) else None
     reference = _public_name(opened.imae["base"]["reference"])
@@ -193,40 +218,10 @@ def write_card(
         llama=opened.config,
         size=opened.anti_expert.intermediate_size,
         data_source=source,
-        verification=verification,
-        results=results,
         version=__version__,
     )
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
     return base_model
-
-
-def read_results(path: str) -> dict[str, Any]:
-    """What a model card shows of an evaluation: `protocol`, `n_questions` and the metrics of all `methods`.
-
-    Args:
-        path: a directory with `results.json`, or the file.
-
-    Raises:
-        UserError: it is no evaluation of multiple choice.
-    """
-    file = Path(path)
-    file = file / "results.json" if file.is_dir() else file
-    results = read_json(file)
-    methods = results.get("methods")
-    methods = {
-        name: {metric: float(values[metric]) for metric in METRICS}
-        for name, values in (methods.items() if isinstance(methods, dict) else ())
-        if isinstance(values, dict) and all(_is_number(values.get(metric)) for metric in METRICS)
-    }
-    if not methods:
-        raise UserError(f"{file} has no methods with {', '.join(METRICS)}: give the output of an evaluation")
-    shown = {name: results[name] for name in ("protocol", "n_questions") if name in results}
-    return shown | {"methods": methods}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def import_model(
@@ -244,9 +239,7 @@ def import_model(
         )
     with new_directory(out, marker=f"{IMAE_DIR}/{imae_dir.CONFIG_FILE}", overwrite=overwrite) as temporary:
         (temporary / BASE_DIR).mkdir()
-        plain = dataclasses.replace(opened, anti_expert=None, unit_source=None, imae=None)
-        write_model(plain, temporary / BASE_DIR, tokenizer=tokenizer)
-        opened.identified()
+        export_plain(opened, temporary / BASE_DIR, tokenizer=tokenizer)
         base = {
             "reference": str((Path(out) / BASE_DIR).resolve()),
             "revision": None,
@@ -261,40 +254,3 @@ def import_model(
             base=base,
             training={"imported": opened.imae},
         )
-
-
-def check_repository(name: str) -> None:
-    if not HUB_ID.fullmatch(name):
-        raise UserError(f"--push {name}: a repository of the hub is named org/name")
-
-
-def push(directory: Path, repository: str, *, dry_run: bool = False) -> list[str]:
-    """Uploads an export to the HuggingFace hub, with the token that `hf auth login` or `HF_TOKEN` provide.
-
-    Args:
-        directory: of the export.
-        repository: `org/name`; created where it does not exist.
-        dry_run: upload nothing.
-
-    Returns:
-        The files, with their sizes.
-
-    Raises:
-        UserError: the hub refuses.
-    """
-    check_repository(repository)
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    if not dry_run:
-        import huggingface_hub
-
-        try:
-            hub = huggingface_hub.HfApi(library_name="imae_jax", library_version=__version__)
-            hub.create_repo(repository, exist_ok=True)
-            hub.upload_folder(
-                folder_path=directory, repo_id=repository, commit_message=f"Export by imae_jax {__version__}"
-            )
-        except Exception as error:  # The hub client's errors share no base class across versions.
-            raise UserError(
-                f"{repository} cannot be pushed ({first_line(error)}); {directory} is kept"
-            ) from error
-    return [f"{path.relative_to(directory)} ({path.stat().st_size} bytes)" for path in files]

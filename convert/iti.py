@@ -59,25 +59,16 @@ def bake_into(model: Llama, directions: Directions, alpha: float, heads: int) ->
         if path[-1] == "bo":
             layer = next((part for part in path if isinstance(part, int)), None)
             wo = present[(*path[:-1], "wo")].get_value().astype(jnp.float32)
-            of_layer = shifts if layer is None else shifts[layer]
-            added = jnp.einsum("...NHD,...NH->...D", wo, of_layer, precision="highest")
+            shift = shifts if layer is None else shifts[layer]
+            added = jnp.einsum("...NHD,...NH->...D", wo, shift, precision="highest")
             value = (value.astype(jnp.float32) + added).astype(dtype)
         leaves.append((path, variable.replace(value)))
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def write_directions(path: Path, directions: Directions) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: np.ascontiguousarray(v) for k, v in dataclasses.asdict(directions).items()}
-    try:
-        temporary.write_bytes(save(tensors))  # `save_file` makes files that only their owner can read.
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written: {first_line(error)}") from error
-        raise
+    path.write_bytes(save(tensors))  # `save_file` makes files that only their owner can read.
 
 
 def read_directions(path: Path, config: LlamaConfig) -> Directions:
@@ -94,8 +85,8 @@ def read_directions(path: Path, config: LlamaConfig) -> Directions:
     shapes = {"directions": (*heads, config.head_dim), "sigma": heads, "rank": heads, "accuracy": heads}
     for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
-            found = tensors[name].shape if name in tensors else "none"
+            actual = tensors[name].shape if name in tensors else "none"
             raise UserError(
-                f"directions {path}: {name} of shape {shape} is needed for this model, found {found}"
+                f"directions {path}: {name} of shape {shape} is needed for this model, found {actual}"
             )
     return Directions(**{name: tensors[name] for name in shapes})

@@ -58,6 +58,51 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Reference:
+    """A model reference, taken apart.
+
+    Attributes:
+        name: without the suffix `#layers=N`.
+        num_layers: that N; None without the suffix.
+        path: where the model lies on this machine; None for built-in models and those on the hub.
+    """
+
+    name: str
+    num_layers: int | None
+    path: Path | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Reference":
+        """Takes a reference apart; one that is nothing at all looks like one on the hub."""
+        match = re.fullmatch(r"(.+)#layers=(\d+)", text)
+        name, num_layers = (match[1], int(match[2])) if match else (text, None)
+        path = SHIPPED_UNITS.get(name, Path(name))
+        try:
+            is_local = bool(name) and name not in BUILT_IN and path.exists()
+        except OSError:  # too long for a path
+            is_local = False
+        return cls(name, num_layers, path if is_local else None)
+
+    # A suffix goes with plain models alone.
+    @property
+    def is_adapter(self) -> bool:
+        return self.num_layers is None and self.path is not None and peft.is_adapter(self.path)
+
+    @property
+    def is_imae_dir(self) -> bool:
+        return self.num_layers is None and self.path is not None and imae_dir.is_imae_dir(self.path)
+
+    @property
+    def is_hub_id(self) -> bool:
+        return self.path is None and self.name not in BUILT_IN and HUB_ID.fullmatch(self.name) is not None
+
+    def recorded(self) -> str:
+        """The reference as it is recorded: paths whole, without links."""
+        name = self.name if self.path is None else str(self.path.resolve())
+        return name if self.num_layers is None else f"{name}#layers={self.num_layers}"
+
+
+@dataclasses.dataclass(frozen=True)
 class OpenedModel:
     """A reference after look-up: its files, opened but not read.
 
@@ -198,24 +243,24 @@ def load_model(
     Raises:
         UserError: says what cannot be loaded and why.
     """
-    directory = local_path(reference)
-    adapter = None
-    if peft.is_adapter(directory):
-        opened, adapter = _open_adapter(directory, revision=revision, base=base)
+    parsed, adapter = Reference.parse(reference), None
+    if parsed.is_adapter:
+        opened, adapter = _open_adapter(parsed.path, revision=revision, base=base)
     else:
         opened = open_model(reference, revision=revision, base=base)
     mesh = model_mesh(mesh, opened.config, opened.anti_expert)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
-    found = opened.identified()
+    identified = opened.identified()
     if adapter is not None:
         peft.merge_into(model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
-        found = BaseReference(reference, None, adapter.fingerprint(found.fingerprint), found.dtype)
+        digest = adapter.fingerprint(identified.fingerprint)
+        identified = BaseReference(reference, None, digest, identified.dtype)
     loaded_tokenizer = opened.tokenizer(tokenizer)
     return LanguageModel(
         model,
         loaded_tokenizer,
         opened.eos_token_ids(loaded_tokenizer),
-        dataclasses.replace(found, dtype=str(model.weights().dtype)),
+        dataclasses.replace(identified, dtype=str(model.weights().dtype)),
         opened.imae,
         load_resource,
         opened.units_fingerprint(),
@@ -234,7 +279,7 @@ def _open_adapter(
 def _open_base(directory: Path, location: str, revision: str | None) -> OpenedModel:
     """Opens the base of an adapter or IMAE directory."""
     try:
-        opened = _open(location, revision)
+        opened = _open(Reference.parse(location), revision)
     except UserError as error:
         file = peft.CONFIG_FILE if peft.is_adapter(directory) else imae_dir.CONFIG_FILE
         raise UserError(
@@ -248,12 +293,12 @@ def _open_base(directory: Path, location: str, revision: str | None) -> OpenedMo
 
 def adapter_of(reference: str, base: BaseReference) -> Path | None:
     """The directory, if `reference` is an adapter of exactly this base, a plain model; else None."""
-    directory = Path(reference)
-    if not peft.is_adapter(directory) or peft.is_adapter(Path(base.reference)):
+    parsed = Reference.parse(reference)
+    if not parsed.is_adapter or Reference.parse(base.reference).is_adapter:
         return None
-    location, revision = _base_of_adapter(directory, None)
-    is_same = _recorded(location) == base.reference and revision in (None, base.revision)
-    return directory if is_same else None
+    location, revision = _base_of_adapter(parsed.path, None)
+    is_same = Reference.parse(location).recorded() == base.reference and revision in (None, base.revision)
+    return parsed.path if is_same else None
 
 
 def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | None]:
@@ -267,7 +312,8 @@ def _base_of_adapter(directory: Path, moved: str | None) -> tuple[str, str | Non
             f"{directory / peft.CONFIG_FILE} names no base_model_name_or_path: say where its base is there, "
             "or, for --model, with --base"
         )
-    return base, None if _exists(base) or not isinstance(revision, str) else revision
+    is_local = Reference.parse(base).path is not None
+    return base, None if is_local or not isinstance(revision, str) else revision
 
 
 def open_model(reference: str, *, revision: str | None = None, base: str | None = None) -> OpenedModel:
@@ -280,11 +326,12 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     Raises:
         UserError: says what cannot be opened and why.
     """
-    directory = local_path(reference)
-    if not imae_dir.is_imae_dir(directory):
+    parsed = Reference.parse(reference)
+    if not parsed.is_imae_dir:
         if base is not None:
             raise UserError(f"--base goes with an IMAE directory or an adapter, which {reference} is not")
-        return _open(reference, revision)
+        return _open(parsed, revision)
+    directory = parsed.path
     imae = imae_dir.read_config(directory)
     recorded = BaseReference(**imae["base"])
     location = base or recorded.reference
@@ -299,8 +346,28 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     )
 
 
-# A text of several scripts, on which different tokenizers differ.
-_PROBE = "The 3 laws of thermodynamics, naïve café; 東京 — x = {y: 1.5}\n"
+# Texts of several scripts, of code and of numbers, on which different tokenizers differ.
+_PROBE = (
+    "The 3 laws of thermodynamics, naïve café; 東京 — x = {y: 1.5}\n",
+    "    for i in range(1024):\n\treturn f'{i:>8}'  # \U0001f600 don't",
+    "Привет, мир! مرحبا 1,234,567.89 ½ ﬁ  two  spaces",
+)
+
+
+def check_same_vocabulary(first: LanguageModel, second: LanguageModel) -> None:
+    """Raises a `UserError` unless two models give text the same ids, as all that combines them needs.
+
+    Models without a tokenizer, whose weights are random, are compared by the size of their vocabularies.
+    """
+    same = first.config.vocab_size == second.config.vocab_size
+    if same and first.tokenizer is not None and second.tokenizer is not None:
+        ids = [lm.tokenizer(_PROBE, add_special_tokens=False)["input_ids"] for lm in (first, second)]
+        same = ids[0] == ids[1]
+    if not same:
+        raise UserError(
+            f"{second.base.reference} has another vocabulary than {first.base.reference}, and both need the "
+            "same: give a model with the same tokenizer"
+        )
 
 
 def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
@@ -339,10 +406,7 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
             f"{resource.reference} has anti-expert units, which a second model runs without: give its base, "
             f"{second.base.reference}"
         )
-    if second.config.vocab_size != lm.config.vocab_size or (
-        second.tokenizer(_PROBE)["input_ids"] != lm.tokenizer(_PROBE)["input_ids"]
-    ):
-        raise UserError(f"it has another vocabulary than {lm.base.reference}, and both need the same")
+    check_same_vocabulary(lm, second)
     return LoadedResource(second=second, fingerprint=second.base.fingerprint)
 
 
@@ -362,29 +426,30 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     Raises:
         UserError: the model is not found, or is none that this library loads.
     """
-    name, num_layers = _split_suffix(reference)
-    directory = local_path(name)
-    is_hub_id = name not in BUILT_IN and not directory.exists() and HUB_ID.fullmatch(name)
-    without_weights = (directory / "config.json").is_file() and not (
-        imae_dir.is_imae_dir(directory) or next(directory.glob("*.safetensors"), None)
-    )
-    if is_hub_id:
-        hf = read_json(PUBLISHED_SIZES).get(name) or _download_config(name, revision)
-    elif without_weights:
+    parsed = Reference.parse(reference)
+    directory = parsed.path
+    if parsed.is_hub_id:
+        hf = read_json(PUBLISHED_SIZES).get(parsed.name) or _download_config(parsed.name, revision)
+    elif (
+        directory is not None
+        and (directory / "config.json").is_file()
+        and not imae_dir.is_imae_dir(directory)
+        and not any(directory.glob("*.safetensors"))
+    ):
         hf = read_json(directory / "config.json")
     else:
-        opened = _open(reference, revision)
+        opened = _open(parsed, revision)
         return opened.config, opened.base.dtype
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-    return _cut(LlamaConfig.from_hf(hf), num_layers, reference), dtype
+    return _cut(LlamaConfig.from_hf(hf), parsed), dtype
 
 
 def fingerprint(reference: str) -> str:
     """The fingerprint of what a plain model or an adapter computes, read for this alone."""
-    directory = local_path(reference)
-    if not peft.is_adapter(directory):
-        return _open(reference, None).identified().fingerprint
-    opened, adapter = _open_adapter(directory)
+    parsed = Reference.parse(reference)
+    if not parsed.is_adapter:
+        return _open(parsed, None).identified().fingerprint
+    opened, adapter = _open_adapter(parsed.path)
     return adapter.fingerprint(opened.identified().fingerprint)
 
 
@@ -394,30 +459,30 @@ def local_paths(reference: str, base: str | None = None) -> list[Path]:
     Args:
         reference, base: see `load_model`.
     """
-    path = local_path(reference)
-    if base is None and peft.is_adapter(path):
-        base = read_json(path / peft.CONFIG_FILE).get("base_model_name_or_path")
-    elif base is None and imae_dir.is_imae_dir(path):
-        base = imae_dir.read_config(path)["base"]["reference"]
-    names = [_split_suffix(name)[0] for name in (reference, base) if isinstance(name, str)]
-    return [path for name in names if name not in BUILT_IN and (path := local_path(name)).exists()]
+    parsed = Reference.parse(reference)
+    if base is None and parsed.is_adapter:
+        base = read_json(parsed.path / peft.CONFIG_FILE).get("base_model_name_or_path")
+    elif base is None and parsed.is_imae_dir:
+        base = imae_dir.read_config(parsed.path)["base"]["reference"]
+    paths = [parsed.path, Reference.parse(base).path if isinstance(base, str) else None]
+    return [path for path in paths if path is not None]
 
 
-def _open(reference: str, revision: str | None) -> OpenedModel:
-    name, num_layers = _split_suffix(reference)
-    if name in BUILT_IN:
-        path = _built_in(name)
-    elif local_path(name).exists():
-        path = local_path(name)
-    elif HUB_ID.fullmatch(name):
+def _open(reference: Reference, revision: str | None) -> OpenedModel:
+    name, path = reference.name, reference.path
+    if reference.is_hub_id:
         path = _download(name, revision, HUB_FILES)
         revision = path.name
-    else:
+    elif path is None and name not in BUILT_IN:
         hint = "; a suffix must be #layers=N" if "#" in name else ""
         raise UserError(
             f"model {name!r} does not exist: give a HuggingFace directory, a GGUF file, a hub id "
             f"(org/name), an IMAE directory or {', '.join((*BUILT_IN, *SHIPPED_UNITS))}{hint}"
         )
+    elif revision is not None:
+        raise UserError(f"--revision {revision} goes with a hub model, which {name} is not")
+    else:
+        path = path or _built_in(name)
 
     units: dict[str, Any] = {}
     if path.is_dir():
@@ -446,13 +511,10 @@ def _open(reference: str, revision: str | None) -> OpenedModel:
     else:
         raise UserError(f"{path} is neither a directory nor a .gguf file")
 
-    if revision is not None and (name in BUILT_IN or _exists(name)):
-        raise UserError(f"--revision {revision} goes with a hub model, which {name} is not")
-    num_source_layers = config.num_layers
-    if num_layers is not None:
-        config = _cut(config, num_layers, reference)
-    base = BaseReference(_recorded(reference), revision, None, str(jnp.dtype(source.dtype)))
-    return OpenedModel(config, source, num_source_layers, base, path if path.is_dir() else None, **units)
+    base = BaseReference(reference.recorded(), revision, None, str(jnp.dtype(source.dtype)))
+    return OpenedModel(
+        _cut(config, reference), source, config.num_layers, base, path if path.is_dir() else None, **units
+    )
 
 
 def _has_own_head(source: SafetensorsSource) -> bool:
@@ -472,37 +534,13 @@ def _exported_units(path: Path, hf: dict[str, Any], source: SafetensorsSource) -
     return {"anti_expert": sizes, "unit_source": units, "imae": imae, "is_export": True}
 
 
-def _split_suffix(reference: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"(.+)#layers=(\d+)", reference)
-    return (match[1], int(match[2])) if match else (reference, None)
-
-
-def _recorded(reference: str) -> str:
-    """A reference as it is recorded: paths whole, without links."""
-    name, num_layers = _split_suffix(reference)
-    if name not in BUILT_IN and _exists(name):
-        name = str(Path(name).resolve())
-    return name if num_layers is None else f"{name}#layers={num_layers}"
-
-
-def _cut(config: LlamaConfig, num_layers: int | None, reference: str) -> LlamaConfig:
-    if num_layers is None:
+def _cut(config: LlamaConfig, reference: Reference) -> LlamaConfig:
+    """The config of the lowest layers that a reference names, or of all."""
+    if reference.num_layers is None:
         return config
-    if not 1 <= num_layers <= config.num_layers:
-        raise UserError(f"{reference}: the model has {config.num_layers} layers")
-    return config.lowest_layers(num_layers)
-
-
-def local_path(name: str) -> Path:
-    """Where a reference lies; for one that is nothing local, a path that does not exist."""
-    return SHIPPED_UNITS.get(name, Path(name if _exists(name) else ".no-such-path"))
-
-
-def _exists(name: str) -> bool:
-    try:
-        return bool(name) and Path(name).exists()
-    except OSError:  # too long for a path
-        return False
+    if not 1 <= reference.num_layers <= config.num_layers:
+        raise UserError(f"{reference.recorded()}: the model has {config.num_layers} layers")
+    return config.lowest_layers(reference.num_layers)
 
 
 def _built_in(name: str) -> Path:

@@ -1,18 +1,19 @@
-"""Holds an exported IMAE model in transformers against the model of this library that it was made of."""
+"""Compares an exported IMAE model in transformers with the model of this library that it was made of."""
 
 import dataclasses
 import importlib
 import importlib.util
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_softmax
 
 from imae_jax.anti_expert import MODES
 from imae_jax.convert.references import OpenedModel
 from imae_jax.errors import UserError
+from imae_jax.files import read_json
 from imae_jax.llama import Interventions, forward, project
 
 # Of two logits, in float64. Rounding stays far below: 2.5e-6 on SmolLM2's 30 layers, since RoPE's tables are
@@ -22,8 +23,6 @@ MAX_DIFFERENCE = 2e-4
 # two distributions over tokens, in nats.
 MAX_KL = 0.015
 ROWS, TOKENS, PADDING = 2, 48, 5
-# One side at a time is in memory, in float64 and in the type that it is read in.
-BYTES, MEMORY_FACTOR = 8, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Verification:
         dtype: of the exported base.
         difference: by mode, the largest difference of two logits, computed in float64.
         kl: by mode, the mean KL divergence in nats, computed in `dtype`; None for float32.
-        num_layers: the lowest ones, that ran on both sides.
+        num_layers: how many of the lowest layers were compared.
         versions: of torch and transformers.
     """
 
@@ -55,37 +54,43 @@ class Verification:
         )
 
 
-def verify(opened: OpenedModel, directory: Path, dtype: str | None = None) -> Verification | str:
+def check_installed() -> None:
+    """Raises a `UserError` where a package that `verify` needs is missing."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"verification needs {name}, which is not installed: pip install {name}")
+
+
+def verify(opened: OpenedModel, directory: Path, num_layers: int | None = None) -> Verification:
     """Runs random tokens, with padding, through both models in all modes.
 
     Both compute in float64 with the values that were exported; those of a half precision run in that one,
-    too. Where memory does not suffice, the lowest layers that fit are compared.
+    too. One model at a time is in memory.
 
     Args:
         opened: what was exported.
         directory: the export.
-        dtype: that the base was exported in; default: its own.
-
-    Returns:
-        The figures, or why there are none.
+        num_layers: compare the lowest ones alone; default: all.
 
     Raises:
-        UserError: the two differ.
+        UserError: the two differ, or torch or transformers is not installed.
     """
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed"
-    dtype = dtype or opened.base.dtype
-    num_layers = _layers_that_fit(opened, directory, dtype)
-    if num_layers < 1:
-        return "the memory does not suffice for a layer of both models"
-    config = opened.config.lowest_layers(num_layers)
-    tokens = np.random.default_rng(0).integers(
-        0, config.vocab_size, (ROWS, min(TOKENS, config.max_position_embeddings))
-    )
+    check_installed()
+    if opened.imae is None:
+        raise UserError(f"{opened.base.reference} has no anti-expert units: only IMAE models are verified")
+    hf = read_json(directory / "config.json")
+    if "anti_expert_intermediate_size" not in hf:
+        raise UserError(f"{directory} is no export of an IMAE model: give what convert export wrote")
+    dtype, config = hf["dtype"], opened.config
+    if num_layers is None:
+        num_layers = config.num_layers
+    if not 1 <= num_layers <= config.num_layers:
+        raise UserError(f"{num_layers} layers to compare: give 1 to {config.num_layers}")
+    cut = dataclasses.replace(opened, config=config.lowest_layers(num_layers))
+    length = min(TOKENS, config.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, length))
     mask = np.ones(tokens.shape, bool)
     mask[1, :PADDING] = False
-    cut = dataclasses.replace(opened, config=config)
     # Here, since without torch it cannot be imported.
     logits_of = importlib.import_module("imae_jax.convert.torch_side.logits").logits_of
 
@@ -110,44 +115,14 @@ def _check(figures: dict[str, float], limit: float, what: str) -> None:
         if not figure <= limit:
             raise UserError(
                 f"the export does not compute what the model does: in {mode} mode the {what} {figure:.3g}, "
-                f"above {limit:.3g}; please report this with the model's name (--no-verify: unchecked)"
+                f"above {limit:.3g}; please report this with the model's name"
             )
 
 
 def _kl_divergence(expected: np.ndarray, actual: np.ndarray) -> float:
     """Mean over positions, in nats, of logits [positions, V]."""
-    e, a = _log_softmax(expected), _log_softmax(actual)
+    e, a = (log_softmax(x.astype(np.float64), axis=-1) for x in (expected, actual))
     return float((np.exp(e) * (e - a)).sum(-1).mean())
-
-
-def _layers_that_fit(opened: OpenedModel, directory: Path, dtype: str) -> int:
-    # The units' float32 counts as if it were the base's dtype, which errs on the safe side.
-    widening = BYTES / jnp.dtype(dtype).itemsize
-    total = widening * sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    config = opened.config
-    outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) * BYTES
-    of_layer = max(1, (total - outside) / config.num_layers)
-    free = available_memory() / MEMORY_FACTOR - outside
-    return max(0, min(config.num_layers, int(free // of_layer)))
-
-
-def available_memory() -> int:
-    """Bytes of host memory that this process may still take."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            free = min(free, max(0, limit - used))
-    except (ImportError, OSError):
-        pass
-    return free
 
 
 def _logits_here(
@@ -159,11 +134,8 @@ def _logits_here(
         output = forward(weights, opened.config, tokens, attention_mask=mask, interventions=interventions)
         return project(weights, output.hidden_states)
 
-    # The host's memory is what was found to suffice, and only a CPU has float64 in any case.
-    with (
-        jax.default_device(_host_device()),
-        jax.enable_x64(compute_dtype == "float64"),
-    ):
+    # On the host, whose memory torch uses as well: and only a CPU has float64 in any case.
+    with jax.default_device(_host_device()), jax.enable_x64(compute_dtype == "float64"):
         weights = opened.load(dtype=dtype, stacked=True).weights()
         if compute_dtype == "float64":
             weights = jax.tree.map(lambda array: array.astype(jnp.float64), weights)
@@ -175,9 +147,3 @@ def _host_device() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS may leave it out.
         return None
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))

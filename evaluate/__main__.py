@@ -3,8 +3,8 @@
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
+from imae_jax.__main__ import COMMANDS
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
@@ -60,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the first word names. Returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     name, arguments = (words[0] if words else ""), words[1:]
-    if name.isidentifier() and name != "__main__" and find_spec(f"imae_jax.evaluate.{name}"):
-        module = importlib.import_module(f"imae_jax.evaluate.{name}")
-        if hasattr(module, "main"):
-            return module.main(arguments)
+    if f"evaluate {name}" in COMMANDS:
+        return importlib.import_module(COMMANDS[f"evaluate {name}"][0]).main(arguments)
     if name in benchmarks():
         return benchmark_command(name, f"{PROGRAM} {name}")(arguments)
     return _unknown(words)

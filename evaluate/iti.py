@@ -8,6 +8,7 @@ command.
 Source: Li et al., arXiv 2306.03341, section 3 and their code's defaults.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -29,17 +30,18 @@ from imae_jax.evaluate.benchmarks.questions import Question, load_data
 from imae_jax.files import new_directory
 
 FOLDS_FILE = "folds.json"
+BEST_HEADS = 48  # the number that `iti` shifts by default
 
 
 def assign_folds(questions: Sequence[Question], folds: int, seed: int) -> dict[str, int]:
     """The fold of every question, by its text."""
     texts = list(dict.fromkeys(question.text for question in questions))
     order = np.random.default_rng(seed).permutation(len(texts))
-    return {texts[i]: place % folds for place, i in enumerate(order.tolist())}
+    return {texts[i]: rank % folds for rank, i in enumerate(order.tolist())}
 
 
 def fold_files(directory: Path, questions: Sequence[str]) -> dict[Path, list[int]]:
-    """Which questions, by their place, each file of a directory of folds is for.
+    """The indices of the questions that each file of a directory of folds is for.
 
     Raises:
         UserError: a question belongs to no fold.
@@ -49,10 +51,10 @@ def fold_files(directory: Path, questions: Sequence[str]) -> dict[Path, list[int
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} holds no readable {FOLDS_FILE}: run imae_jax.evaluate.iti") from error
     files: dict[Path, list[int]] = {}
-    for place, question in enumerate(questions):
+    for i, question in enumerate(questions):
         if question not in folds:
             raise UserError(f"{directory}: question {question!r} belongs to no fold: fit directions on it")
-        files.setdefault(directory / f"fold{folds[question]}.safetensors", []).append(place)
+        files.setdefault(directory / f"fold{folds[question]}.safetensors", []).append(i)
     return files
 
 
@@ -66,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_process_arguments(parser)
     parser.add_argument("--data", default="demo", help="TruthfulQA.csv, demo (embedded questions) or hub")
     parser.add_argument("--out", required=True, help="directory to write")
-    parser.add_argument("--folds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of folds and validation splits")
+    parser.add_argument("--folds", type=int, default=2, help="number of folds (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of folds and validation splits")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     join_processes(args)
@@ -78,34 +80,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--folds {args.folds} of {len(questions)} questions: give 2 to half their number")
     lock_outputs(args.out)
     with new_directory(args.out, marker=FOLDS_FILE, overwrite=args.overwrite) as out:
-        from tqdm import tqdm
+        accuracies = _fit(args, questions, out)
+    print(f"wrote {args.out}: validation accuracy of the best heads {accuracies}")
 
-        from imae_jax.convert import load_model
-        from imae_jax.convert.iti import write_directions
 
-        from .probes import collect_heads, find_directions
+def _fit(args: argparse.Namespace, questions: Sequence[Question], out: Path) -> str:
+    """Writes the files of all folds; returns the mean validation accuracy of the best heads in each."""
+    from tqdm import tqdm
 
-        lm = load_model(args.model, **model_arguments(args))
-        answers = [(i, a, a in q.true) for i, q in enumerate(questions) for a in (*q.true, *q.false)]
-        texts = [f"Q: {questions[i].text} A: {answer}" for i, answer, _ in answers]
-        heads = collect_heads(
-            lm, texts, progress=lambda x: tqdm(x, desc="heads", unit="batch", disable=args.quiet)
+    from imae_jax.convert import load_model
+    from imae_jax.convert.iti import write_directions
+    from imae_jax.evaluate import probes
+
+    lm = load_model(args.model, **model_arguments(args))
+    answers = [(i, a, a in q.true) for i, q in enumerate(questions) for a in (*q.true, *q.false)]
+    texts = [f"Q: {questions[i].text} A: {answer}" for i, answer, _ in answers]
+    heads = probes.collect_heads(
+        lm, texts, progress=lambda x: tqdm(x, desc="heads", unit="batch", disable=args.quiet)
+    )
+    question_of, labels = (np.array([answer[k] for answer in answers]) for k in (0, 2))
+    folds = assign_folds(questions, args.folds, args.seed)
+    fold_of = np.array([folds[questions[i].text] for i in question_of])
+    accuracies = []
+    for fold in range(args.folds):
+        others = fold_of != fold
+        directions = probes.find_directions(
+            heads[others], labels[others], question_of[others], seed=args.seed
         )
-        question_of, labels = (np.array([answer[k] for answer in answers]) for k in (0, 2))
-        folds = assign_folds(questions, args.folds, args.seed)
-        fold_of = np.array([folds[questions[i].text] for i in question_of])
-        accuracies = []
-        for fold in range(args.folds):
-            others = fold_of != fold
-            found = find_directions(heads[others], labels[others], question_of[others], seed=args.seed)
-            write_directions(out / f"fold{fold}.safetensors", found)
-            accuracies.append(np.sort(found.accuracy, axis=None)[::-1][: min(48, found.accuracy.size)].mean())
-        record = {"model": args.model, "data": args.data, "seed": args.seed, "questions": folds}
-        (out / FOLDS_FILE).write_text(
-            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    shown = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-    print(f"wrote {args.out}: validation accuracy of the best {min(48, found.rank.size)} heads {shown}")
+        write_directions(out / f"fold{fold}.safetensors", directions)
+        accuracies.append(np.sort(directions.accuracy, axis=None)[-BEST_HEADS:].mean())
+    record = {"model": args.model, "data": args.data, "seed": args.seed, "questions": folds}
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (out / FOLDS_FILE).write_text(text, encoding="utf-8")
+    return ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
 
 
 if __name__ == "__main__":

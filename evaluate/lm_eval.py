@@ -5,14 +5,16 @@ windows of a rolling log-likelihood, where generated text ends) is as in the har
 HuggingFace models, `lm_eval.models.huggingface`, version 0.4.13 (https://github.com/EleutherAI/lm-evaluation-harness).
 """
 
+import argparse
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,7 @@ from imae_jax.prompts import resolve_format
 try:
     from lm_eval.api.model import TemplateLM
 except ModuleNotFoundError:
-    TemplateLM = object  # `_find_huggingface_evaluate` says what to install.
+    TemplateLM = object  # `check_packages` says what to install.
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -102,7 +104,7 @@ class IMAEJaxLM(TemplateLM):
         Raises:
             UserError: a method that the model cannot run, or a setting out of its range.
         """
-        _find_huggingface_evaluate()
+        check_packages()
         super().__init__()
         self.lm, self.tokenizer, self.method = lm, lm.tokenizer, method
         self._scored = lm.prepare(method, generating=False)
@@ -181,20 +183,20 @@ class IMAEJaxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # One task at a time: what its requests begin with is computed once.
         tasks = defaultdict(list)
-        for place, request in enumerate(requests):
-            tasks[request.task_name].append(place)
+        for i, request in enumerate(requests):
+            tasks[request.task_name].append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for places in tasks.values():
-            of_task = super().loglikelihood([requests[place] for place in places], disable_tqdm)
-            for place, answer in zip(places, of_task, strict=True):
-                answers[place] = answer
+        for indices in tasks.values():
+            values = super().loglikelihood([requests[i] for i in indices], disable_tqdm)
+            for i, value in zip(indices, values, strict=True):
+                answers[i] = value
         return answers
 
     def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows, places = [], []
-        for place, request in enumerate(requests):
+        windows, indices = [], []
+        for i, request in enumerate(requests):
             for window in get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -202,10 +204,10 @@ class IMAEJaxLM(TemplateLM):
                 context_len=1,
             ):
                 windows.append((None, *make_disjoint_window(window)))
-                places.append(place)
+                indices.append(i)
         totals = [0.0] * len(requests)
-        for place, (value, _) in zip(places, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-            totals[place] += value
+        for i, (value, _) in zip(indices, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += value
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -214,23 +216,23 @@ class IMAEJaxLM(TemplateLM):
         from tqdm import tqdm
 
         groups = defaultdict(list)
-        for place, request in enumerate(requests):
-            groups[self._generation(request.args[1])].append(place)
+        for i, request in enumerate(requests):
+            groups[self._generation(request.args[1])].append(i)
         batches = []
-        for generation, places in groups.items():
-            prompts = {place: self._prompt(requests[place].args[0], generation) for place in places}
+        for generation, indices in groups.items():
+            prompts = {i: self._prompt(requests[i].args[0], generation) for i in indices}
             # Longest first: rows of a batch are alike, and what exceeds the memory does so at once.
-            places = sorted(places, key=lambda place: -len(prompts[place]))
+            indices = sorted(indices, key=lambda i: -len(prompts[i]))
             size = self.batch_size or BATCH_SIZE
-            for start in range(0, len(places), size):
-                batches.append((generation, {p: prompts[p] for p in places[start : start + size]}))
+            for start in range(0, len(indices), size):
+                batches.append((generation, {i: prompts[i] for i in indices[start : start + size]}))
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.quiet) as bar:
             for number, (generation, prompts) in enumerate(batches):
                 continued = self._continue(list(prompts.values()), generation, (self.seed + number) % 2**31)
-                for place, text in zip(prompts, continued, strict=True):
-                    texts[place] = text
-                    self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                for i, text in zip(prompts, continued, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
                 bar.update(len(prompts))
         return texts
 
@@ -245,28 +247,28 @@ class IMAEJaxLM(TemplateLM):
         from imae_jax.decode import score
 
         items, groups = [], defaultdict(list)
-        for place, (texts, context, continuation) in enumerate(requests):
+        for i, (texts, context, continuation) in enumerate(requests):
             items.append(self._continuation(texts, context, continuation))
-            groups[tuple(context)].append(place)
-        places = list(groups.values())
+            groups[tuple(context)].append(i)
+        indices = list(groups.values())
         models, method = self._scored
         results = score(
             models,
             self.lm.config,
-            [[items[place] for place in group] for group in places],
+            [[items[i] for i in group] for group in indices],
             method,
             greedy=True,
             rows_per_batch=self.batch_size,
-            where=lambda i, j: f"request {places[i][j]}",
+            where=lambda group, member: f"request {indices[group][member]}",
         )
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.quiet) as bar:
-            for i, scored in results:
-                for place, s, g in zip(places[i], *scored, strict=True):
-                    answers[place] = float(np.sum(s, dtype=np.float64)), bool(g.all())
-                    if requests[place][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
-                bar.update(len(places[i]))
+            for group, scored in results:
+                for i, s, g in zip(indices[group], *scored, strict=True):
+                    answers[i] = float(np.sum(s, dtype=np.float64)), bool(g.all())
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                bar.update(len(indices[group]))
         return answers
 
     def _continuation(
@@ -346,29 +348,23 @@ class IMAEJaxLM(TemplateLM):
         return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]
 
 
-def _find_huggingface_evaluate() -> None:
-    """Makes `import evaluate` give HuggingFace's package, which tasks of the harness import.
-
-    From a checkout's root Python would find this room by that name.
+def check_packages() -> None:
+    """Checks that the harness can be imported, and HuggingFace's `evaluate`, which its tasks import.
 
     Raises:
-        UserError: the harness or that package is not installed.
+        UserError: one of them is not installed, or `import evaluate` gives this folder, as in a Python that
+            was started in a checkout.
     """
     try:
-        version("lm_eval")
-        directory = Path(distribution("evaluate").locate_file("")).resolve()
+        version("lm_eval"), version("evaluate")
     except PackageNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'imae_jax[lm-eval]'") from error
-    found = sys.modules.get("evaluate")
-    if found is not None and directory in Path(found.__file__).resolve().parents:
-        return
-    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate"]:
-        del sys.modules[name]
-    sys.path.insert(0, str(directory))
-    try:
-        importlib.import_module("evaluate")
-    finally:
-        sys.path.remove(str(directory))
+    spec, here = importlib.util.find_spec("evaluate"), Path(__file__).resolve().parent
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve().parent == here:
+        raise UserError(
+            f"`import evaluate` gives {here} instead of HuggingFace's package, which tasks of lm-eval need: "
+            "start Python in another folder, or with -P"
+        )
 
 
 def load_tasks(
@@ -414,6 +410,73 @@ def load_tasks(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    join_processes(args)
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    names = [name for name in args.tasks.split(",") if name]
+    if not names:
+        raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
+    lock_outputs(args.out)
+    # In a checkout the working directory has a folder `evaluate`, too: it must come last.
+    checkout = Path(__file__).resolve().parents[1]
+    sys.path.sort(key=lambda entry: Path(entry).resolve() == checkout)
+    check_packages()
+    with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
+        results = _evaluate(args, names)
+        if not is_main():  # There the harness may keep its results back.
+            return
+        _write(out, results)
+    show([Table(f"lm-eval, {args.model}, {args.method}", HARNESS_COLUMNS, tuple(harness_rows(results)))])
+
+
+def _evaluate(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The harness's results on tasks of these names, with the command's arguments."""
+    import lm_eval
+
+    from imae_jax.convert import load_model
+    from imae_jax.decode import parse_method
+
+    method = parse_method(args.method)
+    manager, tasks = load_tasks(names, args.include_path, unsafe=args.confirm_run_unsafe_code)
+    lm = load_model(args.model, **model_arguments(args))
+    if args.apply_chat_template:
+        resolve_format(lm.tokenizer, "chat")
+    settings = {name: getattr(args, name) for name in ("batch_size", "max_length", "seed", "quiet")}
+    results = lm_eval.simple_evaluate(
+        model=IMAEJaxLM(lm, method, **settings),
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+        gen_kwargs=args.gen_kwargs,
+        cache_requests=args.cache_requests,
+        log_samples=args.log_samples,
+        torch_random_seed=None,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+    )
+    if is_main():
+        results["config"]["imae_jax"]["arguments"] = vars(args)
+    return results
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    """Writes samples, which leave the results, as JSON lines of each task, and the results."""
+    from lm_eval.utils import handle_non_serializable
+
+    options = {"default": handle_non_serializable, "ensure_ascii": False}
+    for task, samples in results.pop("samples", {}).items():
+        lines = "".join(json.dumps(sample, **options) + "\n" for sample in samples)
+        (out / f"samples_{task.replace('/', '__')}.jsonl").write_text(lines, encoding="utf-8")
+    text = json.dumps(results, indent=2, **options)
+    (out / HARNESS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m imae_jax.evaluate.lm_eval",
         description="Tasks of the LM Evaluation Harness: writes OUT/lm_eval.json.",
@@ -430,71 +493,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, help="cut contexts to N tokens (default: the model's)")
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as chats")
     parser.add_argument("--gen-kwargs", help="key=value,… over a task's generation settings")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
     parser.add_argument("--log-samples", action="store_true", help="write every request and answer as well")
     parser.add_argument("--cache-requests", action="store_true", help="keep tasks' prompts for the next run")
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run generated code"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    args = parser.parse_args(argv)
-    join_processes(args)
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
-    names = [name for name in args.tasks.split(",") if name]
-    if not names:
-        raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
-
-    lock_outputs(args.out)
-    with new_directory(args.out, marker=HARNESS_FILE, overwrite=args.overwrite) as out:
-        _find_huggingface_evaluate()
-        from imae_jax.convert import load_model
-        from imae_jax.decode import parse_method
-
-        method = parse_method(args.method)
-        manager, tasks = load_tasks(names, args.include_path, unsafe=args.confirm_run_unsafe_code)
-        lm = load_model(args.model, **model_arguments(args))
-        if args.apply_chat_template:
-            resolve_format(lm.tokenizer, "chat")
-        model = IMAEJaxLM(
-            lm,
-            method,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            seed=args.seed,
-            quiet=args.quiet,
-        )
-        import lm_eval
-        from lm_eval.utils import handle_non_serializable
-
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
-            num_fewshot=args.num_fewshot,
-            batch_size=args.batch_size,
-            limit=args.limit,
-            apply_chat_template=args.apply_chat_template,
-            gen_kwargs=args.gen_kwargs,
-            cache_requests=args.cache_requests,
-            log_samples=args.log_samples,
-            torch_random_seed=None,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        )
-        if not is_main():  # There the harness may keep its results back.
-            return
-        for task, samples in results.pop("samples", {}).items():
-            with (out / f"samples_{task.replace('/', '__')}.jsonl").open("w", encoding="utf-8") as file:
-                for sample in samples:
-                    line = json.dumps(sample, default=handle_non_serializable, ensure_ascii=False)
-                    file.write(line + "\n")
-        results["config"]["imae_jax"]["arguments"] = vars(args)
-        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        (out / HARNESS_FILE).write_text(text + "\n", encoding="utf-8")
-    show([Table(f"lm-eval, {args.model}, {args.method}", HARNESS_COLUMNS, tuple(harness_rows(results)))])
+    return parser
 
 
 if __name__ == "__main__":
+    if __package__ == "evaluate":  # The name of HuggingFace's package is taken: anew, by the other name.
+        this = "imae_jax.evaluate.lm_eval"
+        os.execv(sys.executable, [sys.executable, "-m", this, *sys.argv[1:]])
     sys.exit(main())

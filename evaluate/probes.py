@@ -11,18 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import run_by_length
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.iti import Directions
-from imae_jax.decode.scoring import batch_size
 from imae_jax.decode.streams import not_finite_error
-from imae_jax.distributed import to_host
 from imae_jax.language_model import LanguageModel
 from imae_jax.layers import precision
 from imae_jax.llama import Options, Taps, Weights, forward
 from imae_jax.prompts import adds_special_tokens
-from imae_jax.sharding import use_mesh
 
-BATCH_SIZE, LENGTH_BUCKET = 16, 16
+TOKENS_PER_BATCH, LENGTH_MULTIPLE = 512, 16
 VALIDATION_SHARE = 0.2
 # Of the logistic regression's penalty ½‖w‖² + C · Σ loss: the published code's, scikit-learn's default.
 INVERSE_PENALTY = 1.0
@@ -32,37 +30,31 @@ NEWTON_STEPS = 30
 def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = lambda x: x) -> np.ndarray:
     """Every attention head's output, before `o_proj`, at the last token of texts: float32 [n, L, N, H]."""
     rows = lm.tokenizer(list(texts), add_special_tokens=adds_special_tokens("plain"))["input_ids"]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    weights, config = lm.model.weights(), lm.config
-    found = np.empty((len(rows), config.num_layers, config.num_heads, config.head_dim), np.float32)
-    with use_mesh(lm.mesh):
-        size = batch_size(BATCH_SIZE)
-    for start in progress(range(0, len(rows), size)):
-        chosen = order[start : start + size]
-        longest = max(len(rows[i]) for i in chosen)
-        tokens = np.zeros((size, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
-        last = np.zeros(size, np.int32)
-        for place, i in enumerate(chosen):
-            tokens[place, : len(rows[i])] = rows[i]
-            last[place] = len(rows[i]) - 1
-        with use_mesh(lm.mesh):
-            heads = to_host(_last_heads(weights, tokens, last, config=config))
-        found[chosen] = heads[: len(chosen)]
-        bad = next((i for i in chosen if not np.isfinite(found[i]).all()), None)
-        if bad is not None:
+    config = lm.config
+    heads = np.empty((len(rows), config.num_layers, config.num_heads, config.head_dim), np.float32)
+    values = run_by_length(
+        functools.partial(_last_heads, lm.model.weights(), config),
+        rows,
+        tokens_per_batch=TOKENS_PER_BATCH,
+        length_multiple=LENGTH_MULTIPLE,
+        mesh=lm.mesh,
+        progress=progress,
+    )
+    for i, head_outputs in values:
+        heads[i] = head_outputs
+        if not np.isfinite(heads[i]).all():
             models, method = lm.prepare("base", generating=False)
-            raise not_finite_error(models, method, rows[bad], f"heads of {texts[bad]!r}")
-    return found
+            raise not_finite_error(models, method, rows[i], f"heads of {texts[i]!r}")
+    return heads
 
 
-def _heads_at(weights: Weights, tokens: jax.Array, last: jax.Array, *, config: LlamaConfig) -> jax.Array:
-    mask = jnp.arange(tokens.shape[1]) <= last[:, None]
+@functools.partial(jax.jit, static_argnums=1)
+def _last_heads(weights: Weights, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Head outputs at the last token of each row: [B, L, N, H]."""
+    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
     heads = forward(weights, config, tokens, attention_mask=mask, options=Options(Taps(heads=True))).heads
-    of_rows = heads[:, jnp.arange(tokens.shape[0]), last]  # [L, B, N, H]
-    return jnp.swapaxes(of_rows, 0, 1).astype(jnp.float32)
-
-
-_last_heads = jax.jit(_heads_at, static_argnames="config")
+    last = heads[:, jnp.arange(tokens.shape[0]), lengths - 1]  # [L, B, N, H]
+    return jnp.swapaxes(last, 0, 1).astype(jnp.float32)
 
 
 @jax.jit

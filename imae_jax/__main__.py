@@ -13,9 +13,9 @@ from imae_jax.errors import UserError
 COMMANDS = {
     "generate": ("imae_jax.generate", "continue prompts in any mode or with any method"),
     "train": ("imae_jax.train.__main__", "train anti-expert units: OUT/imae"),
-    "train plan": ("imae_jax.train.plan_command", "the memory that a training run needs"),
+    "train plan": ("imae_jax.train.__main__", "the memory that a training run needs"),
     "train pairs": (
-        "imae_jax.train.pairs",
+        "imae_jax.train.__main__",
         "what a file of right and wrong answers is like",
     ),
     "convert": ("imae_jax.convert.__main__", "export to HuggingFace, import, take a checkpoint of a run"),
@@ -27,7 +27,10 @@ COMMANDS = {
     "evaluate compare": ("imae_jax.evaluate.compare", "two runs question by question"),
     "evaluate report": ("imae_jax.evaluate.report", "runs of all kinds on one page"),
     "evaluate cost": ("imae_jax.evaluate.cost", "time and memory of decoding"),
-    "evaluate inspector": ("imae_jax.evaluate.inspector", "what a model does on every token of a text"),
+    "evaluate inspector": (
+        "imae_jax.evaluate.inspector.__main__",
+        "what a model does on every token of a text",
+    ),
     "evaluate iti": ("imae_jax.evaluate.iti", "fit the directions of inference-time intervention"),
 }
 """Module and purpose by name."""
@@ -43,8 +46,8 @@ FIRST_STEPS = (
 
 def benchmarks() -> dict[str, str]:
     """What the benchmarks that are no entry of `COMMANDS` do, by name."""
-    found = importlib.import_module("imae_jax.evaluate.benchmarks").benchmarks()
-    return {name: each.description for name, each in found.items() if f"evaluate {name}" not in COMMANDS}
+    known = importlib.import_module("imae_jax.evaluate.benchmarks").benchmarks()
+    return {name: each.description for name, each in known.items() if f"evaluate {name}" not in COMMANDS}
 
 
 def help_text(group: str) -> str:
@@ -97,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
-            return importlib.import_module(COMMANDS[name][0]).main([*options, *words[length:]])
+            module = COMMANDS[name][0]
+            # Commands that share a module are subcommands of its parser.
+            named = 1 if module == COMMANDS.get(words[0], ("",))[0] else length
+            return importlib.import_module(module).main([*options, *words[named:]])
     if words[:1] == ["evaluate"] and words[1:2] and words[1] in benchmarks():
         return importlib.import_module("imae_jax.evaluate.__main__").main([words[1], *options, *words[2:]])
     return without_command(words)

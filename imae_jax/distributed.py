@@ -54,7 +54,7 @@ def initialize(
         return
     import jax
 
-    # Its listener would take SIGTERM away from Python, and knows no other signal: see `agree`.
+    # Its listener would take SIGTERM away from Python, and knows no other signal: see `train.preemption`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

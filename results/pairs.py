@@ -18,6 +18,7 @@ from imae_jax.decode import parse_method
 from imae_jax.decode.scoring import Continuation, score
 from imae_jax.train import data
 from imae_jax.train.config import load_config
+from imae_jax.train.run_directory import IMAE_DIR, config_file
 
 NEW_TOKENS = 40
 
@@ -29,9 +30,9 @@ def main() -> None:
     parser.add_argument("--model", help="another than the run's units, such as its adapters")
     parser.add_argument("--held-out", type=int, help="only the first N, which runs with fewer pairs share")
     args = parser.parse_args()
-    config = load_config(str(args.run / "config.yaml")).data
+    config = load_config(str(config_file(args.run))).data
     config = dataclasses.replace(config, held_out=args.held_out or config.held_out)
-    rows, lm = data.load_rows(config), load_model(args.model or str(args.run / "imae"))
+    rows, lm = data.load_rows(config), load_model(args.model or str(args.run / IMAE_DIR))
     tokenized = data.tokenize(rows, lm.tokenizer, config)
     pairs = zip(tokenized.held_out, tokenized.right, strict=True)
     answers = [[Continuation(e.tokens, e.start) for e in pair] for pair in pairs]

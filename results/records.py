@@ -1,172 +1,187 @@
-"""Keeps what docs/results.md needs of runs: `python results/records.py out/results docs/results/runs`.
+"""Keep what the results pages need of finished runs: `python results/records.py out/results results/records`.
 
-`make results` calls it. A record is small and has no text of the benchmarks: settings and commit of a run,
-of TruthfulQA the metrics of every question. So tables and tests can be made again without the runs, and runs
-made on several machines come together.
+RUN.json.bz2     MC1, MC2 and MC3 of every test question for each method of a TruthfulQA run
+summaries.json   aggregates of all other runs: training, neutral text, HaluEval pairs, cost of decoding
+questions.json   the test questions: indices in TruthfulQA.csv, and what answer lengths alone would score
+
+Records hold no text of the benchmarks. A record stays until its run is recorded again, so that runs of
+several machines come together.
 """
 
 import argparse
+import bz2
 import json
-import re
-import shutil
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
-from imae_jax.evaluate.benchmarks.questions import Question, load_data, select
-from imae_jax.evaluate.runner.directory import read_records
+from imae_jax.evaluate.benchmarks.questions import Question, load_data
+from imae_jax.train.run_directory import ENVIRONMENT_FILE, IMAE_DIR, METRICS_FILE
 
 METRICS = ("mc1", "mc2", "mc3")
-# Of MC2 and MC3, which are shares.
-DECIMALS = 6
-# What `make results` calls its directory, whatever it is on a machine.
-ROOT = "out/results"
-MADE_BY = ("command", "git", "versions", "machine", "cpu_cores")
-MADE_OF = ("protocol", "split", "units", "workload", "dtype")
-# What a finished training run leaves behind.
-TRAINED = Path("imae/imae_config.json")
-# Of a training run, of which the mean gates are kept.
-LAST_STEPS = 10
+SCALE = 10_000  # Scores are recorded as integers: four decimals.
+FILE_SETTINGS = {"anti_expert", "amateur", "directions"}
+OWN_MODEL, OWN_MODEL_NAME = "merged", "icd-model"  # ICD with an LLM of its own instead of a LoRA adapter.
+LAST_STEPS = 10  # Mean gates are those of the last training steps.
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def place(path: str, root: Path) -> str:
-    """Where a file lies for every reader: under `out/results`, or among the DATA that one brings along."""
-    own = Path(path).is_relative_to(root)
-    return f"{ROOT}/{Path(path).relative_to(root)}" if own else f"DATA/{Path(path).name}"
+def method_name(label: str) -> str:
+    """A method's label without the files that it reads and without `renormalize=false`."""
+    name, _, settings = label.partition(":")
+    values = dict(setting.split("=", 1) for setting in settings.split(",") if setting)
+    if Path(values.get("anti_expert", "")).name == OWN_MODEL:
+        name = OWN_MODEL_NAME
+    kept = [
+        f"{key}={value}"
+        for key, value in values.items()
+        if key not in FILE_SETTINGS and (key, value) != ("renormalize", "false")
+    ]
+    return f"{name}:{','.join(kept)}" if kept else name
 
 
-def source(results: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """How an evaluation was run, and the hashes of what it was run on."""
-    # Only `evaluate.cost` has an environment of its own.
-    known = {**results, **results.get("environment", {})}
-    kept = {key: known.get(key) for key in MADE_BY + MADE_OF}
-    data = results.get("data", {})
-    if "path" in data:
-        kept["command"] = kept["command"].replace(data["path"], place(data["path"], root))
-        kept["data_sha256"] = data.get("sha256")
-    return {key: value for key, value in kept.items() if value is not None}
+def write_scores(path: Path, source: Mapping[str, Any], scores: Mapping[str, Mapping[str, Sequence]]) -> None:
+    """Write one run's record.
+
+    Args:
+        path: ends in `.json.bz2`.
+        source: command and commit of the run.
+        scores: by method and metric, a value in [0, 1], or None where undefined, for every test question.
+    """
+    integers = {
+        method: {m: [None if x is None else round(x * SCALE) for x in own[m]] for m in METRICS}
+        for method, own in scores.items()
+    }
+    text = json.dumps({"source": source, "scores": integers}, separators=(",", ":"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bz2.compress(text.encode()))
 
 
-def question_facts(questions: list[Question]) -> dict[str, list[int]]:
-    """Index and split of every question, and what its answers' lengths (in characters) alone would score."""
-    test = set(select([q.text for q in questions], "test"))
-    facts: dict[str, list[int]] = {"index": [], "test": [], "best_longer": [], "longest": [], "shortest": []}
-    for i, question in enumerate(questions):
+def read_scores(path: Path) -> dict[str, Any]:
+    """The record that `write_scores` wrote; scores in [0, 1], None as NaN."""
+    record = json.loads(bz2.decompress(path.read_bytes()))
+    record["scores"] = {
+        method: {m: [float("nan") if x is None else x / SCALE for x in own[m]] for m in METRICS}
+        for method, own in record["scores"].items()
+    }
+    return record
+
+
+def question_facts(questions: Sequence[Question], indices: Sequence[int]) -> dict[str, Any]:
+    """Where the best answer is longer than the mean of the false ones, the longest or the shortest of all."""
+    by_index = {question.index: question for question in questions}
+    facts: dict[str, Any] = {"index": list(indices), "best_longer": "", "longest": "", "shortest": ""}
+    for question in map(by_index.__getitem__, indices):
         best, false = len(question.true[question.best]), [len(answer) for answer in question.false]
-        row = (question.index, i in test, best > np.mean(false), best > max(false), best < min(false))
-        for name, value in zip(facts, row, strict=True):
-            facts[name].append(int(value))
+        facts["best_longer"] += str(int(best > statistics.mean(false)))
+        facts["longest"] += str(int(best > max(false)))
+        facts["shortest"] += str(int(best < min(false)))
     return facts
 
 
-def of_truthfulqa(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Every method's metrics, question by question, in the data's order; None where one is undefined."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for line in sorted(read_records(run), key=lambda line: line["index"]):
-        lines.setdefault(line["method"], []).append(line)
-    # The split is of all questions, also where the run has a part of them.
-    facts = question_facts(sorted(load_data(results["data"]["path"]).questions, key=lambda q: q.index))
-    asked = {line["index"] for own in lines.values() for line in own}
-    here = [i for i, index in enumerate(facts["index"]) if index in asked]
+def source(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {"command": results["command"], "commit": (results["git"] or {}).get("commit")}
+
+
+def record_truthfulqa(run: Path, results: Mapping[str, Any], records: Path, name: Path) -> None:
+    lines = map(json.loads, (run / "scores.jsonl").read_text(encoding="utf-8").splitlines())
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        by_method.setdefault(method_name(line["method"]), {})[line["index"]] = line
+    indices = sorted(next(iter(by_method.values())))
+    facts = question_facts(load_data(results["data"]["path"]).questions, indices)
+    facts["data_sha256"] = results["data"]["sha256"]
+    path = records / "questions.json"
+    if path.is_file() and read_json(path) != facts:
+        raise SystemExit(f"error: {run} asked other questions than {path} has: remove the older records")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     scores = {
-        label: {m: [None if line[m] is None else round(line[m], DECIMALS) for line in own] for m in METRICS}
-        for label, own in lines.items()
+        method: {m: [own[index][m] for index in indices] for m in METRICS}
+        for method, own in by_method.items()
+        if is_shown(name, method)
     }
-    return {
-        "questions": {name: [values[i] for i in here] for name, values in facts.items()},
-        "scores": scores,
-    }
+    write_scores(records / f"{name}.json.bz2", source(results), scores)
 
 
-def of_halueval(results: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("raw", "per_token", "n")
-    return {
-        "scores": {
-            label: {key: row[key] for key in kept} | {"interval": row["intervals"]["raw"]}
-            for label, row in results["parts"]["all"].items()
-        }
-    }
+def is_shown(run: Path, method: str) -> bool:
+    """Whether the pages show a method of a run: of ablations, for example, the expert and its target."""
+    if run.parts[0] == "ablations" and not run.parts[1].startswith("trivia"):
+        return method in ("base", "expert") or method.endswith("renormalize=true")
+    return run.name == "seed0" or method not in (
+        f"{name}:renormalize=true" for name in ("in-model-contrast", "icd")
+    )
 
 
-def of_harm(results: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("kl", "top1_agreement")
-    rows = results["methods"].items()
-    return {
-        "n_tokens": results["n_tokens"],
-        "scores": {label: {k: row[k] for k in kept} for label, row in rows},
-    }
-
-
-def of_evaluation(run: Path, root: Path) -> dict[str, Any]:
-    results = read_json(run / "results.json")
+def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Aggregates of a run other than TruthfulQA, by method."""
     if "batch_sizes" in results:
-        return {"source": source(results, root), "batch_sizes": results["batch_sizes"]}
-    of_benchmark = {"truthfulqa": lambda r: of_truthfulqa(run, r), "halueval": of_halueval, "harm": of_harm}
-    settings = {label: row["settings"] for label, row in results["methods"].items()}
-    found = of_benchmark[results["benchmark"]](results)
-    return {"source": source(results, root), "methods": settings, **found}
+        fields = ("ms_per_token", "memory_bytes")
+        rows = results["batch_sizes"]["1"]
+    elif results["benchmark"] == "halueval":
+        fields = ("raw", "interval")
+        rows = {k: row | {"interval": row["intervals"]["raw"]} for k, row in results["parts"]["all"].items()}
+    else:
+        fields, rows = ("kl", "top1_agreement"), results["methods"]
+    return {method_name(label): {f: rounded(row[f]) for f in fields} for label, row in rows.items()}
 
 
-def of_training(run: Path, root: Path) -> dict[str, Any]:
-    """Settings, every start (a resumed run has several), and what the token filter and the gates came to."""
-    shown = ("started", "git", "versions")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if config["data"]["path"] is not None:
-        config["data"]["path"] = place(config["data"]["path"], root)
-    steps = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-    gates = {key: [json.loads(step)[key] for step in steps] for key in ("gate_on_fact", "gate_off_fact")}
-    # Without a token filter there is nothing off T_fact: null, 0 in runs of an earlier version.
-    found = {key: [value for value in own if value is not None and value > 0] for key, own in gates.items()}
-    return {
-        "config": config,
-        "starts": [
-            {k: start[k] for k in shown if k in start} for start in read_json(run / "environment.json")
-        ],
-        "last_steps": {key: statistics.mean(own) if own else None for key, own in found.items()},
-        "kept_share": read_json(run / TRAINED)["training"]["data"]["kept_share"],
-    }
+def rounded(value: Any) -> Any:
+    """Six significant digits are more than the pages show."""
+    return [rounded(x) for x in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
-def finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and record of every finished run."""
-    for path in _files(root, "results.json"):
-        yield str(path.parent.relative_to(root)), of_evaluation(path.parent, root)
-    for path in _files(root, "environment.json"):
-        run = path.parent
-        if (run / TRAINED).is_file():
-            name = run.relative_to(root)
-            yield str(name if name.parts[0] == "train" else name / "train"), of_training(run, root)
+def summarize_training(run: Path) -> dict[str, Any]:
+    """Share of tokens in T_fact, and mean gates on T_fact and off it at the end of training."""
+    steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
+    summary: dict[str, Any] = {"commit": (read_json(run / ENVIRONMENT_FILE)[0]["git"] or {}).get("commit")}
+    summary["kept_share"] = rounded(
+        read_json(run / IMAE_DIR / "imae_config.json")["training"]["data"]["kept_share"]
+    )
+    for key in ("gate_on_fact", "gate_off_fact"):
+        values = [value for step in steps if (value := json.loads(step)[key]) is not None]
+        summary[key] = rounded(statistics.mean(values)) if values else None
+    return summary
 
 
-def _files(root: Path, name: str) -> list[Path]:
-    """Nothing on the page is of the runs on pairs."""
-    return sorted(path for path in root.rglob(name) if path.relative_to(root).parts[0] != "pairs")
+def record(run: Path, root: Path, records: Path) -> None:
+    """Record one finished run.
+
+    Args:
+        run: directory of the run.
+        root: directory of all runs; a run's name is its path from there.
+        records: directory of the records.
+    """
+    name = run.relative_to(root)
+    if (run / "results.json").is_file():
+        results = read_json(run / "results.json")
+        if results.get("benchmark") == "truthfulqa":
+            record_truthfulqa(run, results, records, name)
+            return
+        summary = summarize(results)
+    else:
+        summary = summarize_training(run)
+    path = records / "summaries.json"
+    summaries = (read_json(path) if path.is_file() else {}) | {str(name): summary}
+    lines = (f"{json.dumps(key)}: {json.dumps(summaries[key])}" for key in sorted(summaries))
+    records.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path, help="where `make results` keeps its runs")
-    parser.add_argument("records", type=Path, help="where to keep what is published of them")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, help="directory of the runs of `make results`")
+    parser.add_argument("records", type=Path, help="directory of the records")
     args = parser.parse_args()
-    for name, record in finished(args.root):
-        path = args.records / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A line for every list of numbers.
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        text = text.replace(f"{args.root}/", f"{ROOT}/")
-        text = re.sub(r"\[\s+([-\d.,\snul]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-        path.write_text(text + "\n", encoding="utf-8")
-    curves = args.root / "train" / "seed0" / "training.png"
-    if curves.is_file():
-        shutil.copy(curves, args.records.parent)
+    evaluations = {path.parent for path in args.root.rglob("results.json")}
+    trainings = {path.parents[1] for path in args.root.rglob("imae/imae_config.json")}
+    for run in sorted(evaluations | trainings):
+        if run.relative_to(args.root).parts[0] != "pairs":  # Not on the pages.
+            record(run, args.root, args.records)
 
 
 if __name__ == "__main__":

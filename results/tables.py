@@ -1,633 +1,330 @@
-"""Writes the tables of docs/results.md and README.md from the records: `python results/tables.py`.
+"""Write the tables of the results pages and of README.md from the records: `python results/tables.py`.
 
-`make results` calls it. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. What the page's tables
-show is in docs/results/figures.json.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Differences are paired by question, in points.
 """
 
 import argparse
-import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from records import METRICS, OWN_MODEL_NAME, read_json, read_scores
 
-from imae_jax.decode.methods import parse_method
-from imae_jax.evaluate.reporting import plots, stats
-from imae_jax.evaluate.reporting.aggregate import sums_of
-from imae_jax.evaluate.reporting.tables import Estimate, Table, number, p_value
+from imae_jax.evaluate.reporting import stats
 
-DOCS = Path(__file__).parent.parent / "docs"
-METRICS = {"mc1": "MC1", "mc2": "MC2", "mc3": "MC3"}
-PROTOCOLS = {"primer": "tqa-v1/qa-primer", "chat": "tqa-v1/chat"}
-SPLITS = {"test": "the 80 % not used for choosing", "all": "all questions"}
-BASE = ("base", "log p")
-CONTROLS = {"right": "LoRA, right answers", "instruction": "“Answer truthfully.”"}
-MODES = {-1.0: "IMAE expert", 0.0: "base", 1.0: "IMAE anti-expert"}
-EXPERT, ANTI_EXPERT = (MODES[-1.0], "log p"), (MODES[1.0], "log p")
-STRONGER = ("IMAE, strength -2", "log p")
+ROOT = Path(__file__).parents[1]
+RECORDS = Path(__file__).parent / "records"
+EXPERT, ANTI_EXPERT, STRONGER = "expert", "anti-expert", "-2"
+CONTRAST, ICD = "in-model-contrast", "icd"
+TARGET, ICD_2 = f"{CONTRAST}:beta=2,renormalize=true", f"{ICD}:beta=2,renormalize=true"
+# Methods by the names of the records, in the order of the tables.
 NAMES = {
-    "in-model-contrast": "in-model contrast",
-    "icd": "ICD",
-    "cd": "CD",
-    "dola": "DoLa",
+    "base": "base",
+    EXPERT: "expert",
+    "-0.5": "strength −0.5",
+    STRONGER: "strength −2",
+    ANTI_EXPERT: "anti-expert",
+    TARGET: "in-model contrast, β 2",
+    ICD_2: "ICD, β 2",
+    f"{CONTRAST}:renormalize=true": "in-model contrast, β 1",
+    f"{ICD}:renormalize=true": "ICD, β 1",
+    "cd:renormalize=true": "CD",
+    "dola:renormalize=true": "DoLa",
     "sled": "SLED",
     "iti": "ITI",
+    CONTRAST: "in-model contrast, raw sums",
+    ICD: "ICD, raw sums",
+    "cd": "CD, raw sums",
+    "dola": "DoLa, raw sums",
+    OWN_MODEL_NAME: "ICD, a model of its own",
 }
-# Of the paper's smallest model.
-PAPER_GAINS = {"mc1": 2.9, "mc2": 4.6, "mc3": 4.7}
-# Times base.
-MOST_COST = 1.25
-# Settings that a run's name in the table leaves out: where it lies, whose anti-expert LLM and log-ratios it
-# takes, what is measured meanwhile.
-NOT_ABLATED = {"out", "eval_every", "icd.enabled", "filter.anti_expert_llm", "filter.reuse"}
-DELTA_COLUMNS = tuple(f"Δ {head}" for head in METRICS.values())
-TRAINING_COLUMNS = ("T_fact %", "gate on / off T_fact")
-TEXT_COLUMNS = ("KL(base ‖ method)", "same top 1")
-LENGTHS = {"lengths": "HaluEval, seed 0", "lengths-trivia": "Trivia, seed 0"}
-# Data, a run of hallucinated answers, and the same of right ones, of which HaluEval has seed 0 alone.
-PLACEBOS = (
-    *((f"HaluEval, seed {seed}", f"tqa/primer/seed{seed}", "tqa/primer/placebo") for seed in range(3)),
-    ("HaluEval, seed 0, chat", "tqa/chat/seed0", "tqa/chat/placebo"),
-    ("trivia, seed 0", "ablations/trivia/tqa", "ablations/trivia-right/tqa"),
-    ("trivia, seed 1", "ablations/trivia-seed1/tqa", "ablations/trivia-right-seed1/tqa"),
-)
-# A method in the tables: its name, and what it sums over an answer's tokens.
-Key = tuple[str, str]
+SHORT = (EXPERT, STRONGER, TARGET, ICD_2, CONTRAST, ICD)
+UNTRAINED = ("cd:renormalize=true", "dola:renormalize=true", "sled", "iti")
+CONTROLS = {"right": "LoRA on right answers, as a model", "instruction": "“Answer truthfully.” in the prompt"}
+HALUEVAL, CHAT, SENTENCES = "tqa/primer/seed{}", "tqa/chat/seed0", "ablations/trivia{}/tqa"
+# Training data with seed and prompts; the run on hallucinated answers, and its placebo on right ones.
+PLACEBOS = {
+    "HaluEval, seed 0": (HALUEVAL.format(0), "tqa/primer/placebo"),
+    "HaluEval, seed 0, chat": (CHAT, "tqa/chat/placebo"),
+    "sentences, seed 0": (SENTENCES.format(""), SENTENCES.format("-right")),
+    "sentences, seed 1": (SENTENCES.format("-seed1"), SENTENCES.format("-right-seed1")),
+}
+SEEDS = {f"HaluEval, seed {i}": HALUEVAL.format(i) for i in range(3)} | {
+    f"sentences, seed {i}": SENTENCES.format(end) for i, end in enumerate(("", "-seed1"))
+}
+ABLATIONS = {
+    "reference": "nothing: the reference",
+    "beta1": "β 1 instead of 2",
+    "beta1.25": "β 1.25",
+    "beta4": "β 4",
+    "delta0.1": "δ 0.1 instead of 0.001",
+    "logit0.1": "plausible tokens by logits, δ 0.1",
+    "logit1": "plausible tokens by logits, δ 1",
+    "gamma0": "token filter γ 0 instead of 1",
+    "gamma2": "token filter γ 2",
+    "nofilter": "no token filter",
+    "nogate": "no gate loss",
+    "width0.1": "unit width A/F 0.1 instead of 0.37",
+    "width1": "unit width A/F 1",
+    "upper": "units in the upper 15 layers alone",
+    "example": "mean over examples, not tokens",
+    "matched": "pairs whose lengths differ by a factor of 2 at most",
+}
+DELTAS = ("Δ MC1", "Δ MC2", "Δ MC3")
+Row = tuple[str, ...]
+Table = tuple[Row, list[Row]]
 
 
-def key_of(settings: Mapping[str, Any]) -> Key:
-    if settings["name"] == "imae":
-        strength = settings["strength"]
-        return MODES.get(strength, f"IMAE, strength {strength:g}"), "log p"
-    name = NAMES[settings["name"]]
-    # In `make results` the one that is no adapter.
-    if Path(settings.get("anti_expert", "")).name == "merged":
-        name = "ICD, second model"
-    if settings.get("beta", 1) != 1:
-        name += f", β {settings['beta']:g}"
-    return name, sums_of(settings)
+@cache
+def scores(run: str) -> dict[str, dict[str, np.ndarray]]:
+    """Per-question metrics of a run's methods."""
+    methods = read_scores(RECORDS / f"{run}.json.bz2")["scores"]
+    return {method: {m: np.array(own[m]) for m in METRICS} for method, own in methods.items()}
 
 
-def placebo(key: Key) -> Key:
-    return f"placebo: {key[0]}", key[1]
+@cache
+def compare(run: str, method: str, other_run: str, other: str) -> tuple[tuple[float, float, float], ...]:
+    """(difference, low, high) of every metric, in points, with a 95 % interval of the paired bootstrap."""
+    pairs = zip(scores(run)[method].values(), scores(other_run)[other].values(), strict=True)
+    return tuple(interval(values - others) for values, others in pairs)
 
 
-def deltas(compared: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """Cells of a paired comparison, from `stats.compare`."""
-    return tuple(Estimate(c["value"], c["interval"], sign=True) for c in compared.values())
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    mean = stats.mean(values, seed=0).scaled(100)
+    return (mean["value"], *mean["interval"])
 
 
-class Figures:
-    """The records that tables are made of, and everything that a table shows."""
-
-    def __init__(self, records: Path):
-        self.records, self.values = records, {}
-        self._read: dict[str, dict[str, Any] | None] = {}
-        self._compared: dict[bytes, dict[str, Any]] = {}
-
-    def record(self, name: str) -> dict[str, Any] | None:
-        """What `results/records.py` kept of a run, or None where it is not there yet."""
-        if name not in self._read:
-            path = self.records / f"{name}.json"
-            self._read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return self._read[name]
-
-    def truthfulqa(self, name: str) -> dict[str, dict[Key, dict[str, np.ndarray]]] | None:
-        """Metrics of every method, question by question, of the splits that the run holds whole."""
-        found = self.record(name)
-        if found is None:
-            return None
-        keys = {label: key_of(settings) for label, settings in found["methods"].items()}
-        if len(set(keys.values())) < len(keys):
-            raise SystemExit(f"error: {name} has several methods of one name: {keys}")
-        scores = {
-            # None, where a metric is undefined, becomes NaN.
-            keys[label]: {m: np.array(own[m], np.float64) for m in METRICS}
-            for label, own in found["scores"].items()
-        }
-        test = np.array(found["questions"]["test"], bool)
-        values = {"test": {key: {m: x[test] for m, x in own.items()} for key, own in scores.items()}}
-        return values if test.all() else {**values, "all": scores}
-
-    def compare(self, values: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """`stats.compare` of all metrics, once for all tables that show the same two methods."""
-        key = b"".join(own[m].tobytes() for own in (values, others) for m in METRICS)
-        if key not in self._compared:
-            self._compared[key] = stats.compare(list(METRICS), values, others, seed=0)
-        return self._compared[key]
-
-    def facts(self, name: str) -> dict[str, np.ndarray]:
-        """What is known of the test questions that such a run asked, in the order of its metrics."""
-        facts = self.record(name)["questions"]
-        facts = {key: np.array(x, bool) for key, x in facts.items() if key != "index"}
-        return {key: x[facts["test"]] for key, x in facts.items()}
+def is_clear(estimate: tuple[float, float, float]) -> bool:
+    """Whether the interval excludes 0."""
+    _, low, high = estimate
+    return low > 0 or high < 0
 
 
-def main_tables(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
-    """Scores and paired differences to base of all methods, of both splits."""
-    seed0 = figures.truthfulqa(f"tqa/{protocol}/seed0")
-    if seed0 is None:
-        return
-    controls = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in CONTROLS}
-    placebos = figures.truthfulqa(f"tqa/{protocol}/placebo")
-    second_model = figures.truthfulqa(f"tqa/{protocol}/second-model")
-    for split, described in SPLITS.items():
-        methods = dict(seed0[split])
-        if second_model is not None:
-            methods |= {key: own for key, own in second_model[split].items() if key != BASE}
-        for name, found in controls.items():
-            if found is not None:
-                methods[CONTROLS[name], "log p"] = found[split][BASE]
-        if placebos is not None:
-            methods |= {placebo(key): own for key, own in placebos[split].items() if key != BASE}
-        base, scores, differences, stored = methods[BASE], [], [], {}
-        for key, own in methods.items():
-            means = {m: stats.mean(own[m]).scaled(100) for m in METRICS}
-            scores.append((*key, *(Estimate(mean["value"], mean["interval"]) for mean in means.values())))
-            stored[" / ".join(key)] = {"scores": means}
-            if key != BASE:
-                compared = figures.compare(own, base)
-                differences.append((*key, *deltas(compared), p_value(compared["mc1"]["mcnemar"]["p"])))
-                stored[" / ".join(key)]["against_base"] = compared
-        count = len(base["mc1"])
-        figures.values[f"{protocol} {split}"] = {"n": count, "methods": stored}
-        above = f"{PROTOCOLS[protocol]}, {described} (N = {count})"
-        heads = METRICS.values()
-        yield (
-            f"{protocol}-{split}",
-            Table(f"{above}, seed 0, [95 % interval]", ("method", "sums", *heads), tuple(scores)),
-        )
-        columns = ("method", "sums", *DELTA_COLUMNS, "McNemar p (MC1)")
-        title = f"{above}: paired differences to base, [95 % interval]"
-        yield f"{protocol}-{split}-differences", Table(title, columns, tuple(differences))
+def cell(estimate: tuple[float, float, float], sign: str = "+") -> str:
+    text = "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*estimate, s=sign)
+    return f"**{text}**" if sign and is_clear(estimate) else text
 
 
-def targets_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
-    """What was aimed at, what was found, and whether it was met."""
-    methods = figures.truthfulqa(f"tqa/{protocol}/seed0")
-    if methods is None:
-        return
-    own = methods["test"]
-    contrast, icd = ("in-model contrast", "raw"), ("ICD", "raw")
-    paper = "/".join(f"{gain:+.1f}" for gain in PAPER_GAINS.values())
-    # Name, a method, what it is compared with, and which difference of a metric will do.
-    targets = (
-        ("expert above base", EXPERT, BASE, lambda metric, value: value > 0),
-        (f"… by {paper} (paper)", EXPERT, BASE, lambda metric, value: value >= PAPER_GAINS[metric]),
-        ("strength -2 above base", STRONGER, BASE, lambda metric, value: value > 0),
-        ("anti-expert below base", ANTI_EXPERT, BASE, lambda metric, value: value < 0),
-        ("ICD above base", icd, BASE, lambda metric, value: value > 0),
-        ("in-model contrast at ICD's level", contrast, icd, lambda metric, value: value >= 0),
-    )
-    rows = []
-    for name, key, other, will_do in targets:
-        if key not in own or other not in own:
-            continue
-        compared = figures.compare(own[key], own[other])
-        missed = [METRICS[m] for m, c in compared.items() if not will_do(m, c["value"])]
-        clear = [METRICS[m] for m, c in compared.items() if excludes_0(c)]
-        met = f"not in {', '.join(missed)}" if missed else "yes"
-        # The paper's gains are another zero than the interval's.
-        of_zero = "" if "(paper)" in name else ", ".join(clear) or "none"
-        rows.append((name, *deltas(compared), met, of_zero))
-    # One cost, whatever the prompts: it is shown once.
-    cost = figures.record("cost") if protocol == "primer" else None
-    measured = cost["batch_sizes"]["1"] if cost is not None else {}
-    for label, row in measured.items():
-        name, _ = key_of(parse_method(label).settings())
-        if name in (EXPERT[0], contrast[0]):
-            sizes = {"time": "ms_per_token", "memory": "memory_bytes"}
-            ratios = {what: row[size] / measured["base"][size] for what, size in sizes.items()}
-            missed = [what for what, ratio in ratios.items() if ratio > MOST_COST]
-            cells = [f"{ratio:.2f} × {what}" for what, ratio in ratios.items()]
-            limit = f"{name}: at most {MOST_COST} × base's time and memory"
-            rows.append((limit, *cells, "", f"not in {', '.join(missed)}" if missed else "yes", ""))
-    figures.values[f"{protocol} targets"] = {name: cells for name, *cells in rows}
-    title = f"{PROTOCOLS[protocol]}, targets: differences on the test questions, seed 0, [95 % interval]"
-    columns = ("target", *METRICS.values(), "met", "interval excludes 0")
-    yield f"{protocol}-targets", Table(title, columns, tuple(rows))
+def cells(run: str, method: str, other_run: str = "", other: str = "base") -> Row:
+    return tuple(map(cell, compare(run, method, other_run or run, other)))
 
 
-def shares_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """How much of a contrast's gain is left once its scores are a distribution's log-probabilities."""
-    methods = figures.truthfulqa("tqa/primer/seed0")
-    if methods is None:
-        return
-    own, rows, stored = methods["test"], [], {}
-    for name in [name for name, sums in own if sums == "raw" and (name, "renormalized") in own]:
-        gains = [
-            [100 * float(np.nanmean(own[name, sums][m] - own[BASE][m])) for m in METRICS]
-            for sums in ("raw", "renormalized")
-        ]
-        cells = [
-            f"{raw:+.1f} → {left:+.1f}" + (f" ({100 * left / raw:.0f} %)" if raw > 0 and left > 0 else "")
-            for raw, left in zip(*gains, strict=True)
-        ]
-        rows.append((name, *cells))
-        stored[name] = dict(zip(METRICS, zip(*gains, strict=True), strict=True))
-    figures.values["raw, renormalized"] = stored
-    title = "Gains over base, test questions, seed 0: raw sums → renormalized (share left)"
-    yield "shares", Table(title, ("method", *METRICS.values()), tuple(rows))
+def short_cell(run: str, method: str, other_run: str = "", other: str = "base") -> str:
+    """All metrics in one cell, bold where the interval excludes 0."""
+    estimates = compare(run, method, other_run or run, other)
+    return " / ".join(f"**{e[0]:+.1f}**" if is_clear(e) else f"{e[0]:+.1f}" for e in estimates)
 
 
-def seeds_table(figures: Figures, protocol: str) -> Iterable[tuple[str, Table]]:
-    """Every training seed, their mean and standard deviation, and each seed's differences to base."""
-    names = sorted(path.stem for path in figures.records.glob(f"tqa/{protocol}/seed*.json"))
-    runs = {name: figures.truthfulqa(f"tqa/{protocol}/{name}") for name in names}
-    if len(runs) < 2:
-        return
-    for split, described in SPLITS.items():
-        shared = [key for key in runs[names[0]][split] if all(key in run[split] for run in runs.values())]
-        rows, stored = [], {}
-        for key in [key for key in shared if key != BASE]:
-            cells = []
-            for metric in METRICS:
-                of_seeds = [100 * float(np.nanmean(run[split][key][metric])) for run in runs.values()]
-                mean, deviation = statistics.mean(of_seeds), statistics.stdev(of_seeds)
-                stored.setdefault(" / ".join(key), {})[metric] = of_seeds
-                cells.append(f"{mean:.2f} ± {deviation:.2f} ({', '.join(f'{x:.1f}' for x in of_seeds)})")
-            rows.append((*key, *cells))
-        figures.values[f"{protocol} {split} seeds"] = stored
-        against_base, compared_of = [], {}
-        for key in [key for key in shared if key != BASE]:
-            for name, run in runs.items():
-                compared = figures.compare(run[split][key], run[split][BASE])
-                against_base.append((*key, name.removeprefix("seed"), *deltas(compared)))
-                compared_of.setdefault(" / ".join(key), {})[name] = compared
-        figures.values[f"{protocol} {split} seeds, against base"] = compared_of
-        title = (
-            f"{PROTOCOLS[protocol]}, {described}: mean ± standard deviation over {len(names)} training seeds"
-        )
-        yield f"{protocol}-{split}-seeds", Table(title, ("method", "sums", *METRICS.values()), tuple(rows))
-        title = f"{PROTOCOLS[protocol]}, {described}: paired differences to base, [95 % interval]"
-        columns = ("method", "sums", "training seed", *DELTA_COLUMNS)
-        yield f"{protocol}-{split}-seeds-differences", Table(title, columns, tuple(against_base))
+def base_cells(run: str, method: str = "base") -> Row:
+    return tuple(cell(interval(x), "") for x in scores(run)[method].values())
 
 
-def lengths_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """Gains where the best answer is the longer one, and where it is not.
-
-    An anti-expert that learned to write long answers, as HaluEval's hallucinated ones are, would help
-    short answers alone.
-    """
-    of_right = {run: right for _, run, right in PLACEBOS}
-    for name, run in (("lengths", "tqa/primer/seed0"), ("lengths-trivia", "ablations/trivia/tqa")):
-        found, right = figures.truthfulqa(run), figures.truthfulqa(of_right[run])
-        if found is not None:
-            methods = dict(found["test"])
-            if right is not None:
-                methods |= {placebo(key): own for key, own in right["test"].items() if key != BASE}
-            yield name, lengths_table(figures, name, methods, figures.facts(run))
+def summary_table() -> Table:
+    """README: base, expert, its placebo, in-model contrast as probabilities."""
+    run, placebo = PLACEBOS["HaluEval, seed 0"]
+    rows = [("base", *base_cells(run)), ("expert (difference to base)", *cells(run, EXPERT))]
+    rows.append(("its placebo: trained on *right* answers", *cells(placebo, EXPERT)))
+    rows.append(("in-model contrast, β 2, as probabilities", *cells(run, TARGET)))
+    return ("", "MC1", "MC2", "MC3"), rows
 
 
-def lengths_table(
-    figures: Figures, name: str, methods: Mapping[Key, Any], facts: Mapping[str, np.ndarray]
-) -> Table:
-    longer = facts["best_longer"]
-    parts = {"the best answer is longer": longer, "it is not": ~longer}
-    shown = ("mc1", "mc2")
-    columns = [f"{METRICS[m]} where {part} ({mask.sum()})" for m in shown for part, mask in parts.items()]
-    extremes = {f"the {extreme} answer": facts[extreme] for extreme in ("longest", "shortest")}
-    rows, stored = [], {}
-    for control, right in extremes.items():
-        means = [stats.mean(right[mask]).scaled(100) for mask in parts.values()]
-        cells = [Estimate(mean["value"], mean["interval"]) for mean in means]
-        rows.append((control, "", *cells, *["–"] * len(parts)))
-        stored[control] = dict(zip(columns, cells, strict=False))
-    base = methods[BASE]
-    for key, own in methods.items():
-        of, minus = (own, None) if key == BASE else (own, base)
-        cells = []
-        for metric in shown:
-            for mask in parts.values():
-                values = of[metric][mask] - (minus[metric][mask] if minus else 0)
-                mean = stats.mean(values).scaled(100)
-                cells.append(Estimate(mean["value"], mean["interval"], sign=minus is not None))
-        rows.append((*key, *cells))
-        stored[" / ".join(key)] = dict(zip(columns, cells, strict=True))
-    figures.values[name] = stored
-    title = f"{LENGTHS[name]}, test questions: scores of base, differences to base of the others"
-    return Table(title, ("method", "sums", *columns), tuple(rows))
+def main_table() -> Table:
+    """What is trained on hallucinated answers and its placebo."""
+    run, _ = PLACEBOS["HaluEval, seed 0"]
+    rows = [("base (scores)", "", *base_cells(run))]
+    for data, runs in PLACEBOS.items():
+        if data in ("HaluEval, seed 0", "sentences, seed 0"):
+            for method in SHORT:
+                for kind, trained in zip(("hallucinated", "right"), runs, strict=True):
+                    of = f"{data.removesuffix(', seed 0')}, {kind}"
+                    rows.append((NAMES[method], of, *cells(trained, method)))
+    rows += [(NAMES[method], "", *cells(run, method)) for method in UNTRAINED]
+    return ("method", "trained on", *DELTAS), rows
 
 
-def placebo_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """What is trained on hallucinated answers, against the same trained on right ones."""
-    rows, stored = [], {}
-    for data, *runs in PLACEBOS:
-        found = [figures.truthfulqa(run) for run in runs]
-        if None in found:
-            continue
-        of_hallucinated, of_right = (methods["test"] for methods in found)
-        for key in [key for key in of_right if key != BASE and key in of_hallucinated]:
-            compared = figures.compare(of_hallucinated[key], of_right[key])
-            rows.append((data, *key, *deltas(compared)))
-            stored.setdefault(data, {})[" / ".join(key)] = compared
-    if rows:
-        figures.values["placebo"] = stored
-        columns = ("data", "method", "sums", *DELTA_COLUMNS)
-        title = "Trained on hallucinated − on right answers, test questions, [95 % interval]"
-        yield "placebo", Table(title, columns, tuple(rows))
+def methods_table(protocol: str) -> Table:
+    run = f"tqa/{protocol}/seed0"
+    rows = [("base (scores)", *base_cells(run))]
+    rows += [(NAMES[method], *cells(run, method)) for method in NAMES if method in scores(run)][1:]
+    rows += [(name, *cells(f"tqa/{protocol}/{key}", "base", run)) for key, name in CONTROLS.items()]
+    return ("method", *DELTAS), rows
 
 
-def summary_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """Differences to base of the README, in short: beside each method its placebo."""
-    shown = (
-        EXPERT,
-        STRONGER,
-        ("in-model contrast, β 2", "renormalized"),
-        ("ICD, β 2", "renormalized"),
-        ("in-model contrast", "raw"),
-        ("ICD", "raw"),
-    )
-    rows = []
-    for data, *runs in PLACEBOS:
-        found = [(figures.truthfulqa(run) or {}).get("test", {}) for run in runs]
-        for key in [key for key in shown if key in found[0] and data.endswith("seed 0")]:
-            cells = [
-                in_short(figures.compare(methods[key], methods[BASE])) if key in methods else "–"
-                for methods in found
-            ]
-            rows.append((data.removesuffix(", seed 0"), *key, *cells))
-    if rows:
-        columns = ("trained on", "method", "sums", "hallucinated answers", "right answers: a placebo")
-        yield "summary", Table("Δ MC1 / MC2 / MC3", columns, tuple(rows))
-
-
-def excludes_0(compared: Mapping[str, Any]) -> bool:
-    low, high = compared["interval"]
-    return not low <= 0 <= high
-
-
-def in_short(compared: Mapping[str, Mapping[str, Any]]) -> str:
-    """Differences of all metrics, bold where the interval excludes 0."""
-    cells = (f"**{c['value']:+.1f}**" if excludes_0(c) else f"{c['value']:+.1f}" for c in compared.values())
-    return " / ".join(cells)
-
-
-def pairs_table(figures: Figures) -> Iterable[tuple[str, Table]]:
+def pairs_table() -> Table:
     """Methods of one run against each other: the expert and its target, both contrasts."""
-    # Several seeds may share a placebo, which has the first one's.
-    names: dict[str, str] = {}
-    for data, run, right in PLACEBOS:
-        names[run] = data
-        names.setdefault(right, f"{data}, placebo")
-    contrast, target, icd = "in-model contrast", "in-model contrast, β 2", "ICD, β 2"
-    pairs = (
-        (EXPERT, (target, "renormalized")),
-        ((target, "renormalized"), (icd, "renormalized")),
-        ((contrast, "renormalized"), ("ICD", "renormalized")),
-        ((contrast, "raw"), ("ICD", "raw")),
-    )
-    rows, stored = [], {}
-    for one, other in pairs:
-        of_pair = f"{' / '.join(one)} − {' / '.join(other)}"
-        for run, data in sorted(names.items(), key=lambda item: item[1]):
-            own = (figures.truthfulqa(run) or {}).get("test", {})
-            if one in own and other in own:
-                compared = figures.compare(own[one], own[other])
-                rows.append((f"{one[0]} − {other[0]}", other[1], data, *deltas(compared)))
-                stored.setdefault(of_pair, {})[data] = compared
-    if rows:
-        figures.values["pairs"] = stored
-        columns = ("methods", "sums", "data", *DELTA_COLUMNS)
-        yield "pairs", Table("Against each other, test questions, [95 % interval]", columns, tuple(rows))
+    runs = {**SEEDS, "HaluEval, seed 0, chat": CHAT}
+    runs |= {f"{data}, placebo": right for data, (_, right) in PLACEBOS.items()}
+    pairs = ((EXPERT, TARGET), (TARGET, ICD_2), (CONTRAST, ICD))
+    return ("methods", "trained on", *DELTAS), [
+        (f"{NAMES[one]} − {NAMES[other]}", data, *cells(run, one, run, other))
+        for one, other in pairs
+        for data, run in sorted(runs.items())
+    ]
 
 
-def side_effects(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """HaluEval's pairs of equal length, neutral text, time and memory."""
-    columns_of = {
-        "halueval": lambda row: {
-            "right preferred": Estimate(row["raw"], row["interval"]),
-            "per token": number(row["per_token"]),
-        },
-        "harm": lambda row: {
-            "KL(base ‖ method)": number(row["kl"], 3),
-            "same top 1": number(100 * row["top1_agreement"], 1),
-        },
-    }
-    columns: dict[str, dict[Key, str]] = {}
-    for run in ("seed0", *CONTROLS, "placebo"):
-        for name, shown in columns_of.items():
-            record = figures.record(f"{name}/{run}")
-            for label, row in record["scores"].items() if record is not None else ():
-                key = key_of(record["methods"][label])
-                if run in CONTROLS:
-                    key = CONTROLS[run], "log p"
-                elif run == "placebo":
-                    if key == BASE:
-                        continue
-                    key = placebo(key)
-                for column, cell in shown(row).items():
-                    columns.setdefault(column, {})[key] = cell
-    cost = figures.record("cost")
-    if cost is not None:
-        rows = cost["batch_sizes"]["1"]
-        for label, row in rows.items():
-            ratios = [row[name] / rows["base"][name] for name in ("ms_per_token", "memory_bytes")]
-            # Raw and renormalized differences cost the same; what is measured here alone has one row.
-            name, sums = key_of(parse_method(label).settings())
-            for key in [k for cells in columns.values() for k in cells if k[0] == name] or [(name, sums)]:
-                columns.setdefault("ms/token (× base)", {})[key] = (
-                    f"{row['ms_per_token']:.1f} ({ratios[0]:.2f})"
+def seeds_table() -> Table:
+    return ("method", "trained on", *DELTAS), [
+        (NAMES[method], data, *cells(run, method))
+        for method in (*SHORT, ANTI_EXPERT)
+        for data, run in SEEDS.items()
+    ]
+
+
+def deviations_table() -> Table:
+    """Mean and standard deviation of scores over HaluEval's training seeds."""
+    rows = []
+    for method in (*SHORT, ANTI_EXPERT):
+        row = [NAMES[method]]
+        for metric in METRICS:
+            means = [100 * np.nanmean(scores(HALUEVAL.format(i))[method][metric]) for i in range(3)]
+            row.append(f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}")
+        rows.append(tuple(row))
+    return ("method", "MC1", "MC2", "MC3"), rows
+
+
+def placebo_table() -> Table:
+    runs = {f"HaluEval, seed {i}": (HALUEVAL.format(i), "tqa/primer/placebo") for i in range(3)} | PLACEBOS
+    return ("method", "trained on", *DELTAS), [
+        (NAMES[method], data, *cells(run, method, right, method))
+        for method in (*SHORT, ANTI_EXPERT)
+        for data, (run, right) in runs.items()
+    ]
+
+
+def length_table() -> Table:
+    """Scores where the best answer is longer than the mean false one, and where it is not."""
+    facts = read_json(RECORDS / "questions.json")
+    flags = {key: np.array([x == "1" for x in facts[key]]) for key in ("best_longer", "longest", "shortest")}
+    parts = (flags["best_longer"], ~flags["best_longer"])
+    rows = [
+        (
+            f"always the {key} answer (scores)",
+            *(cell(interval(flags[key][part]), "") for part in parts),
+            "",
+            "",
+        )
+        for key in ("longest", "shortest")
+    ]
+    methods = scores(HALUEVAL.format(0))
+    columns = [(metric, part) for metric in ("mc1", "mc2") for part in parts]
+    base = [cell(interval(methods["base"][metric][part]), "") for metric, part in columns]
+    rows.append(("base (scores)", *base))
+    sources = [("", HALUEVAL.format(0)), (", placebo", "tqa/primer/placebo")]
+    for method in (*SHORT, *UNTRAINED):
+        for suffix, run in sources:
+            if method in scores(run):
+                minus = {m: scores(run)[method][m] - scores(run)["base"][m] for m in METRICS}
+                rows.append((NAMES[method] + suffix, *(cell(interval(minus[m][p])) for m, p in columns)))
+    heads = [f"{m} where the best answer is {x}" for m in ("MC1", "MC2") for x in ("longer", "not longer")]
+    return ("method", *heads), rows
+
+
+def side_effects_table() -> Table:
+    """HaluEval's pairs of about equal length, neutral text, time and memory."""
+    summaries = read_json(RECORDS / "summaries.json")
+    cost, rows = summaries["cost"], []
+    for run, suffix in (("seed0", ""), ("placebo", ", placebo")):
+        pairs, texts = summaries[f"halueval/{run}"], summaries[f"harm/{run}"]
+        for method in (method for method in NAMES if method in pairs or (not suffix and method in cost)):
+            pair, text = pairs.get(method), texts.get(method)
+            rows.append(
+                (
+                    NAMES[method] + suffix,
+                    cell((pair["raw"], *pair["interval"]), "") if pair else "",
+                    f"{text['kl']:.3g}" if text else "",
+                    f"{100 * text['top1_agreement']:.1f}" if text else "",
+                    *(cost_cells(cost, method) if method in cost and not suffix else ("", "")),
                 )
-                columns.setdefault("memory (× base)", {})[key] = (
-                    f"{row['memory_bytes'] / 1e9:.2f} GB ({ratios[1]:.2f})"
-                )
-    keys = list(dict.fromkeys(key for cells in columns.values() for key in cells))
-    if keys:
-        rows = tuple((*key, *(cells.get(key, "–") for cells in columns.values())) for key in keys)
-        figures.values["side effects"] = {
-            " / ".join(row[:2]): dict(zip(columns, row[2:], strict=True)) for row in rows
-        }
-        title = "HaluEval QA, pairs of about equal length; neutral text; cost of decoding at batch 1"
-        yield "side-effects", Table(title, ("method", "sums", *columns), rows)
+            )
+    right = summaries["halueval/right"]["base"]
+    rows.append((CONTROLS["right"], cell((right["raw"], *right["interval"]), ""), "", "", "", ""))
+    heads = ("method", "right answer preferred, %", "KL from base, nats", "same first token, %")
+    return (*heads, "ms/token (× base)", "GB (× base)"), rows
 
 
-class TrainedRun(NamedTuple):
-    """A training's record, its scores on the test questions, and what its methods do to neutral text."""
-
-    training: dict[str, Any]
-    methods: dict[Key, dict[str, np.ndarray]]
-    of_text: dict[Key, dict[str, float]]
-
-    def training_cells(self) -> tuple[str, str]:
-        """Share of T_fact, and mean gates on it and off it at the end."""
-        gates = (number(self.training["last_steps"][f"gate_{part}_fact"], 2) for part in ("on", "off"))
-        return number(100 * self.training["kept_share"], 0), " / ".join(gates)
-
-    def effects(self, figures: Figures, key: Key) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Cells and figures of a method: differences to base, and neutral text."""
-        compared, text = figures.compare(self.methods[key], self.methods[BASE]), self.of_text[key]
-        cells = (*deltas(compared), number(text["kl"], 3), number(100 * text["top1_agreement"], 1))
-        return cells, {"against_base": compared, "kl": text["kl"]}
+def cost_cells(cost: Mapping[str, Mapping[str, float]], method: str) -> Row:
+    fields = (("ms_per_token", 1, 1), ("memory_bytes", 1e9, 2))
+    values = ((cost[method][field], cost["base"][field], unit, digits) for field, unit, digits in fields)
+    return tuple(f"{x / unit:.{digits}f} ({x / base:.2f})" for x, base, unit, digits in values)
 
 
-def trained_run(figures: Figures, train: str, tqa: str, harm: str) -> TrainedRun | None:
-    training, found, text = figures.record(train), figures.truthfulqa(tqa), figures.record(harm)
-    if training is None or found is None or text is None:
-        return None
-    of_text = {key_of(text["methods"][label]): row for label, row in text["scores"].items()}
-    return TrainedRun(training, found["test"], of_text)
-
-
-def ablated_runs(figures: Figures, *, other_data: bool) -> dict[str, TrainedRun]:
-    """All that are there: either of other data, or of other settings."""
-    names = sorted(path.name for path in (figures.records / "ablations").glob("*/"))
-    found = {
-        name: trained_run(figures, *(f"ablations/{name}/{kind}" for kind in ("train", "tqa", "harm")))
-        for name in names
-        if name.startswith("trivia") == other_data
+def ablations_table() -> Table:
+    summaries = read_json(RECORDS / "summaries.json")
+    runs = {
+        name: (f"ablations/{name}", f"ablations/{name}/harm", f"ablations/{name}/tqa") for name in ABLATIONS
     }
-    return {name: run for name, run in found.items() if run is not None}
+    runs["seed0"] = ("train/seed0", "harm/seed0", HALUEVAL.format(0))
+    rows = []
+    for name, (train, harm, tqa) in runs.items():
+        training = summaries[train]
+        gates = (training["gate_on_fact"], training["gate_off_fact"])
+        targets = [method for method in scores(tqa) if method.startswith(f"{CONTRAST}:beta=")]
+        row = [ABLATIONS.get(name, "16 rows a step instead of 8: the reported run")]
+        row.append(f"{100 * training['kept_share']:.0f}")
+        row.append(" / ".join("–" if gate is None else f"{gate:.2f}" for gate in gates))
+        row.append(f"{summaries[harm][EXPERT]['kl']:.3g}")
+        row.append(short_cell(tqa, EXPERT))
+        reference = runs["reference"][2]
+        row.append("" if name == "reference" else short_cell(tqa, EXPERT, reference, EXPERT))
+        row.append(short_cell(tqa, EXPERT, tqa, targets[0]))
+        rows.append(tuple(row))
+    heads = ("changed", "T_fact, %", "gate on / off T_fact", "KL, nats")
+    return (*heads, "expert − base", "expert − reference's", "expert − its target"), rows
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return found
+# By page and mark.
+TABLES: dict[str, dict[str, Callable[[], Table]]] = {
+    "README.md": {"summary": summary_table},
+    "docs/results.md": {"main": main_table},
+    "docs/results/methods.md": {
+        "primer": lambda: methods_table("primer"),
+        "chat": lambda: methods_table("chat"),
+        "pairs": pairs_table,
+    },
+    "docs/results/seeds.md": {"seeds": seeds_table, "deviations": deviations_table},
+    "docs/results/placebo.md": {"placebo": placebo_table},
+    "docs/results/length.md": {"length": length_table},
+    "docs/results/side-effects.md": {"side-effects": side_effects_table},
+    "docs/results/ablations.md": {"ablations": ablations_table},
+}
 
 
-def changed(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """Settings in which a run differs from the reference, as its command has them."""
-    others = flat(reference)
-    own = {k: v for k, v in flat(config).items() if k not in NOT_ABLATED and v != others.get(k)}
-    return ", ".join(f"{name}={value}" for name, value in own.items())
+def markdown(table: Table) -> str:
+    columns, rows = table
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def ablated_methods(target: Key) -> dict[Key, str]:
-    """What is shown of a run with this target, and its names in the table."""
-    return {
-        EXPERT: "expert",
-        target: "its target",
-        ("IMAE, strength -0.5", "log p"): "strength -0.5",
-        STRONGER: "strength -2",
-        ANTI_EXPERT: "anti-expert",
-        ("in-model contrast", "raw"): "in-model contrast, raw",
-    }
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        SystemExit: a table has no marks on the page.
+    """
+    for name, table in tables.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not marks.search(text):
+            raise SystemExit(f"error: no page has the marks <!-- {name} --> and <!-- /{name} -->")
+        text = marks.sub(lambda match, table=table: match[1] + table + match[2], text)
+    return text
 
 
-def ablations_tables(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """What changed settings do: against base, against the run that has none changed, and expert to target."""
-    runs = ablated_runs(figures, other_data=False)
-    if "reference" not in runs:
-        return
-    reference = runs["reference"]
-    reported = trained_run(figures, "train/seed0", "tqa/primer/seed0", "harm/seed0")
-    if reported is not None:
-        runs["seed0"] = reported
-    labels = {
-        name: changed(run.training["config"], reference.training["config"]) or name
-        for name, run in runs.items()
-    }
-    order = sorted(runs, key=lambda name: (name != "reference", labels[name]))
-    against_base, against_reference, against_target = {}, {}, []
-    stored: dict[str, dict[str, Any]] = {
-        table: {} for table in ("ablations", "ablations-reference", "ablations-target")
-    }
-    for name in order:
-        run, label = runs[name], labels[name]
-        beta = run.training["config"]["loss"]["beta"]
-        target = key_of({"name": "in-model-contrast", "beta": beta, "renormalize": True})
-        if EXPERT in run.methods and target in run.methods:
-            compared = figures.compare(run.methods[EXPERT], run.methods[target])
-            against_target.append((label, *deltas(compared)))
-            stored["ablations-target"][name] = compared
-        for key, shown in ablated_methods(target).items():
-            if key not in run.methods or key not in run.of_text:
-                continue
-            cells, own = run.effects(figures, key)
-            against_base.setdefault(shown, []).append((label, *run.training_cells(), shown, *cells))
-            stored["ablations"].setdefault(name, {})[shown] = own
-            if name != "reference" and key in reference.methods:
-                compared = figures.compare(run.methods[key], reference.methods[key])
-                against_reference.setdefault(shown, []).append((label, shown, *deltas(compared)))
-                stored["ablations-reference"].setdefault(name, {})[shown] = compared
-    figures.values |= stored
-    rows = tuple(row for rows in against_base.values() for row in rows)
-    title = "Settings changed, test questions: differences to base, [95 % interval]; neutral text"
-    columns = ("changed", *TRAINING_COLUMNS, "method", *DELTA_COLUMNS, *TEXT_COLUMNS)
-    yield "ablations", Table(title, columns, rows)
-    rows = tuple(row for rows in against_reference.values() for row in rows)
-    title = "Settings changed, test questions: differences to the reference's method, [95 % interval]"
-    yield "ablations-reference", Table(title, ("changed", "method", *DELTA_COLUMNS), rows)
-    title = "Settings changed, test questions: the expert − its target, [95 % interval]"
-    yield "ablations-target", Table(title, ("changed", *DELTA_COLUMNS), tuple(against_target))
-
-
-def other_data_table(figures: Figures) -> Iterable[tuple[str, Table]]:
-    """What other training data do to scores and neutral text."""
-    rows, stored = [], {}
-    for name, run in ablated_runs(figures, other_data=True).items():
-        for key in [key for key in run.methods if key != BASE and key in run.of_text]:
-            cells, own = run.effects(figures, key)
-            rows.append((name, *run.training_cells(), *key, *cells))
-            stored.setdefault(name, {})[" / ".join(key)] = own
-    if rows:
-        figures.values["other-data"] = stored
-        columns = ("run", *TRAINING_COLUMNS, "method", "sums", *DELTA_COLUMNS, *TEXT_COLUMNS)
-        title = "Other training data, test questions: differences to base, [95 % interval]; neutral text"
-        yield "other-data", Table(title, columns, tuple(rows))
-
-
-def write_plot(figures: Figures, path: Path) -> None:
-    """Differences of all methods to base."""
-    found = figures.values.get("primer test")
-    if found is None:
-        return
-    compared = {
-        name.removesuffix(" / log p").replace(" / ", ", "): row["against_base"]
-        for name, row in found["methods"].items()
-        if "against_base" in row
-    }
-    title = f"Differences to base, TruthfulQA, N = {found['n']}, 95 % intervals"
-    plots.differences(title, compared, METRICS).savefig(path, dpi=120)
-
-
-def write_page(page: Path, tables: Iterable[tuple[str, Table]]) -> list[str]:
-    """Puts tables between their marks, empties the others; returns the names of those without a place."""
-    shown = {name: table.markdown() for name, table in tables}
-    marks = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-    text, placed = page.read_text(encoding="utf-8"), set()
-
-    def filled(found: re.Match) -> str:
-        placed.add(found[2])
-        return f"{found[1]}{shown.get(found[2], '')}{found[3]}"
-
-    page.write_text(marks.sub(filled, text), encoding="utf-8")
-    return sorted(set(shown) - placed)
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page and its text with the tables of the records."""
+    for page, tables in TABLES.items():
+        path = ROOT / page
+        shown: dict[str, Any] = {name: markdown(make()) for name, make in tables.items()}
+        yield path, fill(path.read_text(encoding="utf-8"), shown)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="holds results.md and results/runs")
-    parser.add_argument("--readme", type=Path, default=DOCS.parent / "README.md", help="has a table, too")
-    args = parser.parse_args()
-    docs = args.docs
-    figures = Figures(docs / "results" / "runs")
-    tables = []
-    for protocol in PROTOCOLS:
-        for make in (targets_table, main_tables, seeds_table):
-            tables += make(figures, protocol)
-    tables += [
-        *shares_table(figures),
-        *lengths_tables(figures),
-        *placebo_table(figures),
-        *pairs_table(figures),
-        *side_effects(figures),
-        *ablations_tables(figures),
-        *other_data_table(figures),
-    ]
-    pages = {"results.md": (docs / "results.md", tables), "README.md": (args.readme, summary_table(figures))}
-    for page, (path, own) in pages.items():
-        for name in write_page(path, own):
-            print(f"{page} has no place for the table {name}")
-    found = json.dumps(figures.values, indent=1, ensure_ascii=False)
-    (docs / "results" / "figures.json").write_text(found + "\n", encoding="utf-8")
-    write_plot(figures, docs / "results" / "differences.png")
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for path, text in pages():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

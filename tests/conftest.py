@@ -45,6 +45,9 @@ from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Interventions, Llama, Options, Taps, Weights, forward, project
 from imae_jax.tokenizer import Tokenizer
 
+# As for users, whose path does not begin with the checkout: there `evaluate` is HuggingFace's package.
+sys.path.sort(key=lambda entry: Path(entry).resolve() == Path(__file__).resolve().parents[1])
+
 SMOLLM2 = "smollm2-135m-instruct"
 
 # Sizes differ from each other, so that a swapped axis cannot pass; head_dim is not D / N.
@@ -129,6 +132,27 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
+
+
+TIERS = ("slow", "docs", "browser", "multiprocess")
+# Tests that use these fixtures are of these tiers.
+FIXTURE_TIERS = {"browser": "browser", "hf_smollm2": "slow"}
+
+
+@pytest.hookimpl(tryfirst=True)  # Before markers select tests.
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for fixture in FIXTURE_TIERS.keys() & set(item.fixturenames):
+            item.add_marker(FIXTURE_TIERS[fixture])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = [tier for tier in TIERS if f"not {tier}" in config.option.markexpr]
+    if left_out:
+        terminalreporter.write_line(
+            f"left out: tests marked {', '.join(left_out)}. All tests: make test-all; one of these tiers: "
+            f".venv/bin/python -m pytest -m {left_out[0]}"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from imae_jax.flash_attention import flash_attention
 from imae_jax.llama import ATTENTION_KINDS, Interventions, Options, TreeLayout, Weights, forward
 from imae_jax.sharding import make_mesh, sharding, shardings_of
 
+pytestmark = pytest.mark.slow
+
 # What runs here: the code for other devices, and the TPU's kernel as plain operations.
 KERNELS = {
     "other": functools.partial(flash_attention, platform="cpu"),
@@ -176,10 +178,12 @@ def test_flash_equals_plain_on_rows_padded_on_the_right(kernel, remat, config):
 
 @pytest.mark.parametrize("config", [CONFIG, TINY_GEMMA], ids=["llama", "gemma"])
 def test_the_loop_over_layers_takes_flash(config):
-    run = jax.jit(forward, static_argnames=("config", "attention"))
+    run = jax.jit(forward, static_argnames=("config", "options"))
     weights = tiny_llama(config).weights()
     states, expected = (
-        np.asarray(run(weights, config, TOKENS, attention_mask=REAL, attention=kind).hidden_states)
+        np.asarray(
+            run(weights, config, TOKENS, attention_mask=REAL, options=Options(attention=kind)).hidden_states
+        )
         for kind in ("flash", "plain")
     )
     assert_close(states[REAL], expected[REAL])

@@ -158,6 +158,7 @@ def test_export_keeps_every_end_token(tiny_dir, tmp_path, capfd):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 9]
 
 
+@pytest.mark.slow
 def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
     pytest.importorskip("setuptools")
     command = [
@@ -185,7 +186,7 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
         "evaluate/data/demo_primer.txt",
         "convert/model_card.md.jinja",
         *(f"convert/torch_side/{name}" for name in SHIPPED),
-        *(f"evaluate/inspector.{kind}" for kind in ("html", "css", "js")),
+        *(f"evaluate/inspector/page.{kind}" for kind in ("html", "css", "js")),
         *(f"evaluate/{name}" for name in ("page.css", "data/paper_results.json", "benchmarks/harm.py")),
     ]
     for file in files:

@@ -472,6 +472,7 @@ def smollm2_gguf(smollm2):
     return _built_in(SMOLLM2)
 
 
+@pytest.mark.slow
 def test_gguf_weights_equal_transformers(smollm2, smollm2_gguf):
     import_torch()
     from transformers import AutoModelForCausalLM

@@ -15,10 +15,13 @@ from test_docs import blocks
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert.imae_dir import write_imae_dir
+from imae_jax.convert.random_model import random_model
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.decode import Continuation, generate, parse_method, score
 from imae_jax.evaluate import cost, report
-from imae_jax.evaluate.cost import MemoryMeter, Source, Timing, Workload, main
+from imae_jax.evaluate.cost import main
+from imae_jax.evaluate.measurement import Source, load_base, load_with_units
+from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, time_runs
 from imae_jax.llama import Weights
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +35,7 @@ def arguments(tiny, tmp_path, *more) -> list[str]:
 
 def test_the_first_run_counts_apart():
     timings = iter([Timing(3.0, 2.0, 10), Timing(0.1, 0.2, 10), Timing(0.3, 0.6, 10), Timing(0.2, 0.4, 10)])
-    figures = cost.time_runs(lambda: next(timings), 3, MemoryMeter())
+    figures = time_runs(lambda: next(timings), 3, MemoryMeter())
     assert figures["ms_per_token"] == pytest.approx(40)
     assert figures["times_ms"] == pytest.approx([20, 60, 40])
     assert figures["prefill_ms"] == pytest.approx(200)
@@ -193,12 +196,12 @@ def test_methods_without_units_are_measured_without_them(tiny, tmp_path):
         training={},
     )
     source = Source(str(tmp_path / "imae"), NO_OPTIONS)
-    assert source.load(units=True).model.weights().units is not None
-    bare = source.load(units=False)
+    assert load_with_units(source).model.weights().units is not None
+    bare = load_base(source)
     assert bare.model.weights().units is None
     assert bare.base.fingerprint == lm.base.fingerprint
     moved = Source(str(tmp_path / "imae"), NO_OPTIONS | {"base": str(tiny("gqa").directory)})
-    assert moved.load(units=False).base.fingerprint == lm.base.fingerprint
+    assert load_base(moved).base.fingerprint == lm.base.fingerprint
 
 
 def write_sizes(directory: Path, **fields) -> str:
@@ -221,7 +224,8 @@ def write_sizes(directory: Path, **fields) -> str:
 )
 def test_any_method_runs_on_random_weights(name, fields, tmp_path):
     model = write_sizes(tmp_path, num_layers=2)
-    lm = Source(model, NO_OPTIONS | {"dtype": "bfloat16"}, random_weights=True).load(units="units" in fields)
+    source = Source(model, NO_OPTIONS | {"dtype": "bfloat16"}, random_weights=True)
+    lm = (load_with_units if "units" in fields else load_base)(source)
     assert lm.config.num_layers == 2
     assert lm.model.weights().dtype == jax.numpy.bfloat16
     models, method = lm.prepare(name.format(model=model), generating=True)
@@ -237,8 +241,8 @@ def test_random_weights_refuse_what_does_not_fit(tmp_path):
     model = write_sizes(tmp_path / "model", num_layers=1)
     other = write_sizes(tmp_path / "other", num_layers=1, vocab_size=98)
     with user_error("dtype 'float8' does not exist"):
-        cost.random_model(model, dtype="float8", units=False)
-    lm = cost.random_model(model, dtype="bfloat16", units=False)
+        random_model(model, dtype="float8", units=False)
+    lm = random_model(model, dtype="bfloat16", units=False)
     with user_error("cd: amateur=", "another vocabulary"):
         lm.prepare(f"cd:amateur={other}", generating=True)
 
@@ -288,6 +292,7 @@ def test_the_peer_of_decoding_is_timed_by_token(tiny):
     assert figures["weight_bytes"] == 4 * sum(p.numel() for p in tiny("gqa").hf.parameters())
 
 
+@pytest.mark.docs
 @pytest.mark.skipif(
     importlib.util.find_spec(BUILT_IN[SMOLLM2]) is None, reason=f"{BUILT_IN[SMOLLM2]} is not installed"
 )

@@ -19,6 +19,8 @@ from imae_jax import distributed
 from imae_jax.convert import load_model
 from imae_jax.files import locked
 
+pytestmark = pytest.mark.multiprocess
+
 DEVICES = 4
 ICD = [
     *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=3"),
@@ -137,6 +139,45 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
     for code, _, error in finish(processes):
         assert code == 128 + signal.SIGTERM, error
         assert "saved in" in error
+
+
+SIGNALLED = """
+import os, sys
+from imae_jax import distributed
+from imae_jax.train.preemption import stop_signals
+address, process, number = sys.argv[1], *map(int, sys.argv[2:])
+distributed.initialize(address, 2, process)
+with distributed.end_together():
+    for signalled in (1, 0):
+        with stop_signals() as stop:
+            for step in range(9):
+                distributed.barrier("step")
+                if step == 3 and process == signalled:
+                    os.kill(os.getpid(), number)
+                if stopped := stop():
+                    print(f"process {process}: {stopped} after step {step}", flush=True)
+                    break
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(number):
+    address = free_address()
+    arguments = [[address, str(process), str(int(number))] for process in range(2)]
+    results = finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", SIGNALLED, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for words in arguments
+        ]
+    )
+    for process, (code, output, error) in enumerate(results):
+        assert code == 0, error
+        assert output == 2 * f"process {process}: {int(number)} after step 4\n"
 
 
 def test_processes_evaluate_as_one(scored, tmp_path):

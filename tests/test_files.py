@@ -7,7 +7,7 @@ from conftest import run_python, user_error, write_questions, write_rows
 
 from imae_jax.evaluate.benchmarks.protocols import load_primer
 from imae_jax.evaluate.benchmarks.questions import load_data
-from imae_jax.evaluate.inspector import read_texts
+from imae_jax.evaluate.inspector.excerpts import read_texts
 from imae_jax.evaluate.runner.arguments import parse_methods
 from imae_jax.files import Journal, read_json, read_rows, read_text
 from imae_jax.train.config import DataConfig, load_config

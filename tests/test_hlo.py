@@ -5,7 +5,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_losses import examples
+from helpers.programs import gathered_shapes
+from helpers.training import examples
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.llama import Weights
@@ -34,17 +35,6 @@ def compiled(tiny):
     base = lm.model.weights().base
     batch = place_batch(make_batch(examples(8), 1), mesh)
     return step.lower(state, Weights(base), batch).compile(), state, base
-
-
-def gathered_shapes(text: str) -> list[tuple[int, ...]]:
-    """Results of all all-gathers, fused and asynchronous ones too."""
-    lines = [line for line in text.splitlines() if re.search(r"= .* all-gather(-start)?\(", line)]
-    results = [line.split(" all-gather")[0].split(" = ")[1] for line in lines]
-    return [
-        tuple(map(int, shape.split(",")))
-        for result in results
-        for shape in re.findall(r"\w+\[([\d,]+)\]", result)
-    ]
 
 
 def test_no_weight_is_gathered_along_the_tensor_axis(compiled):

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import EVEN_SIZES, TINY_GEMMA, UNIT_SIZE, error_of, user_error, with_random_units
+from helpers.models import random_adapter
 from safetensors.numpy import load_file, save_file
 from test_convert import write_gguf
-from test_methods import random_adapter
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import identity, load_model

@@ -30,14 +30,16 @@ from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.hf import save_hf
 from imae_jax.convert.imae_dir import write_imae_dir
-from imae_jax.evaluate import inspector
-from imae_jax.evaluate.inspector import MODE_NAMES, Excerpt, Inspection, inspect, main, render_page
+from imae_jax.evaluate.inspector.__main__ import main
+from imae_jax.evaluate.inspector.compute import MODE_NAMES, TOP, Excerpt, Inspection, inspect
+from imae_jax.evaluate.inspector.excerpts import read_texts
+from imae_jax.evaluate.inspector.page import byte_name, cut_characters, render_page, token_texts
 from imae_jax.llama import Taps
 from imae_jax.sharding import make_mesh
 from imae_jax.tokenizer import Tokenizer
 from imae_jax.train import data
 from imae_jax.train.config import load_config
-from imae_jax.train.loop import FILTER_DIR, IMAE_DIR
+from imae_jax.train.run_directory import FILTER_DIR, IMAE_DIR
 from imae_jax.train.token_filter import filter_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -93,10 +95,10 @@ def assert_values(lm, found: Inspection, tokens: tuple[int, ...], places: range,
         rows = np.arange(len(places))
         np.testing.assert_allclose(found.log_probs[m, places], expected[rows, targets], atol=1e-4)
         top = found.top_tokens[m, places]
-        best = -np.sort(-expected, axis=-1)[:, : inspector.TOP]
+        best = -np.sort(-expected, axis=-1)[:, :TOP]
         np.testing.assert_allclose(found.top_log_probs[m, places], best, atol=1e-4)
         np.testing.assert_allclose(np.take_along_axis(expected, top, axis=-1), best, atol=1e-4)
-        assert all(len(set(ids)) == inspector.TOP for ids in top.tolist())
+        assert all(len(set(ids)) == TOP for ids in top.tolist())
 
 
 def test_values_are_those_of_the_position_that_predicts_a_token(lm):
@@ -119,16 +121,6 @@ def test_windows_give_the_values_of_their_own_passes(lm):
     for start, places in ((16, range(32, 48)), (32, range(48, 64)), (48, range(64, 80))):
         assert_values(lm, found, text.tokens, places, start)
         assert found.context[places].tolist() == [i - start for i in places]
-
-
-@pytest.mark.parametrize("window", [2, 3, 10, 33])
-def test_windows_cover_every_token_once(window):
-    for length in (2, 3, window, window + 1, 5 * window + 2):
-        windows = inspector._windows(0, length, window)
-        covered = [i for part in windows for i in range(part.first, part.end)]
-        assert covered == list(range(1, length))
-        assert all(part.length <= window for part in windows)
-        assert all(part.first - part.start >= window // 2 for part in windows[1:])
 
 
 def page_data(html: str) -> dict:
@@ -196,11 +188,11 @@ def test_texts_of_tokens_as_sentencepiece_writes_them():
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     model.decoder = decoders.Sequence(steps)
     tokenizer = Tokenizer(model, {"unk_token": "<unk>"})
-    texts = inspector.token_texts(tokenizer, [[i] for i in range(5)])
+    texts = token_texts(tokenizer, [[i] for i in range(5)])
     assert texts == [" a", " b", "\ufffd", "\ufffd", "\ufffd"]
-    shown = inspector.cut_characters(tokenizer, [0, 2, 3, 4, 1, 2], dict(enumerate(texts)))
+    shown = cut_characters(tokenizer, [0, 2, 3, 4, 1, 2], dict(enumerate(texts)))
     assert shown == {1: "東", 2: "", 3: ""}, "the last one stays cut"
-    assert inspector.byte_name("<0xE6>") == inspector.byte_name("æ") == "<0xE6>"
+    assert byte_name("<0xE6>") == byte_name("æ") == "<0xE6>"
 
 
 def test_nothing_of_a_text_is_markup(text_page):
@@ -245,7 +237,7 @@ def anti_expert_llm(tiny):
 
 @pytest.fixture(scope="module")
 def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
-    """What the inspector reads of a training run, written as `train.loop` writes it; units are random."""
+    """What the inspector reads of a training run, written as a run writes it; units are random."""
     out = tmp_path_factory.mktemp("run")
     rows = write_rows(out / "rows.jsonl")
     config = load_config(
@@ -262,11 +254,9 @@ def run(checkpoint, anti_expert_llm, tmp_path_factory) -> Path:
         tokenized.train + tokenized.held_out,
         base,
         [config.filter.anti_expert_llm],
-        config.filter.gamma,
+        config,
         out / FILTER_DIR,
         mesh=mesh,
-        batch_size=8,
-        max_length=512,
     )
     write_imae_dir(
         out / IMAE_DIR,
@@ -330,6 +320,7 @@ def test_page_of_a_run_marks_the_tokens_about_facts(run, checkpoint, anti_expert
     assert path.read_bytes() == before
 
 
+@pytest.mark.docs
 def test_commands_of_the_document_run(run, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "inspector.md").read_text(encoding="utf-8")
 
@@ -398,13 +389,13 @@ def test_bad_arguments(models, tmp_path, capfd):
     assert "is not a page of this command" in error_of(capfd, main, *of_model, *text, "--overwrite")
     assert out.read_text() == "mine"
     with user_error("no-such.txt"):
-        inspector.read_texts(tmp_path / "no-such.txt")
+        read_texts(tmp_path / "no-such.txt")
 
 
 def synthetic_page(tokenizer, directory: Path, length: int, layers: int = 30, **fields) -> Path:
     """A page of random values that vary as much as they can, which is what does not compress."""
     text, random = excerpt(length, **fields), np.random.default_rng(0)
-    M, K = len(MODE_NAMES), inspector.TOP
+    M, K = len(MODE_NAMES), TOP
     found = Inspection(
         random.random((M, layers, length), np.float32),
         -10 * random.random((M, length), np.float32),

@@ -311,6 +311,7 @@ def evaluated(model, names, directory: Path, **kwargs) -> dict:
     )
 
 
+@pytest.mark.slow
 @needs_smollm2
 @pytest.mark.parametrize("chat", [False, True])
 def test_tasks_give_what_the_hf_backend_gives(cut, tasks, chat):
@@ -334,6 +335,7 @@ def test_tasks_give_what_the_hf_backend_gives(cut, tasks, chat):
         assert {key: actual["results"][name][key] for key in values} == pytest.approx(values, rel=1e-4)
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypatch):
     """Prompt: the six pairs without the instruction; continuation: a space and the answer; sums as ours.
@@ -394,6 +396,14 @@ def test_truthfulqa_of_lm_eval_is_the_protocols(cut, shared, tmp_path, monkeypat
 # The command
 
 
+WITHOUT_TORCH = """
+import importlib.machinery
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+finder.find_spec = classmethod(lambda cls, name, *a: None if name == "torch" else find(name, *a))
+"""
+
+
 def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypatch):
     """There Python finds this project's `evaluate` before HuggingFace's, which tasks import."""
     documents = [
@@ -407,17 +417,12 @@ def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypat
     out = tmp_path / "out"
     arguments = ["--model", tiny("gqa").directory, "--method", "dola:candidates=low", "--tasks", "local"]
     arguments += ["--include-path", tmp_path, "--limit", 2, "--log-samples", "--cache-requests", "--out", out]
-    code = (
-        "import importlib.machinery, runpy\n"
-        "finder = importlib.machinery.PathFinder\n"
-        "find = finder.find_spec\n"
-        "finder.find_spec = classmethod(lambda cls, name, *a: None if name == 'torch' else find(name, *a))\n"
-        "runpy.run_module('evaluate.lm_eval', run_name='__main__', alter_sys=True)\n"
-    )
-    path = [os.environ.get("PYTHONPATH"), str(ROOT)]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    path = [os.environ.get("PYTHONPATH"), str(tmp_path / "site")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
     monkeypatch.setenv("LM_HARNESS_CACHE_PATH", str(tmp_path / "requests"))
-    run = run_python(["-c", code, *arguments], ROOT)
+    run = run_python(["-m", "evaluate.lm_eval", *arguments], ROOT)
     assert run.returncode == 0, run.stderr
     assert "acc" in run.stdout
     results = json.loads((out / "lm_eval.json").read_text())
@@ -437,6 +442,21 @@ def test_command_from_the_checkouts_root_without_torch(tiny, tmp_path, monkeypat
     assert "dola:candidates=low, 2 documents a task, run 1" in text
     assert "| local | none | acc | 1.0000 | 0.0000 |" in text
     assert ours["base_model"]["fingerprint"] in text
+
+
+@pytest.mark.parametrize("program", ["imae_jax.evaluate.lm_eval", "evaluate.lm_eval", "imae_jax"])
+def test_every_name_of_the_command_finds_huggingfaces_evaluate(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["evaluate", "lm_eval"] if program == "imae_jax" else []
+    arguments = ["--model", "none", "--tasks", "none", "--include-path", "nowhere", "--out", tmp_path / "out"]
+    run = run_python(["-m", program, *words, *arguments], ROOT)
+    assert (run.returncode, run.stderr) == (2, "error: --include-path nowhere is no directory\n")
+
+
+def test_python_in_the_checkouts_root_is_told_what_to_do():
+    code = "from imae_jax.evaluate import lm_eval; lm_eval.IMAEJaxLM(None)"
+    run = run_python(["-c", code], ROOT)
+    assert "`import evaluate` gives" in run.stderr and "start Python in another folder" in run.stderr
 
 
 @pytest.fixture
@@ -504,6 +524,7 @@ def test_groups_are_loaded_once(tasks, tmp_path):
     assert "truthfulqa_mc1" not in manager.all_tasks, "the harness's own tasks are read only where needed"
 
 
+@pytest.mark.docs
 @needs_smollm2
 def test_commands_and_snippets_of_the_document_run(cut_dir, tmp_path, monkeypatch, capfd):
     """As they stand, but for most of the model's layers."""

@@ -95,6 +95,7 @@ def test_generated_lines(checkpoint, tmp_path, capfd):
     assert names(tmp_path) == ["in.jsonl", "out"]
 
 
+@pytest.mark.multiprocess
 def test_two_trainings(settings, tmp_path, capfd):
     """The second is refused while the first runs, and goes on where that was killed."""
     out = tmp_path / "run"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import UNIT_SIZE, error_of, hf_logits, logits, random_tokens, user_error, with_random_units
+from helpers.training import PAIR, examples, random_deltas
 from safetensors.numpy import load_file, save_file
-from test_losses import PAIR, examples, random_deltas
 
 from imae_jax.config import LORA_TARGETS, AntiExpertConfig, LoraConfig
 from imae_jax.convert import load_model

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, UNIT_SIZE, log_softmax, random_tokens, user_error, with_random_units
-from flax import nnx
+from helpers.training import PAIR, UNITS, examples, pairs, random_deltas
 
-from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert.peft import write_adapter
 from imae_jax.llama import Weights, project
-from imae_jax.lora import LoraDeltas, side_by_side
+from imae_jax.lora import side_by_side
 from imae_jax.losses import LossConfig, fact_loss_sums, kl_divergence, target_log_probs
 from imae_jax.train.data import Example, Merging, in_batches, make_batch
 from imae_jax.train.objectives import ImaeObjective, PairsObjective, PreferenceObjective, UnitsObjective
 
-UNITS = AntiExpertConfig(UNIT_SIZE)
 LOSSES = [
     LossConfig(),
     LossConfig(beta=1.25, delta=0.4, gate_weight=0.5),
@@ -26,31 +24,6 @@ LOSSES = [
     LossConfig(mean="example"),
     LossConfig(keep=0.5),
 ]
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    """Rows of unequal length, each with some of its answer tokens in T_fact."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        length, start = int(random.integers(9, 20)), int(random.integers(2, 6))
-        tokens = tuple(map(int, random.integers(3, TINY.vocab_size, length)))
-        fact = random.random(length - start) < 0.5
-        fact[int(random.integers(len(fact)))] = True
-        rows.append(Example(i, tokens, start, tuple(fact.tolist())))
-    return rows
-
-
-def pairs(count: int, seed: int = 0) -> list[Example]:
-    """Both answers of each question as neighbours, the wrong one first."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for i, wrong in enumerate(examples(count, seed)):
-        length = int(random.integers(3, 8))
-        answer = tuple(map(int, random.integers(3, TINY.vocab_size, length)))
-        fact = (True, *(random.random(length - 1) < 0.5).tolist())
-        rows += [wrong, Example(i, wrong.tokens[: wrong.start] + answer, wrong.start, fact, right=True)]
-    return rows
 
 
 def torch_modes(hf, units):
@@ -224,18 +197,6 @@ def assert_loss_and_gradient(loss, gradient, expected, units):
     for name, array in gradient.items():
         reference = units[name].grad.numpy()
         np.testing.assert_allclose(array, reference, atol=2e-5 * np.abs(reference).max(), err_msg=name)
-
-
-def random_deltas(config, lora: LoraConfig, seed: int):
-    """Stacked deltas, none of them zero."""
-    shapes = nnx.eval_shape(lambda: LoraDeltas(config, lora, rngs=nnx.Rngs(0), stack=config.num_layers))
-    random = np.random.default_rng(seed)
-    tree = nnx.to_pure_dict(nnx.state(shapes))
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.2, x.shape), jnp.float32), tree)
-
-
-# Two adapters of different ranks, scales and projections.
-PAIR = (LoraConfig(rank=4, alpha=6), LoraConfig(rank=3, alpha=6, targets=("wv", "w_down")))
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from conftest import error_of, random_tokens, user_error, with_random_units, write_questions
 from flax import nnx
-from test_hlo import gathered_shapes
-from test_methods import random_adapter, random_directions
+from helpers.models import random_adapter, random_directions
+from helpers.programs import gathered_shapes
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.iti import write_directions
+from imae_jax.convert.random_model import RANDOM_ADAPTER, random_model
 from imae_jax.decode import Sampler, generate, loop, score, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.scoring import Continuation
-from imae_jax.evaluate.cost import RANDOM_ADAPTER, random_model
-from imae_jax.evaluate.inspector import Excerpt, inspect
+from imae_jax.evaluate.inspector.compute import Excerpt, inspect
 from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.runner.divergence import measure
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
@@ -220,6 +220,7 @@ def test_an_adapter_as_a_model_is_spread(paths, on_many):
         assert not np.array_equal(merged, plain)
 
 
+@pytest.mark.slow
 def test_random_models_are_spread(paths):
     lm = random_model(paths["second"], dtype="float32", units=True, mesh=MESHES[0])
     for weight in (lm.model.embed, lm.model.layers[0].wq, lm.model.units[0].w_up):
@@ -272,6 +273,7 @@ def test_generate_command(paths, capfd):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_truthfulqa_command(paths, tmp_path, capfd):
     """Resumed on another mesh, which changes no score."""
     data = write_questions(tmp_path / "questions.csv")

@@ -21,12 +21,11 @@ from conftest import (
     user_error,
     with_random_units,
 )
+from helpers.models import random_adapter, random_directions
 
 from imae_jax.cache import KVCache
-from imae_jax.config import LoraConfig
 from imae_jax.convert import load_model
-from imae_jax.convert.iti import Directions, write_directions
-from imae_jax.convert.peft import write_adapter
+from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
 from imae_jax.decode.methods.cd import CD
@@ -37,7 +36,6 @@ from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.llama import Taps, project
-from imae_jax.lora import projections
 
 # The formulas, one by one and in float64. `final` [T, V] and `exits` [n, T, V] are logits.
 
@@ -282,32 +280,6 @@ def world(tiny, tmp_path_factory):
 
 def tiny_weights_with_units(lm):
     return with_random_units(lm.model.weights(), lm.config)
-
-
-def random_adapter(path, config, base_reference, rank=3):
-    random = np.random.default_rng(2)
-    lora = LoraConfig(rank, 4.0)
-    deltas = {}
-    for name, (shape, _, inputs) in projections(config).items():
-        shapes = {"a": (*shape[:inputs], rank), "b": (rank, *shape[inputs:])}
-        deltas[name] = {
-            part: jnp.asarray(random.normal(0, 0.1, (config.num_layers, *s)), jnp.float32)
-            for part, s in shapes.items()
-        }
-    write_adapter(path, deltas, config, lora, base_reference=base_reference)
-    return path
-
-
-def random_directions(config):
-    random = np.random.default_rng(3)
-    heads = (config.num_layers, config.num_heads)
-    theta = random.normal(size=(*heads, config.head_dim))
-    return Directions(
-        (theta / np.linalg.norm(theta, axis=-1, keepdims=True)).astype(np.float32),
-        random.uniform(0.5, 1.5, heads).astype(np.float32),
-        random.permutation(heads[0] * heads[1]).reshape(heads).astype(np.int32),
-        random.uniform(0.5, 1, heads).astype(np.float32),
-    )
 
 
 def padded(tokens):

@@ -169,7 +169,8 @@ def test_scores_that_are_no_numbers_are_refused():
     for method in (Ruling(np.nan, True), Ruling(np.inf, True), Ruling(-np.inf)):
         with user_error("group 0, continuation 0"):
             list(decode.score(model, model.config, groups, method, row_length=16))
-    ((_, (scores,)),) = decode.score(model, model.config, groups, Ruling(-np.inf, True), row_length=16)
+    ((_, scored),) = decode.score(model, model.config, groups, Ruling(-np.inf, True), row_length=16)
+    (scores,) = scored.scores
     assert np.isfinite(scores[0])
     assert scores[1] == -np.inf
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_tokens, tiny_llama
-from test_losses import UNITS, examples
+from helpers.training import UNITS, examples
 
 from imae_jax.config import LoraConfig
 from imae_jax.decode import Sampler, loop, scoring

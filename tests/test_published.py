@@ -17,6 +17,8 @@ from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.protocols import load_primer
 from imae_jax.evaluate.benchmarks.questions import load_data
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parent / "goldens"
 TRUTHFULQA, DEMO = (
     json.loads((GOLDENS / name).read_text(encoding="utf-8"))

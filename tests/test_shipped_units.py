@@ -28,6 +28,7 @@ def test_they_are_small_and_load_by_name(smollm2):
     assert len({*base, *expert, *anti_expert}) == 3
 
 
+@pytest.mark.slow
 def test_their_card_has_what_the_demo_questions_give(smollm2, tmp_path):
     """Rounding differs between processors, and may turn a question whose answers are all but equal."""
     card = (SHIPPED_UNITS[NAME] / "README.md").read_text(encoding="utf-8")

@@ -319,8 +319,8 @@ def test_a_fault_of_ours_is_no_damaged_tokenizer(tmp_path, monkeypatch, step):
 def test_no_command_imports_transformers(tmp_path):
     write_tokenizer(word_tokenizer(9, "{{ messages[0].content }}"), tmp_path)
     code = (
-        "import sys, pathlib; import imae_jax.convert, imae_jax.generate, imae_jax.train.loop\n"
-        "import imae_jax.evaluate.truthfulqa, imae_jax.evaluate.inspector\n"
+        "import sys, pathlib; import imae_jax.convert, imae_jax.generate, imae_jax.train.stages\n"
+        "import imae_jax.evaluate.truthfulqa, imae_jax.evaluate.inspector.excerpts\n"
         "from imae_jax.convert.hf_tokenizer import read_tokenizer\n"
         f"t = read_tokenizer(pathlib.Path({str(tmp_path)!r}))\n"
         "t.apply_chat_template([{'role': 'user', 'content': 't3'}])\n"

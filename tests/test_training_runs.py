@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from imae_jax.convert import load_model
 from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
-from imae_jax.train import data, loop, token_filter
+from imae_jax.train import data, stages, token_filter
 from imae_jax.train.__main__ import main
 from imae_jax.train.checkpoint import Checkpoints, _reading, read_trainable
 from imae_jax.train.config import load_config
@@ -72,6 +72,40 @@ def test_what_a_run_leaves_behind(settings, tmp_path, capfd):
     held_out = [(e["step"], pytest.approx(e["right_expert"])) for e in evaluations(out)]
     assert logged["held_out/right_expert"] == held_out
     assert "data: 8 rows, 4 held out" in capfd.readouterr().err
+
+
+def test_a_hook_logs_a_metric_of_its_own(settings, tmp_path):
+    """In every stage, without a change of the loop; what it raises ends the run."""
+
+    def largest_weight(step):
+        step.metrics["largest"] = max(float(abs(x).max()) for x in jax.tree.leaves(step.state.trainable))
+
+    config, out = load_config(None, [*settings, *ICD]), tmp_path / "run"
+    units = load_model(str(stages.train(config, quiet=True, hooks=[largest_weight]))).model.weights().units
+    assert all(line["largest"] > 0 for line in losses_of(out / "icd") + losses_of(out))
+    largest = max(float(abs(x).max()) for x in jax.tree.leaves(units))
+    assert losses_of(out)[-1]["largest"] == pytest.approx(largest)
+    assert scalars(out)["train/largest"][-1] == (8, pytest.approx(largest))
+
+
+def test_settings_that_an_objective_does_not_use_are_named(settings, tmp_path, capfd):
+    unused = ["icd.enabled=true", "icd.lora.rank=4", "filter.gamma=2", "loss.alpha=3", "loss.beta=2"]
+    assert main([*settings, *unused, "objective=preference", "optimizer.steps=1", "--quiet"]) == 0
+    line = "icd.enabled, icd.lora.rank, filter.gamma, loss.alpha: set, but not used with objective=preference"
+    assert f"warning: {line}\n" in capfd.readouterr().err
+    assert load_config(None, [*settings, "loss.beta=3", "icd.lora.rank=4"]).unused() == []
+    assert load_config(None, [*settings, "loss.beta=3", "objective=pairs"]).unused() == ["loss.beta"]
+
+
+def test_a_run_is_resumed_with_the_settings_in_its_directory(settings, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main([*settings, "seed=3", "icd.lora.targets=[wq]", "--quiet"]) == 0
+    expected = losses_of(out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    assert main(["--resume", f"out={out}", "log_every=2", "--quiet"]) == 0
+    assert losses_of(out) == [line for line in expected if line["step"] <= 6 or line["step"] == 8]
+    assert "optimizer differ(s)" in error_of(capfd, main, "--resume", f"out={out}", "optimizer.steps=9")
+    assert "pass out=DIR" in error_of(capfd, main, "--resume")
 
 
 def test_held_out_rows_need_not_be_measured(settings, tmp_path):
@@ -181,6 +215,7 @@ def wait_for_steps(process: subprocess.Popen, out: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_stops(settings, tmp_path, number):
     long = [s.replace("save_every=3", "save_every=1000").replace("steps=8", "steps=500") for s in settings]
@@ -192,7 +227,7 @@ def test_a_signal_saves_and_stops(settings, tmp_path, number):
     (saved,) = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
     assert f"stopped after step {saved.name} of stage train, saved" in error
     assert int(saved.name) == losses_of(tmp_path / "run")[-1]["step"] >= 2
-    # It goes on from there.
+    # It resumes from there.
     process = start(long, "--resume")
     wait_for_steps(process, tmp_path / "run", int(saved.name) + 1)
     process.kill()
@@ -204,15 +239,15 @@ def test_a_signal_saves_and_stops(settings, tmp_path, number):
 
 def test_a_signal_between_stages_is_not_lost(settings, tmp_path, monkeypatch, capfd):
     """It comes while the adapter is written: the units are not begun."""
-    write = loop.write_adapter
+    write = stages.write_adapter
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "write_adapter", interrupted)
+    monkeypatch.setattr(stages, "write_adapter", interrupted)
     assert main([*settings, *ICD, "--quiet"]) == 128 + signal.SIGTERM
-    assert "go on with --resume" in capfd.readouterr().err
+    assert "resume with --resume" in capfd.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     monkeypatch.undo()
     assert main([*settings, *ICD, "--resume", "--quiet"]) == 0
@@ -228,7 +263,7 @@ def test_a_damaged_checkpoint_of_the_first_stage(settings, tmp_path, capfd):
         shutil.rmtree(icd / path) if (icd / path).is_dir() else (icd / path).unlink()
     damage(icd / "checkpoints" / "4", "truncated")
     assert main([*run, "--resume"]) == 2
-    assert "--from-step 3 goes on" in capfd.readouterr().err
+    assert "--from-step 3 resumes" in capfd.readouterr().err
     assert main([*run, "--from-step", "3"]) == 0
     assert losses_of(icd) == expected
     assert len(losses_of(tmp_path / "run")) == 8
@@ -275,6 +310,9 @@ def test_only_rows_that_are_taken_are_filtered_and_another_run_reuses_that(
     assert main([*again, "seed=1", f"out={tmp_path / 'other'}"]) == 2
     assert "holds no log-ratios of these rows" in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
+    (file,) = stored.glob("*/*.npz")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} cannot be read" in error_of(capfd, main, *again, "--overwrite")
 
 
 def test_a_run_that_begins_again_logs_step_0_once(settings, tmp_path):
@@ -320,7 +358,7 @@ def test_damaged_checkpoints_are_found_and_an_older_one_offered(settings, tmp_pa
     damage(out / "checkpoints" / "8", how)
     error = error_of(capfd, main, *settings, "--resume", "--quiet")
     assert f"checkpoint {out / 'checkpoints' / '8'} is damaged" in error
-    assert "--from-step 6 goes on from the one before" in error
+    assert "--from-step 6 resumes from the one before" in error
     assert main([*settings, "--from-step", "6", "--quiet"]) == 0
     assert losses_of(out) == expected
     assert load_model(str(out / "imae")).imae["training"]["data"]["rows"] == 12
@@ -353,7 +391,7 @@ def test_a_checksum_finds_what_orbax_does_not(saved):
     content[len(content) // 2] ^= 1
     data_file.write_bytes(content)
     assert np.count_nonzero(ocp.load(path)["trainable"]["a"] != bits) == 1
-    with user_error(f"checkpoint {path} is damaged (a checksum differs): start anew"):
+    with user_error(f"checkpoint {path} is damaged (a checksum differs): start over"):
         load()
     with user_error(f"checkpoint {path} is damaged (a checksum differs): give another step"):
         read_trainable(path)

@@ -1,81 +1,189 @@
-"""`python -m imae_jax.train`: trains anti-expert units on a frozen LLM."""
+"""`python -m imae_jax.train`: trains anti-expert units on a frozen LLM, and what one wants to know before."""
 
-import importlib
+import argparse
+import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_process_arguments, command
+from imae_jax.__main__ import MESSAGE_OPTIONS
+from imae_jax.cli import ArgumentParser, add_process_arguments, command, join_processes
+from imae_jax.errors import UserError
 
-COMMANDS = {"plan": "imae_jax.train.plan_command", "pairs": "imae_jax.train.pairs"}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-    return train_command(arguments)
+# Memory of one device as its vendor publishes it, counted as GB = 10^9 bytes. Devices report up to 7 % more
+# (an H200 140 GiB, where 141 GB are 131 GiB): that is left to the runtime and to fragmentation.
+DEVICES = {"a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180}
+DEVICES |= {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+COMMANDS = {
+    "run": "train anti-expert units and write OUT/imae (this COMMAND may be left out)",
+    "icd": "train what the units are made from alone: the anti-expert LLM, or both adapters",
+    "plan": "print the memory that a run needs on each device, without its weights and without allocating "
+    "anything; exit code 1: it does not fit",
+    "pairs": "examine pairs of right and wrong answers before anyone trains on them: lengths, shared words, "
+    "what form alone gives away, repetitions, overlap with evaluation sets",
+}
 
 
 @command
-def train_command(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    messages = list(itertools.takewhile(MESSAGE_OPTIONS.__contains__, words))
+    rest = words[len(messages) :]
+    if rest[:1] not in (["-h"], ["--help"]):
+        name, *rest = rest if rest and rest[0] in COMMANDS else ("run", *rest)
+        words = [name, *messages, *rest]
     parser = ArgumentParser(
-        prog="python -m imae_jax.train",
-        description="Trains anti-expert units on a frozen LLM and writes OUT/imae.",
-        epilog="With `icd` before the settings it stops after the anti-expert LLM; `python -m "
-        "imae_jax.train plan --help` tells what a run needs in memory, `… pairs --help` what data are like.",
+        prog="python -m imae_jax.train", description="Trains anti-expert units on a frozen LLM."
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument(
-        "--from-step", type=int, metavar="N", help="go on from the checkpoint of step N and drop later ones"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a run in the same out")
-    parser.add_argument(
-        "--anti-expert-llm",
-        metavar="MODEL",
-        help="separate LLM trained on hallucinations, for the token filter (same as "
-        "filter.anti_expert_llm=MODEL)",
-    )
-    add_process_arguments(parser)
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="override a setting, e.g. optimizer.steps=50",
-    )
-    args = parser.parse_intermixed_args(argv)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        subparser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        _add_arguments(subparser, name)
+        subparser.set_defaults(parser=subparser)
+    # Settings may stand anywhere between the options.
+    args, settings = parser.parse_known_args(words)
+    unknown = [word for word in settings if word.startswith("-")]
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    {"run": _run, "icd": _run, "plan": _plan, "pairs": _pairs}[args.command](args, settings)
 
-    runtime.set_up()
-    from imae_jax import distributed
-    from imae_jax.train.config import load_config
-    from imae_jax.train.loop import train
 
-    settings = list(args.settings)
-    only_icd = "icd" in settings[:1]
-    if only_icd:
-        settings.pop(0)
-    if args.anti_expert_llm is not None:
-        settings.append(f"filter.anti_expert_llm={args.anti_expert_llm}")
-    config = load_config(args.config, settings)
-    distributed.initialize(
-        args.coordinator,
-        args.num_processes,
-        args.process_id,
-        detect=args.distributed,
-        heartbeat_timeout=args.heartbeat_timeout,
-    )
-    with distributed.end_together():
-        path = train(
-            config,
-            only_icd=only_icd,
-            resume=args.resume,
-            from_step=args.from_step,
-            overwrite=args.overwrite,
-            quiet=args.quiet,
+def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.usage = f"{parser.prog} [options] {'FILE ' if name == 'pairs' else ''}[key=value …]"
+    add = parser.add_argument
+    if name == "pairs":
+        add("source", metavar="FILE", help="any data.source: JSONL, JSON or CSV, demo, pairs, a hub id")
+        text = (
+            "evaluation sets whose questions must not be among the pairs: CSV, JSONL or JSON with a column "
         )
-        if distributed.is_main():
-            print(f"wrote {path}")
+        text += "such as question or prompt; or a text, one question a line"
+        add("--against", action="append", nargs="+", default=[], metavar="FILE", help=text)
+        add("--tokenizer", metavar="MODEL", help="count this model's tokens instead of words")
+        return
+    add("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
+    if name == "plan":
+        add("--device", default="h200", help=f"one of {', '.join(DEVICES)} (default: h200)")
+        add("--memory", type=float, metavar="GIB", help="memory of one device, instead of --device")
+        text = "how many the run will have (default: the mesh's; with mesh.data=-1 those of one replica)"
+        add("--devices", type=int, metavar="N", help=text)
+        text = "compile for this machine's own devices, which must be as many as the mesh has, instead of "
+        add("--here", action="store_true", help=f"{text}virtual CPU devices")
+        return
+    text = "resume from the newest checkpoint; without --config the settings are those of the run in out"
+    add("--resume", action="store_true", help=text)
+    text = "resume from the checkpoint of step N and remove later ones"
+    add("--from-step", type=int, metavar="N", help=text)
+    add("--overwrite", action="store_true", help="replace a run in the same out")
+    text = "separate LLM trained on hallucinations, for the token filter: filter.anti_expert_llm=MODEL"
+    add("--anti-expert-llm", metavar="MODEL", help=text)
+    add_process_arguments(parser)
+
+
+def _run(args: argparse.Namespace, settings: list[str]) -> None:
+    from imae_jax.distributed import is_main
+    from imae_jax.train import run_directory
+    from imae_jax.train.config import load_config
+    from imae_jax.train.stages import train
+
+    resume, file = args.resume or args.from_step is not None, args.config
+    if args.anti_expert_llm is not None:
+        settings = [*settings, f"filter.anti_expert_llm={args.anti_expert_llm}"]
+    if resume and file is None:
+        given = [word.removeprefix("out=") for word in settings if word.startswith("out=")]
+        if not given:
+            raise UserError("a run is resumed from its directory: pass out=DIR")
+        out = Path(given[-1])
+        run_directory.read_settings(out)  # Says what is wrong with a file that a run wrote.
+        file = str(run_directory.config_file(out))
+    config = load_config(file, settings)
+    join_processes(args)
+    path = train(
+        config,
+        only_icd=args.command == "icd",
+        resume=resume,
+        from_step=args.from_step,
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+    )
+    if is_main():
+        print(f"wrote {path}")
+
+
+def _plan(args: argparse.Namespace, settings: list[str]) -> None:
+    if args.here and args.devices is not None:
+        raise UserError("--devices goes without --here, which takes all devices of this machine")
+    from imae_jax.train.config import load_config
+    from imae_jax.train.plan import plan, plan_table, verdict
+    from imae_jax.train.setup import run_mesh
+
+    # A plan writes nothing.
+    config = load_config(args.config, ["out=unused", *settings])
+    name, capacity = _capacity(args.device, args.memory)
+    _set_up_devices(config, args.devices, args.here)
+    mesh = run_mesh(config, bool(config.adapters_to_train()))
+    stages = plan(config, mesh)
+
+    from rich.console import Console
+
+    largest = max(stages, key=lambda stage: stage.total)
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    print(f"{config.model} on {mesh.size} × {name}: {sizes}")
+    print(f"worst case: rows of data.max_length={config.data.max_length} tokens")
+    Console().print(plan_table(stages))
+    print(verdict(config, largest, mesh, name, capacity))
+    if largest.total > capacity:
+        sys.exit(1)
+
+
+def _set_up_devices(config: Any, number: int | None, here: bool) -> None:
+    """Gives this process as many CPU devices as the run's mesh has, before JAX looks for any."""
+    runtime.set_up()
+    import jax
+
+    # A program from the cache does not know its memory.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if here:
+        return
+    sizes = config.mesh
+    if number is None:
+        number = abs(sizes.data) * sizes.fsdp * sizes.tensor
+    if number < 1:
+        raise UserError(f"a run on {number} devices: give at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
+
+
+def _capacity(device: str, memory: float | None) -> tuple[str, float]:
+    """What a device is called, and its memory in bytes."""
+    if memory is not None:
+        if not memory > 0:
+            raise UserError(f"--memory {memory:g}: give GiB above 0")
+        return f"a device of {memory:g} GiB", memory * 2**30
+    if device not in DEVICES:
+        raise UserError(f"--device {device} is not known: use one of {', '.join(DEVICES)}, or --memory GIB")
+    return device, DEVICES[device] * 1e9
+
+
+def _pairs(args: argparse.Namespace, settings: list[str]) -> None:
+    from imae_jax.train import pairs
+    from imae_jax.train.config import load_config
+    from imae_jax.train.data import read_source
+
+    # After --against, settings look like more of its files.
+    given = [*settings, *itertools.chain(*args.against)]
+    settings = [word for word in given if "=" in word and not Path(word).exists()]
+    against = [Path(word) for word in given if word not in settings]
+    source = [f"data.source={args.source}", "model=unused", "out=unused"]
+    config = load_config(None, [*settings, *source]).data
+    tokenizer = None
+    if args.tokenizer is not None:
+        from imae_jax.convert.references import open_model
+
+        tokenizer = open_model(args.tokenizer).tokenizer()
+    records = read_source(config)[: config.limit]
+    print("\n".join(pairs.describe(pairs.check(records, config, against, tokenizer))))
 
 
 if __name__ == "__main__":

@@ -106,9 +106,9 @@ def from_triviaqa(path: Path) -> tuple[list[Row], dict[str, int]]:
 
 
 def put_in(question: str, right: str, wrong: str) -> str | None:
-    """The wrong sentence with the right answer in the place of the wrong one; None if the place is not sure.
+    """The wrong sentence with the right answer instead of the wrong one; None if the position is not sure.
 
-    The place is, in this order: the other option of an "A or B?" whose right answer is an option; the only
+    The position is, in this order: the other option of an "A or B?" whose right answer is an option; the only
     number that is not the question's, for a number; the only name that is not the question's, for a name.
     """
     right, sentence = right.strip().rstrip("."), wrong.strip()
@@ -121,12 +121,12 @@ def put_in(question: str, right: str, wrong: str) -> str | None:
         return None
     if set(words(right)) <= set(words(sentence)):
         return None
-    place = (
+    span = (
         _option(question, right, sentence) or _number(right, sentence, known) or _name(right, sentence, known)
     )
-    if place is None:
+    if span is None:
         return None
-    start, end = place
+    start, end = span
     made = sentence[:start] + right + sentence[end:]
     fits = words(made) != words(sentence) and re.search(r"\b[aA]n?\s$", sentence[:start]) is None
     # All else must be the question's own words, so that the sentence says of its answer what was asked.
@@ -135,9 +135,9 @@ def put_in(question: str, right: str, wrong: str) -> str | None:
 
 
 def _option(question: str, right: str, sentence: str) -> tuple[int, int] | None:
-    for found in re.finditer(r"\bor (?:the )?([^,?]+)\?", question):
-        option = found[1].strip()
-        before = question[: found.start()].rstrip(" ,")
+    for match in re.finditer(r"\bor (?:the )?([^,?]+)\?", question):
+        option = match[1].strip()
+        before = question[: match.start()].rstrip(" ,")
         if words(option) == words(right):
             # The other option is what the sentence and the text before "or" have in common at its end.
             for size in range(len(before.split()), 0, -1):
@@ -175,7 +175,7 @@ def _name(right: str, sentence: str, known: set[str]) -> tuple[int, int] | None:
 
 
 def _is_name(text: str) -> bool:
-    return all(part[:1].isupper() for part in text.split()) and not any(
+    return all(word[:1].isupper() for word in text.split()) and not any(
         c.isdigit() or c in ",;&" for c in text
     )
 

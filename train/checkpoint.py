@@ -28,7 +28,7 @@ class Checkpoints:
     each goes an identity (what it belongs to) and a checksum of every array, computed on the devices.
 
     Args:
-        directory: of the checkpoints.
+        directory: where the checkpoints are.
         keep: how many to keep.
         identity: strings by name, such as the base's fingerprint; a checkpoint of another identity is
             not loaded.
@@ -60,7 +60,7 @@ class Checkpoints:
             return
         metadata = {"identity": self._identity, "checksums": _checksums(state)}
         with self._writing():
-            self._checkpointer.save_async(steps_done, _as_dict(state), custom_metadata=metadata)
+            self._checkpointer.save_async(steps_done, vars(state), custom_metadata=metadata)
 
     def wait(self) -> None:
         """Until what `save` began is on the disk."""
@@ -80,7 +80,7 @@ class Checkpoints:
         """
         path = self._directory / str(steps_done)
         older = [step for step in self.steps if step < steps_done]
-        way_out = f"--from-step {older[-1]} goes on from the one before" if older else "start anew"
+        way_out = f"--from-step {older[-1]} resumes from the one before" if older else "start over"
         abstract = jax.tree.map(
             lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
             shape,
@@ -91,15 +91,14 @@ class Checkpoints:
         identity, checksums = _recorded(metadata, path, way_out)
         for name, expected in self._identity.items():
             if identity.get(name) != expected:
-                older = note(identity.get(name)) if name == "base" else ""
+                earlier = note(identity.get(name)) if name == "base" else ""
                 raise UserError(
                     f"checkpoint {path} belongs to another {name} ({identity.get(name)}, now {expected})"
-                    f"{older}: restore it, or start anew with another out"
+                    f"{earlier}: restore it, or start over with another out"
                 )
         with _reading(path, way_out):
-            state = TrainState(**self._checkpointer.load(steps_done, _as_dict(abstract)))
-        if _checksums(state) != checksums:
-            raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
+            state = TrainState(**self._checkpointer.load(steps_done, vars(abstract)))
+        _check(state, checksums, path, way_out)
         return state
 
     def delete_after(self, steps_done: int) -> None:
@@ -120,10 +119,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            cause = _out_of_reach(error)
-            if cause is None or is_out_of_memory(error):
+            _, cause = _about_files(error)
+            if cause is None:
                 raise
-            kept = f"; step {self.steps[-1]} is kept: go on with --resume" if self.steps else ""
+            kept = f"; step {self.steps[-1]} is kept: resume with --resume" if self.steps else ""
             raise UserError(
                 f"a checkpoint cannot be written to {self._directory}: {_message(cause)}{kept}"
             ) from error
@@ -141,7 +140,7 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
     Unlike `Checkpoints.load` it needs neither the devices that wrote it nor room for the optimizer's state.
 
     Args:
-        path: of a checkpoint, as any number of processes wrote it.
+        path: a checkpoint, as any number of processes wrote it.
 
     Returns:
         NumPy arrays, and the identity of `Checkpoints`.
@@ -158,10 +157,8 @@ def read_trainable(path: Path) -> tuple[Any, dict[str, Any]]:
     shape = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata["trainable"])
     with _reading(path, way_out), context:
         trainable = ocp.load(path, {"trainable": shape})["trainable"]
-    found = [int(x) for x in jax.device_get(_checksum(trainable))]
-    # Those of the optimizer's state follow.
-    if found != checksums[: len(found)]:
-        raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
+    # Checksums of the optimizer's state follow.
+    _check(trainable, checksums[: len(jax.tree.leaves(trainable))], path, way_out)
     return trainable, identity
 
 
@@ -174,35 +171,32 @@ def _reading(path: Path, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        about_files = not is_out_of_memory(error)
-        if about_files and (cause := _damage(error)):
+        damaged, cause = _about_files(error)
+        if cause is None:
+            error.add_note(f"while the checkpoint {path} was read")
+            raise
+        if damaged:
             raise UserError(f"checkpoint {path} is damaged ({_message(cause)}): {way_out}") from error
-        if about_files and (cause := _out_of_reach(error)):
-            raise UserError(
-                f"checkpoint {path} cannot be read now ({_message(cause)}), which does not mean that it is "
-                "damaged: try again"
-            ) from error
-        error.add_note(f"while the checkpoint {path} was read")
-        raise
+        raise UserError(
+            f"checkpoint {path} cannot be read now ({_message(cause)}), which does not mean that it is "
+            "damaged: try again"
+        ) from error
 
 
-def _damage(error: Exception) -> BaseException | None:
-    """The exception in the chain that says that data are missing or wrong."""
-    types = (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, ocp.errors.InvalidLayoutError)
+def _about_files(error: Exception) -> tuple[bool, BaseException | None]:
+    """The exception in the chain that is about files, and whether it says that data are missing or wrong."""
+    wrong = (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, ocp.errors.InvalidLayoutError)
+    if is_out_of_memory(error):
+        return False, None
     for cause in chain(error):
         # TensorStore names no status where it cannot decompress.
         says_so = str(cause).startswith(DAMAGED) or "Error decoding" in str(cause)
-        if isinstance(cause, types) or (type(cause) is ValueError and says_so):
-            return cause
-    return None
-
-
-def _out_of_reach(error: Exception) -> BaseException | None:
-    """The exception in the chain that is about the file system, not about what it holds."""
+        if isinstance(cause, wrong) or (type(cause) is ValueError and says_so):
+            return True, cause
     for cause in chain(error):
         if isinstance(cause, OSError) or (type(cause) is ValueError and str(cause).startswith(OUT_OF_REACH)):
-            return cause
-    return None
+            return False, cause
+    return False, None
 
 
 def _message(error: BaseException) -> str:
@@ -218,8 +212,13 @@ def _recorded(metadata: Any, path: Path, way_out: str) -> tuple[dict[str, str], 
     return metadata["identity"], metadata["checksums"]
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {"trainable": state.trainable, "opt_state": state.opt_state}
+def _check(tree: Any, checksums: list[int], path: Path, way_out: str) -> None:
+    if _checksums(tree) != checksums:
+        raise UserError(f"checkpoint {path} is damaged (a checksum differs): {way_out}")
+
+
+def _checksums(tree: Any) -> list[int]:
+    return [int(x) for x in jax.device_get(_checksum(tree))]
 
 
 @jax.jit
@@ -229,7 +228,7 @@ def _checksum(tree: Any) -> list[jax.Array]:
     Integer sums do not depend on their order, so that every mesh computes the same ones.
     """
 
-    def of_array(x):
+    def checksum(x):
         words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
         position = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
@@ -238,8 +237,4 @@ def _checksum(tree: Any) -> list[jax.Array]:
         mixed = (position * jnp.uint32(2654435761)) ^ (position >> 15)
         return jnp.sum(words * (mixed | 1), dtype=jnp.uint32)
 
-    return [of_array(x) for x in jax.tree.leaves(tree)]
-
-
-def _checksums(state: TrainState) -> list[int]:
-    return [int(x) for x in jax.device_get(_checksum(state))]
+    return [checksum(x) for x in jax.tree.leaves(tree)]

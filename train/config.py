@@ -10,7 +10,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from imae_jax.config import LORA_TARGETS
+from imae_jax.config import LoraConfig
 from imae_jax.errors import UserError, first_line
 from imae_jax.llama import ATTENTION_KINDS, REMAT_POLICIES
 from imae_jax.losses import LossConfig
@@ -106,7 +106,7 @@ class AdaptersConfig:
 
     Attributes:
         right: directory of the one trained on right answers.
-        wrong: of the one trained on wrong answers.
+        wrong: directory of the one trained on wrong answers.
     """
 
     right: str | None = None
@@ -120,7 +120,7 @@ class OptimizerConfig:
     Attributes:
         steps: optimizer steps in total.
         learning_rate: at its peak.
-        warmup_steps: of linear growth from 0.
+        warmup_steps: steps of linear growth from 0.
         final_ratio: learning rate at the end, as a share of the peak.
         weight_decay: decoupled.
         clip_norm: global norm to which gradients are clipped.
@@ -135,15 +135,6 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
-
-
-@dataclasses.dataclass
-class LoraSettings:
-    """See `imae_jax.config.LoraConfig`; targets are its names of projections."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: list[str] = dataclasses.field(default_factory=lambda: list(LORA_TARGETS))
 
 
 @dataclasses.dataclass
@@ -167,7 +158,7 @@ class IcdConfig:
 
     enabled: bool = False
     model: str | None = None
-    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     batch_size: int = 256
     accumulation: int = 1
     epochs: float | None = 5.0
@@ -225,6 +216,18 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
     **{f"icd.optimizer.{name}": limits for name, limits in _OPTIMIZER_BOUNDS.items()},
 }
+# Settings, or groups of them, that an objective does not use: a run warns of them. `TrainConfig` refuses
+# those that name a model or a directory.
+UNUSED = {
+    "paper": ("loss.alpha", "loss.tau"),
+    "pairs": ("loss.beta", "loss.tau"),
+    "preference": ("icd", "filter", "loss.beta", "loss.alpha", "loss.valid_form", "loss.delta"),
+}
+# Settings that may change when a run is resumed: they do not alter what a step computes, but for the order in
+# which devices and kernels add up.
+FREE_ON_RESUME = {
+    *("out", "mesh", "save_every", "keep", "log_every", "eval_every", "eval_rows", "wandb", "attention"),
+}
 
 
 @dataclasses.dataclass
@@ -239,18 +242,18 @@ class TrainConfig:
         batch_size: questions per optimizer step; each is used in both modes, and with objectives `pairs` and
             `preference` it is two rows, one an answer.
         accumulation: micro-batches that a step is cut into; the result is the same.
-        revision, tokenizer: of the model, see `load_model`.
-        dtype: of the frozen base and of all activations; None keeps the checkpoint's. The units and
+        revision, tokenizer: which ones of the model, see `load_model`.
+        dtype: dtype of the frozen base and of all activations; None keeps the checkpoint's. The units and
             their optimizer state are float32 throughout.
         remat: what a layer's backward pass keeps: none, dots or full (see `llama.forward`).
         attention: plain, or flash, which never builds the [T, T] scores on GPUs and TPUs.
-        seed: of the units' initialization and of the order of rows.
+        seed: draws the units' initial weights and the order of rows.
         save_every: steps between checkpoints.
         keep: checkpoints to keep.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between measurements on held-out rows; there is one before the first step and one
             after the last, too. None measures nothing.
-        eval_rows: of the held-out rows, how many are measured before the last step; None measures all.
+        eval_rows: how many held-out rows are measured before the last step; None measures all.
         wandb: Weights & Biases project to log to; None logs to TensorBoard and metrics.jsonl only.
     """
 
@@ -283,8 +286,8 @@ class TrainConfig:
     def __post_init__(self):
         for name, (low, high) in _BOUNDS.items():
             value = self
-            for part in name.split("."):
-                value = getattr(value, part)
+            for key in name.split("."):
+                value = getattr(value, key)
             if value is not None and not low <= value <= high:
                 limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise UserError(f"{name}={value} must be {limit}")
@@ -339,8 +342,49 @@ class TrainConfig:
             raise UserError(f"stage icd has nothing to train with objective={self.objective} as it is set")
         return names
 
+    def unused(self) -> list[str]:
+        """Settings that differ from their defaults and that the objective does not use."""
+        settings, defaults = (_flat(config.to_dict()) for config in (self, TrainConfig("", "")))
+        groups = UNUSED[self.objective]
+        return [
+            name
+            for name, value in settings.items()
+            if value != defaults[name] and any(f"{name}.".startswith(f"{group}.") for group in groups)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As a YAML file holds it: nested dicts, lists and plain values."""
+        return OmegaConf.to_container(OmegaConf.structured(self))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def check_resumed(config: TrainConfig, saved: dict[str, Any], out: Path, *, units_begun: bool) -> None:
+    """Refuses to resume a run with settings that change what its steps compute.
+
+    Args:
+        config: settings of the resumed run.
+        saved: settings of the run in `out`.
+        out: names it in the error.
+        units_begun: whether a checkpoint of the units exists. γ only thresholds: before, it may change.
+    """
+    # A setting that a later version added was at its default.
+    saved = OmegaConf.to_container(OmegaConf.merge(TrainConfig("", "").to_dict(), saved))
+    now = config.to_dict()
+    if not units_begun and isinstance(saved.get("filter"), dict):
+        saved["filter"] |= {"gamma": now["filter"]["gamma"]}
+    changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != saved.get(key)]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} differ(s) from the run in {out}: resume with its settings, or start over "
+            "with another out"
+        )
 
 
 def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.references import HUB_ID
 from imae_jax.decode.scoring import encode
@@ -232,7 +233,7 @@ class TokenizedData:
         train = {"wrong": self.train, "right": self.train_right}
         held_out = {"wrong": self.held_out, "right": self.right}
         return StageData(
-            *(list(zip(*(part[name] for name in answers), strict=True)) for part in (train, held_out)),
+            *(list(zip(*(rows[name] for name in answers), strict=True)) for rows in (train, held_out)),
             list(zip(self.held_out, self.right, strict=True)),
         )
 
@@ -242,7 +243,7 @@ class StageData:
     """What a stage trains on and is measured on.
 
     Attributes:
-        train: of every question the rows that a batch holds together.
+        train: for every question the rows that a batch holds together.
         held_out: the same of questions that are never trained on.
         answers: the held-out questions with their hallucinated and their right answers, every answer token
             in T_fact.
@@ -284,8 +285,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
     format = resolve_format(tokenizer, config.format)
     lead, end = answer_frame(tokenizer, format)
     # Text may consist of characters that the tokenizer's normalizer drops.
-    parts = [text for row in rows for text in (row.question, row.right_answer, row.hallucinated_answer)]
-    lengths = [len(ids) for ids in tokenizer(parts, add_special_tokens=False)["input_ids"]]
+    texts = [text for row in rows for text in (row.question, row.right_answer, row.hallucinated_answer)]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     numbers = np.flatnonzero(np.array(lengths).reshape(-1, 3).min(axis=1) > 0)
     if not len(numbers):
         raise UserError(f"all {len(rows)} rows have a text without tokens: check the data and the tokenizer")
@@ -335,7 +336,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> Tokeniz
         "length_auc": length_auc(right_lengths, wrong_lengths),
     }
     kept_out = [used[i] for i in sorted(held_out)]
-    sides = ([pair[side] for pair in part] for part in (train, kept_out) for side in (0, 1))
+    sides = ([pair[side] for pair in pairs] for pairs in (train, kept_out) for side in (0, 1))
     return TokenizedData(*sides, statistics)
 
 
@@ -344,10 +345,10 @@ def _ratio(a: int, b: int) -> float:
 
 
 def _held_out(questions: Sequence[str], config: DataConfig) -> set[int]:
-    """Which rows, by their place, are held out: all rows of questions drawn by `data.split_seed`."""
+    """Which rows, by their index, are held out: all rows of questions drawn by `data.split_seed`."""
     by_question: dict[str, list[int]] = {}
-    for place, question in enumerate(questions):
-        by_question.setdefault(question, []).append(place)
+    for index, question in enumerate(questions):
+        by_question.setdefault(question, []).append(index)
     groups = list(by_question.values())
     chosen: set[int] = set()
     for i in np.random.default_rng(config.split_seed).permutation(len(groups)):
@@ -436,8 +437,8 @@ def make_batch(examples: Sequence[Example], accumulation: int, *, merging: Mergi
         merging: makes `Batch.tree`; R divides the rows of a micro-batch.
     """
     examples = list(examples)
-    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
-    facts = _round_up(max(1, max(sum(e.fact) for e in examples)), FACT_BUCKET)
+    length = round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    facts = round_up(max(1, max(sum(e.fact) for e in examples)), FACT_BUCKET)
     shape = (len(examples), length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     answer, fact = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -486,7 +487,7 @@ def choose_merging(
         costs[rows] = costs.get(rows, 0) + count * length * (6 * llama.hidden_size + length)
 
     for batch in batches:
-        plain = len(batch), _round_up(max(len(e.tokens) for e in batch), LENGTH_BUCKET)
+        plain = len(batch), round_up(max(len(e.tokens) for e in batch), LENGTH_BUCKET)
         add(0, *plain)
         for rows in range(2, len(batch) // shards + 1):
             if len(batch) % (rows * shards) == 0:
@@ -504,9 +505,9 @@ def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
     longest = max(map(len, merged))
     if longest > merging.max_length:
         return None
-    shape = (len(groups), _round_up(longest, TREE_BUCKET))
+    shape = (len(groups), round_up(longest, TREE_BUCKET))
     tokens, positions, ends = (np.zeros(shape, np.int32) for _ in range(3))
-    length = _round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
+    length = round_up(max(len(e.tokens) for e in examples), LENGTH_BUCKET)
     places = np.zeros((len(groups), merging.rows, length), np.int32)
     for i, tree in enumerate(merged):
         for array, values in ((tokens, tree.tokens), (positions, tree.depths), (ends, tree.ends)):
@@ -514,7 +515,3 @@ def _merged(examples: Sequence[Example], merging: Merging) -> Trees | None:
         for row, path in enumerate(tree.paths):
             places[i, row, : len(path)] = path
     return Trees(tokens, positions, ends, places.reshape(len(groups), -1))
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -99,7 +99,7 @@ class UnitsObjective(Objective):
 
     Attributes:
         anti_expert: sizes of the units.
-        settings: of the losses.
+        settings: settings of the losses.
         remat, attention: see `llama.Options`.
         first_layer: units of layers below stay as they begin, where they contribute nothing. L_gate counts
             their gates, which nothing moves.
@@ -326,9 +326,9 @@ def run(
     `flash`, whose kernels take no mask).
 
     Args:
-        copies: of the rows, which run as one batch.
-        interventions: of `forward`; an array's first axis is copies.
-        options: of `forward`.
+        copies: how many copies of the rows run as one batch.
+        interventions: see `forward`; an array's first axis is copies.
+        options: see `forward`.
 
     Returns:
         The copies' hidden states, each [B, T, D], of trees [B / R, S, D]; then the gates [L, copies · B, T]

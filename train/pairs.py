@@ -1,24 +1,21 @@
-"""`python -m imae_jax.train pairs`: what a file of right and wrong answers is like, before training on it."""
+"""What a file of right and wrong answers is like, before training on it: `python -m imae_jax.train pairs`."""
 
 import collections
 import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from imae_jax.cli import ArgumentParser, command
 from imae_jax.errors import UserError
 from imae_jax.evaluate.reporting import stats
 from imae_jax.files import read_csv, read_rows, read_text
-
-if TYPE_CHECKING:
-    from imae_jax.train.data import Row
+from imae_jax.train.data import Row, to_row
 
 # Columns in which evaluation sets keep what a model is asked, in lower case: TruthfulQA, TriviaQA, Natural
 # Questions; MemoTrap; FACTOR (its spelling); AdaCAD's NQ-Synth.
@@ -63,7 +60,7 @@ def overlaps(questions: Sequence[str], texts: Sequence[str]) -> dict[int, tuple[
     """Questions that are also among an evaluation set's texts.
 
     Args:
-        questions: of the pairs.
+        questions: those of the pairs.
         texts: what the evaluation set asks.
 
     Returns:
@@ -80,17 +77,17 @@ def overlaps(questions: Sequence[str], texts: Sequence[str]) -> dict[int, tuple[
     sizes = [np.asarray(side.sum(axis=1)).ravel() for side in (ours, theirs)]
     joined = [f" {' '.join(words(text))} " for text in texts]
     asked = [f" {' '.join(words(question))} " for question in questions]
-    found: dict[int, tuple[float, str]] = {}
+    matches: dict[int, tuple[float, str]] = {}
     for i, j, count in zip(shared.row.tolist(), shared.col.tolist(), shared.data, strict=True):
         jaccard = count / (sizes[0][i] + sizes[1][j] - count)
         inside = count == sizes[0][i] and len(asked[i].split()) >= LONG and asked[i] in joined[j]
         overlap = 1.0 if inside or asked[i] == joined[j] else min(jaccard, 0.999)
-        if overlap >= OVERLAP and overlap > found.get(i, (0.0, ""))[0]:
-            found[i] = overlap, texts[j]
-    return found
+        if overlap >= OVERLAP and overlap > matches.get(i, (0.0, ""))[0]:
+            matches[i] = overlap, texts[j]
+    return matches
 
 
-def form_accuracy(rows: Sequence["Row"], *, seed: int = 0) -> stats.Mean:
+def form_accuracy(rows: Sequence[Row], *, seed: int = 0) -> stats.Mean:
     """How often a classifier that sees only the words of a pair's answers finds the right one.
 
     A logistic regression (L2) on which words an answer has, without the question, cross-validated: all rows
@@ -162,7 +159,7 @@ class Report:
         overlaps: by evaluation set, see `overlaps`.
     """
 
-    rows: "list[Row]"
+    rows: list[Row]
     problems: list[str]
     unit: str
     right_length: float
@@ -181,7 +178,7 @@ def check(
     """Examines a data source's records.
 
     Args:
-        records: of `read_source`.
+        records: from `read_source`.
         config: a `DataConfig`.
         against: files of evaluation sets.
         tokenizer: a model's `Tokenizer`, to count tokens instead of words.
@@ -189,8 +186,6 @@ def check(
     Raises:
         UserError: no row can be used, or an evaluation set cannot be read.
     """
-    from imae_jax.train.data import to_row
-
     rows, problems = [], []
     for place, values in records:
         try:
@@ -245,11 +240,14 @@ def describe(report: Report) -> list[str]:
             f"the pairs (95 % interval {low:.1%} to {high:.1%}; 50 %: form tells nothing)"
         )
     lines.append(f"repeated: {report.same_questions} question(s), {report.same_pairs} whole pair(s)")
-    for name, found in report.overlaps.items():
-        exact = sum(overlap == 1 for overlap, _ in found.values())
-        lines.append(f"overlap with {name}: {exact} question(s) word for word, {len(found) - exact} nearly")
+    for name, matches in report.overlaps.items():
+        exact = sum(overlap == 1 for overlap, _ in matches.values())
+        lines.append(f"overlap with {name}: {exact} question(s) word for word, {len(matches) - exact} nearly")
         lines += _some(
-            [f"{overlap:.2f} {report.rows[i].question!r} ~ {text!r}" for i, (overlap, text) in found.items()]
+            [
+                f"{overlap:.2f} {report.rows[i].question!r} ~ {text!r}"
+                for i, (overlap, text) in matches.items()
+            ]
         )
     return lines
 
@@ -257,45 +255,3 @@ def describe(report: Report) -> list[str]:
 def _some(lines: Sequence[str]) -> list[str]:
     more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return [f"  {line if len(line) <= 200 else line[:199] + '…'}" for line in lines[:SHOWN]] + more
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m imae_jax.train pairs",
-        description="Examines pairs of right and wrong answers before anyone trains on them: lengths, shared "
-        "words, what form alone gives away, repetitions, overlap with evaluation sets.",
-    )
-    parser.add_argument(
-        "source", metavar="FILE", help="all that data.source takes: JSONL, JSON or CSV, demo, pairs, a hub id"
-    )
-    parser.add_argument(
-        "--against",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="evaluation sets whose questions must not be among the pairs: CSV, JSONL or JSON with a column "
-        f"{', '.join(QUESTION_COLUMNS)}; or a text, one question a line",
-    )
-    parser.add_argument("--tokenizer", metavar="MODEL", help="count this model's tokens instead of words")
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings of data, e.g. data.columns.right=answer"
-    )
-    args = parser.parse_intermixed_args(argv)
-    from imae_jax.train.config import load_config
-    from imae_jax.train.data import read_source
-
-    # After --against, settings look like more of its files.
-    given = [*args.settings, *(word for group in args.against for word in group)]
-    settings = [word for word in given if "=" in word and not Path(word).exists()]
-    against = [Path(word) for word in given if word not in settings]
-    source = [f"data.source={args.source}", "model=unused", "out=unused"]
-    config = load_config(None, [*settings, *source]).data
-    tokenizer = None
-    if args.tokenizer is not None:
-        from imae_jax.convert.references import open_model
-
-        tokenizer = open_model(args.tokenizer).tokenizer()
-    records = read_source(config)[: config.limit]
-    print("\n".join(describe(check(records, config, against, tokenizer))))

@@ -1,4 +1,4 @@
-"""The memory that a run needs on each device, without allocating it; `plan_command` shows it.
+"""The memory that a run needs on each device, without allocating it.
 
 What is exact and what is estimated:
 
@@ -21,15 +21,14 @@ less than the step (but a separate `filter.anti_expert_llm` brings its weights);
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.config import LlamaConfig
 from imae_jax.convert.references import DTYPES, model_config
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
@@ -37,32 +36,15 @@ from imae_jax.lora import side_by_side
 from imae_jax.sharding import check_divisible, row_shards, sharding, shardings_of
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig
-from imae_jax.train.loop import ICD_DIRS, units_objective
-from imae_jax.train.objectives import AnswerObjective, Objective
-from imae_jax.train.step import init_state, make_optimizer, make_train_step, state_shardings
+from imae_jax.train.objectives import Objective
+from imae_jax.train.run_directory import ADAPTER_STAGES
+from imae_jax.train.setup import adapter_objective, units_objective
+from imae_jax.train.step import make_optimizer, state_shardings
+from imae_jax.train.trainer import Trainer
 
 GIB = 2**30
-GPUS = ("a100-40gb", "a100", "h100", "h200", "b200")
 # The share of a GPU's memory that JAX takes unless told otherwise.
-GPU_SHARE = 0.75
-NUM_LARGEST = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """An array on one device.
-
-    Attributes:
-        name: path of a weight, or the scope of the operation that computes it.
-        shape: of the device's part.
-        dtype: as JAX or XLA names it.
-        bytes: of the device's part.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
+GPUS, GPU_SHARE = ("a100-40gb", "a100", "h100", "h200", "b200"), 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +58,8 @@ class StagePlan:
         trainable: the float32 weights that are trained.
         optimizer: Adam's moments and counters.
         batch: one step's rows; the next one's are placed while it runs, hence twice.
-        gradients: of the trainable part, float32.
+        gradients: gradients of the trainable part, float32.
         activations: all else that lives within a step; an estimate, see the module.
-        largest: the largest of the arrays that live between steps.
-        largest_temporaries: the largest results of the compiled step's instructions, one for each type and
-            shape, gradients among them. They do not all live at once.
     """
 
     name: str
@@ -90,8 +69,6 @@ class StagePlan:
     batch: int
     gradients: int
     activations: int
-    largest: tuple[Buffer, ...]
-    largest_temporaries: tuple[Buffer, ...]
 
     @property
     def temporaries(self) -> int:
@@ -110,7 +87,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
     Adapters that are given are counted as if stage 1 made them.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         mesh: its devices, of any kind; on CPU devices bfloat16 is counted as the module describes.
 
     Raises:
@@ -120,18 +97,17 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
     units = units_objective(config, llama)
     check_divisible(llama, units.anti_expert, mesh.shape)
     stages = []
-    lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
-    icd = AnswerObjective(lora, remat=config.remat, attention=config.attention)
+    icd = adapter_objective(config, "wrong")
     to_train = config.adapters_to_train()
     if to_train:
         icd_llama, icd_base, beside = llama, base, 0
         if config.icd.model is not None:
             icd_llama, icd_base = _abstract_base(config.icd.model, None, config.dtype, mesh)
             check_divisible(icd_llama, None, mesh.shape)
-            beside = _total(_buffers(base))
+            beside = _bytes(base)
         stage = _plan_stage("icd", config, config.icd, icd_llama, Weights(icd_base), icd, mesh)
         stages += [
-            dataclasses.replace(stage, name=ICD_DIRS[answers], base=stage.base + beside)
+            dataclasses.replace(stage, name=ADAPTER_STAGES[answers], base=stage.base + beside)
             for answers in to_train
         ]
     frozen = Weights(base)
@@ -139,7 +115,7 @@ def plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> list[StagePlan]:
         placed = state_shardings(llama, icd, make_optimizer(config.icd.optimizer), mesh).trainable
         module = nnx.eval_shape(lambda: icd.module(llama, 0))
         deltas = jax.tree.map(_abstract, nnx.to_pure_dict(nnx.state(module)), placed)
-        both = jax.eval_shape(side_by_side, [(deltas, lora.scale)] * 2)
+        both = jax.eval_shape(side_by_side, [(deltas, icd.lora.scale)] * 2)
         frozen = Weights(base, lora=jax.tree.map(_abstract, both, placed))
     stages.append(_plan_stage("units", config, config, llama, frozen, units, mesh))
     return stages
@@ -154,10 +130,8 @@ def _plan_stage(
     objective: Objective,
     mesh: jax.sharding.Mesh,
 ) -> StagePlan:
-    optimizer = make_optimizer(stage.optimizer)
-    shardings = state_shardings(llama, objective, optimizer, mesh)
-    shapes = jax.eval_shape(lambda: init_state(llama, objective, optimizer, shardings, config.seed))
-    state = jax.tree.map(_abstract, shapes, shardings)
+    trainer = Trainer(llama, objective, stage.optimizer, mesh, config.seed)
+    state = jax.tree.map(_abstract, trainer.state_shape(), trainer.shardings)
     # A model that knows shorter rows only is given no longer ones.
     length = min(config.data.max_length, llama.context_length)
     longest = data.Example(0, (0,) * length, 1, (True,) * (length - 1))
@@ -166,28 +140,22 @@ def _plan_stage(
     placement = sharding(mesh, *data.Batch.AXES)
     batch = {key: _abstract(array, placement) for key, array in rows.arrays().items()}
 
-    step = make_train_step(llama, objective, optimizer, shardings, mesh)
     # float16 stands in for bfloat16 on CPU devices: see the module.
     swap = _on_cpu(mesh) and frozen.dtype == jnp.bfloat16
     base = jax.tree.map(lambda x: x.update(dtype=jnp.float16), frozen.base) if swap else frozen.base
-    lowered = step.lower(state, dataclasses.replace(frozen, base=base), batch)
+    lowered = trainer.train_step.lower(state, dataclasses.replace(frozen, base=base), batch)
     # A program that is not run needs no optimized machine code, and its memory does not depend on it.
     compiled = lowered.compile({"xla_backend_optimization_level": 0} if _on_cpu(mesh) else None)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    trainable = list(_buffers(state.trainable, "trainable/"))
-    moments = list(_buffers(state.opt_state, "optimizer/"))
-    weights = [*_buffers(frozen.base, "base/"), *_buffers(frozen.lora, "adapters/")]
-    gradients = _total(trainable)
+    gradients = _bytes(state.trainable)
     return StagePlan(
         name=name,
-        base=_total(weights),
-        trainable=_total(trainable),
-        optimizer=_total(moments),
-        batch=2 * _total(_buffers(batch)),
+        base=_bytes(frozen.base) + _bytes(frozen.lora),
+        trainable=_bytes(state.trainable),
+        optimizer=_bytes(state.opt_state),
+        batch=2 * _bytes(batch),
         gradients=gradients,
         activations=max(0, temporaries - gradients),
-        largest=_largest(weights + trainable + moments),
-        largest_temporaries=_largest(_instructions(compiled.as_text())),
     )
 
 
@@ -213,59 +181,9 @@ def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _buffers(tree: Any, prefix: str = "") -> Iterator[Buffer]:
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        shape = x.sharding.shard_shape(x.shape)
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
-        yield Buffer(name, shape, str(x.dtype), math.prod(shape) * x.dtype.itemsize)
-
-
-def _total(buffers: Any) -> int:
-    return sum(buffer.bytes for buffer in buffers)
-
-
-def _largest(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
-    return tuple(sorted(buffers, key=lambda buffer: (-buffer.bytes, buffer.name))[:NUM_LARGEST])
-
-
-_XLA_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) .*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(")
-# These own no memory: they name what another instruction computed.
-_VIEWS = {"parameter", "get-tuple-element", "bitcast", "constant"}
-
-
-def _instructions(hlo: str) -> list[Buffer]:
-    """Results of a compiled program's instructions, one for each type and shape.
-
-    Instructions inside of a fusion are left out: their results are never stored.
-    """
-    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", hlo))
-    found: dict[tuple[str, str], Buffer] = {}
-    inside = False
-    for line in hlo.splitlines():
-        if computation := _COMPUTATION.match(line):
-            inside = computation[1] in fused
-        instruction = None if inside else _INSTRUCTION.match(line)
-        if instruction is None or instruction[3] in _VIEWS or instruction[1] not in _XLA_BYTES:
-            continue
-        dtype, dimensions, operation = instruction.groups()
-        op_name = re.search(r'op_name="([^"]*)"', line)
-        shape = tuple(map(int, dimensions.split(",")))
-        name = _scope(op_name[1]) if op_name else operation
-        buffer = Buffer(name, shape, dtype, math.prod(shape) * _XLA_BYTES[dtype])
-        known = found.setdefault((dtype, dimensions), buffer)
-        if op_name and known.name in (operation, "copy", "fusion"):
-            found[dtype, dimensions] = buffer
-    return list(found.values())
-
-
-def _scope(op_name: str) -> str:
-    """`backward: mlp/dot_general` of an operation's full name."""
-    noise = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|.*\(.*\)|.*->.*")
-    parts = [part for part in op_name.replace("\\", "").split("/") if not noise.fullmatch(part)]
-    phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "step"
-    return f"{phase}: {'/'.join(parts[-2:]) or '–'}"
+def _bytes(tree: Any) -> int:
+    """What a tree of abstract arrays takes on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def plan_table(stages: Sequence[StagePlan]) -> Any:
@@ -288,34 +206,13 @@ def plan_table(stages: Sequence[StagePlan]) -> Any:
     for label, field in rows.items():
         if field == "total":
             table.add_section()
-        table.add_row(label, *(_gib(getattr(stage, field)) for stage in stages))
+        table.add_row(label, *(f"{getattr(stage, field) / GIB:.2f}" for stage in stages))
     return table
-
-
-def largest_table(stage: StagePlan) -> Any:
-    """A rich table of a stage's largest arrays on one device."""
-    from rich.table import Table
-
-    table = Table(title=f"largest arrays of stage {stage.name} on one device")
-    for column in ("", "type", "shape"):
-        table.add_column(column)
-    table.add_column("GiB", justify="right")
-    for label, buffers in (("between steps", stage.largest), ("within a step", stage.largest_temporaries)):
-        table.add_section()
-        table.add_row(f"[italic]{label}[/italic]")
-        for buffer in buffers:
-            shape = " × ".join(map(str, buffer.shape))
-            table.add_row(buffer.name.replace("[", r"\["), buffer.dtype, shape, _gib(buffer.bytes))
-    return table
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
 
 
 def advice(config: TrainConfig, stage: StagePlan, mesh: jax.sharding.Mesh) -> list[str]:
     """Settings that would make a stage smaller and are not at their end yet, the cheapest first."""
-    prefix, settings = ("icd.", config.icd) if stage.name in ICD_DIRS.values() else ("", config)
+    prefix, settings = ("icd.", config.icd) if stage.name in ADAPTER_STAGES.values() else ("", config)
     micro = settings.batch_size // settings.accumulation
     shards = row_shards(mesh)
     ways = []

@@ -31,8 +31,8 @@ def training_plot(
     """The losses and the mean gate against the step, and what was measured on held-out rows.
 
     Args:
-        lines: of metrics.jsonl.
-        path: of the picture.
+        lines: those of metrics.jsonl.
+        path: PNG file to write.
         evaluations: lines of evaluation.jsonl.
     """
     from matplotlib.figure import Figure

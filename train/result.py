@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from imae_jax.config import LlamaConfig, LoraConfig
+from imae_jax.config import LlamaConfig
 from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.identity import note
 from imae_jax.convert.references import open_model
@@ -14,7 +14,8 @@ from imae_jax.language_model import BaseReference
 from imae_jax.llama import Weights
 from imae_jax.train.checkpoint import read_trainable, steps_in
 from imae_jax.train.config import TrainConfig, load_config
-from imae_jax.train.loop import CHECKPOINT_DIR, CONFIG_FILE, ICD_DIRS, units_objective
+from imae_jax.train.run_directory import ADAPTER_STAGES, CHECKPOINT_DIR, CONFIG_FILE
+from imae_jax.train.setup import units_objective
 
 
 def write_result(
@@ -28,7 +29,7 @@ def write_result(
 
     Args:
         run: the `out` of a training run, its `icd/` or `icd_right/`, or the `checkpoints/` in either.
-        step: of the checkpoint; default: the newest.
+        step: steps done at the checkpoint; default: the newest.
         out: the new directory.
         base: where the base is now, if it has moved.
         overwrite: replace an existing result.
@@ -40,7 +41,7 @@ def write_result(
         UserError: no such run or checkpoint, a damaged one, another base, or `out` may not be replaced.
     """
     stage = run.parent if run.resolve().name == CHECKPOINT_DIR else run
-    is_icd = stage.resolve().name in ICD_DIRS.values() and not (stage / CONFIG_FILE).is_file()
+    is_icd = stage.resolve().name in ADAPTER_STAGES.values() and not (stage / CONFIG_FILE).is_file()
     settings = (stage.parent if is_icd else stage) / CONFIG_FILE
     if not settings.is_file():
         raise UserError(f"{run} is no training run: {settings} does not exist")
@@ -55,9 +56,8 @@ def write_result(
     trainable, identity = read_trainable(stage / CHECKPOINT_DIR / str(step))
     reference, llama = _base(config, is_icd, base, identity)
     if is_icd:
-        lora = LoraConfig(config.icd.lora.rank, config.icd.lora.alpha, tuple(config.icd.lora.targets))
         origin = {"base_reference": reference.reference, "revision": reference.revision}
-        peft.write_adapter(out, trainable, llama, lora, **origin, overwrite=overwrite)
+        peft.write_adapter(out, trainable, llama, config.icd.lora, **origin, overwrite=overwrite)
     else:
         imae_dir.write_imae_dir(
             out,
@@ -80,9 +80,9 @@ def _base(
         opened = open_model(name, revision=None if moved or other else config.revision)
     except UserError as error:
         raise UserError(f"the run's base is not found ({error}); pass --base if it has moved") from error
-    found, recorded = opened.identified(), identity.get("base")
-    if found.fingerprint != recorded:
+    now, recorded = opened.identified(), identity.get("base")
+    if now.fingerprint != recorded:
         raise UserError(
             f"the run's base has other weights than {name}{note(recorded)}: restore it, or pass --base"
         )
-    return dataclasses.replace(found, dtype=str(identity["base dtype"])), opened.config
+    return dataclasses.replace(now, dtype=str(identity["base dtype"])), opened.config

@@ -1,4 +1,4 @@
-"""What a stage writes down while it trains: JSONL, TensorBoard, Weights & Biases, a picture."""
+"""Metric logging: JSONL, TensorBoard, Weights & Biases, a plot."""
 
 import contextlib
 import json
@@ -15,9 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import write_text
 from imae_jax.train.plots import training_plot
-
-METRICS_FILE, EVALUATION_FILE = "metrics.jsonl", "evaluation.jsonl"
-TENSORBOARD_DIR, PLOT_FILE = "tensorboard", "training.png"
+from imae_jax.train.run_directory import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR
 
 
 class RunLog:
@@ -59,7 +57,7 @@ class RunLog:
         self.plot()
 
     def plot(self) -> None:
-        """Draws `training.png` anew."""
+        """Draws `training.png` again."""
         if self._lines[METRICS_FILE]:
             temporary = self._out / f".{PLOT_FILE}"
             try:
@@ -91,8 +89,8 @@ class RunLog:
             self._write_event(step=step, summary=Summary(value=values))
         for key, values in numbers.items():
             if isinstance(values, list):
-                of_layer = {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
-                scalars |= {k: v for k, v in of_layer.items() if v is not None}
+                by_layer = {f"{prefix}/{key}/{i:02d}": v for i, v in enumerate(values, 1)}
+                scalars |= {k: v for k, v in by_layer.items() if v is not None}
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
@@ -143,7 +141,7 @@ def _init_wandb(arguments: dict[str, Any]) -> Any:
             "the setting out"
         ) from error
     try:
-        # A run that is resumed goes on under its id.
+        # A resumed run keeps its id.
         return wandb.init(**arguments, resume="allow")
     except wandb.Error as error:
         raise UserError(f"wandb={arguments['project']} does not work: {first_line(error)}") from error

@@ -100,7 +100,7 @@ def make_train_step(
         llama: config of the base.
         objective: what to minimize.
         optimizer: from `make_optimizer`.
-        shardings: of the state.
+        shardings: where the state's arrays lie.
         mesh: on which everything lies.
 
     Returns:

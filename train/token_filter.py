@@ -4,19 +4,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jax
 import numpy as np
 
 from imae_jax.config import LlamaConfig
 from imae_jax.convert import LanguageModel, load_model
 from imae_jax.convert.peft import Adapter, open_adapter
-from imae_jax.convert.references import adapter_of, fingerprint
+from imae_jax.convert.references import adapter_of, check_same_vocabulary, fingerprint
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
@@ -24,6 +23,7 @@ from imae_jax.llama import Weights
 from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
 from imae_jax.sharding import row_shards, sharding
+from imae_jax.train.config import TrainConfig
 from imae_jax.train.data import Example, choose_merging, in_batches, make_batch
 from imae_jax.train.objectives import RIGHT, WRONG, at_facts, run
 from imae_jax.train.step import place_batch
@@ -32,42 +32,35 @@ logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 20
 FEW, MANY = 0.02, 0.80
-RATIO_COLUMN = "log_ratio"
-MARKER = "state.json"  # `datasets` writes it last.
-Progress = Callable[[Sequence, str], Sequence]
+RATIOS_FILE = "log_ratios.npz"
+Progress = Callable[[Sequence, str], Iterable]
 
 
 def filter_tokens(
     examples: Sequence[Example],
     base: LanguageModel,
     models: Sequence[str],
-    gamma: float,
+    config: TrainConfig,
     cache: Path,
     *,
     mesh: jax.sharding.Mesh,
-    batch_size: int,
-    max_length: int,
-    reuse: Path | None = None,
     progress: Progress = lambda items, _: items,
 ) -> tuple[list[Example], dict[str, Any]]:
     """Keeps the answer tokens with `log p_antiLLM − log p_base ≥ γ`, or those with
     `|log p_right − log p_wrong| ≥ γ`.
 
-    The log-ratios are stored in `cache` (Arrow), under a hash of the examples and all models, and
-    computed once; γ only thresholds them.
+    The log-ratios are stored in `cache`, under a hash of the examples and all models, and computed once; γ
+    only thresholds them.
 
     Args:
         examples: from `data.tokenize`, every answer token in T_fact; with two adapters, both rows of every
             question as neighbours.
         base: the model to be trained on.
         models: reference of the anti-expert LLM; or those of two adapters of the base, trained on right and
-            on wrong answers; or none, which keeps every answer token.
-        gamma: γ.
+            on wrong answers.
+        config: settings of the run: γ, another such directory to take log-ratios from, sizes of batches.
         cache: directory for the log-ratios.
         mesh: on which the base lies.
-        batch_size: questions at a time.
-        max_length: of a row, and of a token tree.
-        reuse: another such directory, from which they are copied.
         progress: wraps an iteration to show how far it is.
 
     Returns:
@@ -75,70 +68,53 @@ def filter_tokens(
         thirds of the answers' length, and `rows_without_facts`, which still train the gate to close.
 
     Raises:
-        UserError: the LLM has another vocabulary than the base, an adapter another base, `reuse` holds no
-            such log-ratios, or γ keeps nothing.
+        UserError: the LLM has another vocabulary than the base, an adapter another base, `filter.reuse` holds
+            no such log-ratios, or γ keeps nothing.
     """
-    if not models:
-        return list(examples), {"kept_share": 1.0}
-    adapters = [
-        own_adapter(model, base) if len(models) == 2 or adapter_of(model, base.base) else None
-        for model in models
-    ]
+    two_sided, gamma, reuse = len(models) == 2, config.filter.gamma, config.filter.reuse
+    adapters = [open_base_adapter(m, base) if two_sided or adapter_of(m, base.base) else None for m in models]
     path = cache / _key(examples, base, models, adapters)
-    stored = decide(path.exists())
-    if reuse is not None and not stored:
-        if not decide((reuse / path.name / MARKER).is_file()):
-            raise UserError(
-                f"filter.reuse={reuse} holds no log-ratios of these rows, this base and "
-                f"{' and '.join(models)}: leave it out to compute them"
-            )
-        if is_main():
-            with new_directory(path, marker=MARKER) as temporary:
-                shutil.copytree(reuse / path.name, temporary, dirs_exist_ok=True)
-        barrier("log-ratios copied")
-        stored = True
-    if stored:
-        ratios = [np.asarray(r, np.float32) for r in datasets.load_from_disk(str(path))[RATIO_COLUMN]]
+    source = path if reuse is None or decide((path / RATIOS_FILE).is_file()) else Path(reuse) / path.name
+    if decide((source / RATIOS_FILE).is_file()):
+        _, ratios = _read(source)
+    elif reuse is not None:
+        raise UserError(
+            f"filter.reuse={reuse} holds no log-ratios of these rows, this base and {' and '.join(models)}: "
+            "remove it to compute them"
+        )
     else:
-        ratios = _log_ratios(examples, base, models, adapters, mesh, batch_size, max_length, progress)
-    if not stored and is_main():
-        columns = {
-            "row": [e.row for e in examples],
-            "tokens": [list(e.tokens) for e in examples],
-            "start": [e.start for e in examples],
-            "right": [e.right for e in examples],
-            RATIO_COLUMN: [r.astype(np.float32).tolist() for r in ratios],
-        }
-        with new_directory(path, marker=MARKER) as temporary:
-            datasets.disable_progress_bar()
-            datasets.Dataset.from_dict(columns).save_to_disk(str(temporary))
-
+        ratios = _log_ratios(examples, base, _ratio_function(base, models, adapters, mesh), config, progress)
+    if is_main() and not path.exists():
+        with new_directory(path, marker=RATIOS_FILE) as temporary:
+            _write(temporary, examples, ratios)
+    barrier("log-ratios stored")
     filtered = [
-        dataclasses.replace(example, fact=_marks(ratio, gamma, two_sided=len(models) == 2))
+        dataclasses.replace(example, fact=_marks(ratio, gamma, two_sided))
         for example, ratio in zip(examples, ratios, strict=True)
     ]
-    lengths = np.array([len(e.fact) for e in filtered])
-    kept = np.array([sum(e.fact) for e in filtered])
-    if kept.sum() == 0:
-        largest = max(np.abs(r).max() if len(models) == 2 else r.max() for r in ratios)
+    if not any(any(example.fact) for example in filtered):
+        largest = max(np.abs(r).max() if two_sided else r.max() for r in ratios)
         raise UserError(
-            f"filter.gamma={gamma} keeps no answer token, the largest ratio is {largest:.3g}: go on with "
+            f"filter.gamma={gamma} keeps no answer token, the largest ratio is {largest:.3g}: resume with "
             "--resume and a lower one, or train stage icd longer"
         )
-    share = float(kept.sum() / lengths.sum())
-    thirds = np.array_split(np.argsort(lengths, kind="stable"), 3)
-    statistics = {
-        "kept_share": share,
+    return filtered, _statistics(filtered)
+
+
+def _statistics(filtered: Sequence[Example]) -> dict[str, Any]:
+    lengths = np.array([len(e.fact) for e in filtered])
+    kept = np.array([sum(e.fact) for e in filtered])
+    thirds = filter(len, np.array_split(np.argsort(lengths, kind="stable"), 3))
+    return {
+        "kept_share": float(kept.sum() / lengths.sum()),
         "kept_share_by_length": {
-            f"{lengths[part].min()}-{lengths[part].max()} tokens": float(
-                kept[part].sum() / lengths[part].sum()
+            f"{lengths[rows].min()}-{lengths[rows].max()} tokens": float(
+                kept[rows].sum() / lengths[rows].sum()
             )
-            for part in thirds
-            if len(part)
+            for rows in thirds
         },
         "rows_without_facts": int((kept == 0).sum()),
     }
-    return filtered, statistics
 
 
 def stored_examples(cache: Path, gamma: float, *, two_sided: bool = False) -> list[Example]:
@@ -147,33 +123,64 @@ def stored_examples(cache: Path, gamma: float, *, two_sided: bool = False) -> li
     Raises:
         UserError: `cache` does not hold the log-ratios of one run.
     """
-    paths = [path.parent for path in cache.glob(f"*/{MARKER}")]
-    if len(paths) != 1:
-        raise UserError(
-            f"{cache} holds {len(paths)} sets of log-ratios where one is needed: give a run that was trained "
-            "with a token filter"
-        )
-    try:
-        rows = datasets.load_from_disk(str(paths[0]))
-    except Exception as error:  # Arrow's errors share no base class.
-        raise UserError(f"{paths[0]} cannot be read: {first_line(error)}") from error
+    examples, ratios = read_log_ratios(cache)
     return [
-        Example(
-            row["row"],
-            tuple(row["tokens"]),
-            row["start"],
-            _marks(np.asarray(row[RATIO_COLUMN], np.float32), gamma, two_sided),
-            row.get("right", False),
-        )
-        for row in rows
+        dataclasses.replace(example, fact=_marks(ratio, gamma, two_sided))
+        for example, ratio in zip(examples, ratios, strict=True)
     ]
+
+
+def read_log_ratios(cache: Path) -> tuple[list[Example], list[np.ndarray]]:
+    """The examples of a run's token filter, every answer token in T_fact, and float32 log-ratios of these.
+
+    Raises:
+        UserError: `cache` does not hold the log-ratios of one run.
+    """
+    stored = [path.parent for path in cache.glob(f"*/{RATIOS_FILE}")]
+    if len(stored) != 1:
+        raise UserError(
+            f"{cache} holds {len(stored)} sets of log-ratios where one is needed: give a run that was "
+            "trained with a token filter"
+        )
+    return _read(stored[0])
+
+
+def _write(directory: Path, examples: Sequence[Example], ratios: Sequence[np.ndarray]) -> None:
+    np.savez(
+        directory / RATIOS_FILE,
+        row=[e.row for e in examples],
+        start=[e.start for e in examples],
+        right=[e.right for e in examples],
+        length=[len(e.tokens) for e in examples],
+        tokens=np.concatenate([np.asarray(e.tokens, np.int32) for e in examples]),
+        log_ratio=np.concatenate(ratios).astype(np.float32),
+    )
+
+
+def _read(directory: Path) -> tuple[list[Example], list[np.ndarray]]:
+    try:
+        with np.load(directory / RATIOS_FILE) as file:
+            arrays = {name: file[name] for name in ("row", "start", "right", "length", "tokens", "log_ratio")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{directory / RATIOS_FILE} cannot be read ({first_line(error)}): remove {directory} to compute "
+            "it again"
+        ) from error
+    length, start = arrays["length"], arrays["start"]
+    tokens = np.split(arrays["tokens"], np.cumsum(length)[:-1])
+    ratios = np.split(arrays["log_ratio"], np.cumsum(length - start)[:-1])
+    examples = [
+        Example(int(row), tuple(ids.tolist()), int(begin), (True,) * (len(ids) - int(begin)), bool(right))
+        for row, ids, begin, right in zip(arrays["row"], tokens, start, arrays["right"], strict=True)
+    ]
+    return examples, ratios
 
 
 def _marks(ratios: np.ndarray, gamma: float, two_sided: bool) -> tuple[bool, ...]:
     return tuple(((np.abs(ratios) if two_sided else ratios) >= gamma).tolist())
 
 
-def own_adapter(reference: str, base: LanguageModel) -> Adapter:
+def open_base_adapter(reference: str, base: LanguageModel) -> Adapter:
     """Opens a LoRA adapter of exactly this base.
 
     Raises:
@@ -195,56 +202,70 @@ def adapter_pair(weights: Weights, adapters: Sequence[Adapter], mesh: jax.shardi
         return dataclasses.replace(weights, lora=jax.jit(side_by_side)(deltas))
 
 
-def _log_ratios(
-    examples: Sequence[Example],
+@dataclasses.dataclass(frozen=True)
+class _Ratio:
+    """How log-ratios are computed.
+
+    Attributes:
+        compute: log-ratios [B, P] of the arrays of a batch.
+        rows: that each question has in it.
+        llama: config of the model that merges rows least.
+        mesh: on which the models lie.
+    """
+
+    compute: Callable[[dict[str, jax.Array]], jax.Array]
+    rows: int
+    llama: LlamaConfig
+    mesh: jax.sharding.Mesh
+
+
+def _ratio_function(
     base: LanguageModel,
     models: Sequence[str],
     adapters: Sequence[Adapter | None],
     mesh: jax.sharding.Mesh,
-    batch_size: int,
-    max_length: int,
-    progress: Progress,
-) -> list[np.ndarray]:
-    """`log p_antiLLM − log p_base`, or `log p_right − log p_wrong`, of every answer token; `adapters` are the
-    models that are adapters of this base."""
+) -> _Ratio:
+    """`log p_antiLLM − log p_base`, or `log p_right − log p_wrong`, from models or adapters of the base."""
     weights, config = base.model.weights(), base.config
-    strictest = config
-    if adapters[0] is not None:
-        if len(adapters) == 2:
-            weights, numbers = adapter_pair(weights, adapters, mesh), (RIGHT, WRONG)
-        else:
-            deltas = adapters[0].read(stacked=True, mesh=mesh)
-            weights = dataclasses.replace(weights, lora=deltas, lora_scale=adapters[0].lora.scale)
-            numbers = (0, None)
-        compiled = jax.jit(_ratio_in_one_batch, static_argnums=(1, 3), out_shardings=sharding(mesh))
+    if adapters[0] is None:
+        (reference,) = models
+        llm = load_model(reference, dtype=base.base.dtype, stacked=True, mesh=mesh)
+        check_same_vocabulary(base, llm)
+        log_probs = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
 
-        def ratio(batch):
-            return compiled(weights, config, batch, numbers)
+        def difference(batch):
+            anti = log_probs(llm.model.weights(), llm.config, batch)
+            return anti - log_probs(weights, config, batch)
+
+        # Rows of dynamic RoPE cannot be merged.
+        return _Ratio(difference, 1, llm.config if llm.config.rope.type == "dynamic" else config, mesh)
+    if len(adapters) == 2:
+        weights, numbers = adapter_pair(weights, adapters, mesh), (RIGHT, WRONG)
     else:
-        (anti_expert_llm,) = models
-        llm = load_model(anti_expert_llm, dtype=base.base.dtype, stacked=True, mesh=mesh)
-        check_same_vocabulary(base, llm, anti_expert_llm, examples)
-        if llm.config.rope.type == "dynamic":
-            strictest = llm.config  # Its rows cannot be merged.
-        compiled = jax.jit(_answer_log_probs, static_argnums=1, out_shardings=sharding(mesh))
+        deltas = adapters[0].read(stacked=True, mesh=mesh)
+        weights = dataclasses.replace(weights, lora=deltas, lora_scale=adapters[0].lora.scale)
+        numbers = (0, None)
+    compiled = jax.jit(_ratio_in_one_batch, static_argnums=(1, 3), out_shardings=sharding(mesh))
+    return _Ratio(lambda batch: compiled(weights, config, batch, numbers), len(models), config, mesh)
 
-        def ratio(batch):
-            anti = compiled(llm.model.weights(), llm.config, batch)
-            return anti - compiled(weights, config, batch)
 
+def _log_ratios(
+    examples: Sequence[Example], base: LanguageModel, ratio: _Ratio, config: TrainConfig, progress: Progress
+) -> list[np.ndarray]:
+    """Log-ratios of every example's answer tokens."""
     # Neighbours of about equal length waste little padding.
-    size = len(models)
-    groups = [range(i, i + size) for i in range(0, len(examples), size)]
+    groups = [range(i, i + ratio.rows) for i in range(0, len(examples), ratio.rows)]
     groups.sort(key=lambda group: max(len(examples[i].tokens) for i in group))
     order = [i for group in groups for i in group]
+    size = ratio.rows * (config.batch_size // config.accumulation)
+    batches = in_batches([examples[i] for i in order], size)
     ratios: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
-    batches = in_batches([examples[i] for i in order], size * batch_size)
-    with jax.set_mesh(mesh):
-        merging = choose_merging(batches, strictest, row_shards(mesh), max_length)
+    with jax.set_mesh(ratio.mesh):
+        merging = choose_merging(batches, ratio.llama, row_shards(ratio.mesh), config.data.max_length)
         for number, rows in enumerate(progress(batches, "token filter")):
-            arrays = place_batch(make_batch(rows, 1, merging=merging), mesh)
-            values = to_host(ratio({name: x[0] for name, x in arrays.items()}))
-            for i, row in zip(order[number * size * batch_size :], values, strict=False):
+            arrays = place_batch(make_batch(rows, 1, merging=merging), ratio.mesh)
+            values = to_host(ratio.compute({name: x[0] for name, x in arrays.items()}))
+            for i, row in zip(order[number * size :], values, strict=False):
                 ratios[i] = row[: len(examples[i].fact)]
                 if not np.isfinite(ratios[i]).all():
                     raise UserError(
@@ -270,25 +291,6 @@ def _ratio_in_one_batch(
         token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"]) for hidden in models
     )
     return first - second
-
-
-def check_same_vocabulary(
-    base: LanguageModel, other: LanguageModel, reference: str, examples: Sequence[Example]
-) -> None:
-    """Raises a `UserError` unless both models give the same tokens to the same text."""
-    if other.config.vocab_size != base.config.vocab_size:
-        raise UserError(
-            f"anti-expert LLM {reference} has {other.config.vocab_size} tokens, the base "
-            f"{base.config.vocab_size}: both need the same vocabulary"
-        )
-    for example in examples[:8]:
-        text = base.tokenizer.decode(example.tokens)
-        ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for lm in (base, other)]
-        if ids[0] != ids[1]:
-            raise UserError(
-                f"anti-expert LLM {reference} tokenizes text differently from the base: both need the "
-                "same vocabulary"
-            )
 
 
 def log_statistics(statistics: dict[str, Any]) -> None:
@@ -322,7 +324,7 @@ def _key(
     adapters: Sequence[Adapter | None],
 ) -> str:
     """Hash of everything that determines the log-ratios."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(RATIOS_FILE.encode())  # Earlier versions stored them in another form.
     # Another model is read for this alone: if the log-ratios are there, it is not needed in memory.
     compared = [
         fingerprint(model) if adapter is None else adapter.fingerprint(base.base.fingerprint)

@@ -66,13 +66,10 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
     from imae_jax.convert.imae_dir import CONFIG_FILE
     from imae_jax.train.config import load_config
     from imae_jax.train.data import load_rows, taken, tokenize
-    from imae_jax.train.loop import ICD_DIRS
     from imae_jax.train.objectives import UNITS_OBJECTIVES
+    from imae_jax.train.run_directory import ADAPTER_STAGES, IMAE_DIR, config_file
 
-    config_file, recorded = run / "config.yaml", run / "imae" / CONFIG_FILE
-    if not config_file.is_file():
-        raise UserError(f"--train-run {run} holds no config.yaml: give an output directory of imae_jax.train")
-    config = load_config(str(config_file))
+    config, recorded = load_config(str(config_file(run))), run / IMAE_DIR / CONFIG_FILE
     rows = load_rows(config.data)
     data = tokenize(rows, tokenizer, config.data)
     if recorded.is_file():
@@ -83,7 +80,7 @@ def trained_questions(run: Path, tokenizer: Any) -> set[str]:
                 f"--train-run {run}: its data give other rows now than it was trained on: restore them"
             )
     stages = [(UNITS_OBJECTIVES[config.objective].answers, config.batch_size, config.optimizer.steps)]
-    for answers, directory in ICD_DIRS.items():
+    for answers, directory in ADAPTER_STAGES.items():
         if answers in config.adapters_to_train() or (run / directory).is_dir():
             stages.append(([answers], config.icd.batch_size, config.icd.steps(len(data.train))))
     trained = {i for answers, *amount in stages for i in taken(data.stage(answers).lengths, config, *amount)}

@@ -129,6 +129,41 @@ def harm(title: str, methods: Mapping[str, Any]) -> "Figure":
     return _finish(figure, f"{title}; 95 % interval")
 
 
+def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str) -> "Figure":
+    """Horizontal bars: a panel for each quantity, a colour for each series, a row for each name.
+
+    Args:
+        panels: by label of the x axis, by series, by name.
+        title: title of the figure.
+    """
+    series = next(iter(panels.values()))
+    names = list(next(iter(series.values())))
+    height = 1.2 + 0.3 * len(names) * max(len(series), 1.3)
+    figure = _figure(1.5 + 4.5 * len(panels), height)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    width = 0.8 / len(series)
+    for axes, (label, by_series) in zip(all_axes, panels.items(), strict=True):
+        for number, (name_of_series, values) in enumerate(by_series.items()):
+            offset = (number - (len(series) - 1) / 2) * width
+            bars = axes.barh(
+                [row + offset for row in range(len(names))],
+                [values[name] for name in names],
+                width,
+                label=name_of_series,
+            )
+            axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=9)
+    if len(series) > 1:
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # `--help` does not wait for it.
 

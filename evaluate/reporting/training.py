@@ -13,12 +13,18 @@ from imae_jax.evaluate.reporting.kinds import FinishedRun
 from imae_jax.evaluate.reporting.tables import Table, number
 from imae_jax.evaluate.runner.directory import with_file
 from imae_jax.files import Journal, read_json, read_text
+from imae_jax.train.run_directory import (
+    ADAPTER_STAGES,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    IMAE_DIR,
+    METRICS_FILE,
+)
 
-METRICS_FILE, HELD_OUT_FILE = "metrics.jsonl", "evaluation.jsonl"
-CONFIG_FILE, ENVIRONMENT_FILE, IMAE_CONFIG = "config.yaml", "environment.json", "imae/imae_config.json"
 UNITS = "anti-expert units"
 # Directories of a training run's stages.
-STAGES = {"icd": "anti-expert LLM", "icd_right": "right-answer LLM", ".": UNITS}
+STAGES = {ADAPTER_STAGES["wrong"]: "anti-expert LLM", ADAPTER_STAGES["right"]: "right-answer LLM", ".": UNITS}
 
 
 class Training:
@@ -32,7 +38,7 @@ class Training:
 
     def read(self, path: Path) -> dict[str, Any]:
         stages, data = read_stages(path), {}
-        environment_file, units_file = path / ENVIRONMENT_FILE, path / IMAE_CONFIG
+        environment_file, units_file = path / ENVIRONMENT_FILE, path / IMAE_DIR / "imae_config.json"
         environment = read_json(environment_file, list) if environment_file.is_file() else []
         if units_file.is_file():
             data = with_file(read_json(units_file), units_file)["training"].get("data", {})
@@ -78,10 +84,10 @@ def read_stages(path: Path) -> dict[str, tuple[list[dict[str, Any]], list[dict[s
     """
     stages = {}
     for directory, name in STAGES.items():
-        records, held_out = (_records(path / directory / file) for file in (METRICS_FILE, HELD_OUT_FILE))
+        records, held_out = (_records(path / directory / file) for file in (METRICS_FILE, EVALUATION_FILE))
         if records:
             if "accuracy" in records[0] and name == UNITS:  # `path` is a stage of a run.
-                name = STAGES.get(path.resolve().name, STAGES["icd"])
+                name = STAGES.get(path.resolve().name, STAGES[ADAPTER_STAGES["wrong"]])
             stages[name] = (records, held_out)
     if not stages:
         raise UserError(f"{path} holds no steps: the run has not trained yet")

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import run_by_length
 from imae_jax.decode import Continuation, scoring, streams
 from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods.imae import Strength
-from imae_jax.distributed import to_host
 from imae_jax.language_model import LanguageModel
 from imae_jax.sharding import row_shards, use_mesh
 
@@ -40,27 +40,27 @@ def measure(
     """
     with_base, numbers = Joint((Strength(0.0), *joint.methods)), list(windows)
     with use_mesh(lm.mesh):
-        size = scoring.batch_size()
-    for batch in (numbers[i : i + size] for i in range(0, len(numbers), size)):
-        tokens, mask, scored = (np.zeros((size, length), kind) for kind in (np.int32, bool, bool))
-        for row, window in enumerate(windows[i] for i in batch):
-            tokens[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, True
-            scored[row, window.start - 1 : len(window.tokens) - 1] = True
-        with use_mesh(lm.mesh):
-            values = to_host(_statistics(models, tokens, mask, method=with_base)).astype(np.float64)
-        bad = (np.isnan(values).any(axis=(0, 1)) & scored).any(axis=1)
-        if bad.any():
-            number = batch[int(bad.argmax())]
-            where = f"{joint.name}, window {number} of the text"
-            raise streams.not_finite_error(models, with_base, windows[number].tokens, where)
-        for row, number in enumerate(batch):
-            yield number, [of_method[:, row, scored[row]] for of_method in values]
+        rows_per_batch = scoring.batch_size()
+    for i, row in run_by_length(
+        functools.partial(_statistics, models, with_base),
+        [windows[number].tokens for number in numbers],
+        tokens_per_batch=rows_per_batch * length,
+        length_multiple=length,
+        mesh=lm.mesh,
+    ):
+        window = windows[numbers[i]]
+        values = row[:, :, window.start - 1 : len(window.tokens) - 1].astype(np.float64)
+        if np.isnan(values).any():
+            where = f"{joint.name}, window {numbers[i]} of the text"
+            raise streams.not_finite_error(models, with_base, window.tokens, where)
+        yield numbers[i], list(values)
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _statistics(models, tokens, mask, *, method):
-    """[M, 4, B, T] of the token that follows every position; the first of the method's M + 1 is base."""
+@functools.partial(jax.jit, static_argnums=1)
+def _statistics(models, method, tokens, lengths):
+    """[B, M, 4, T] of the token that follows every position; the first of the method's M + 1 is base."""
     B, T = tokens.shape
+    mask = jnp.arange(T) < lengths[:, None]
     caches = streams.empty_caches(models, method, B, T)
     hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
     # As in `scoring`: nothing of size B · T · V is ever built.
@@ -82,7 +82,8 @@ def _statistics(models, tokens, mask, *, method):
 
     chunks = (jax.tree.map(in_chunks, hidden), following.reshape(-1, size))
     values = jax.lax.map(compare_chunk, chunks)  # [chunks, M, 4, size]
-    return jnp.moveaxis(values, 0, -2).reshape(*values.shape[1:3], B, T)
+    values = jnp.moveaxis(values, 0, -2).reshape(*values.shape[1:3], B, T)
+    return jnp.moveaxis(values, 2, 0)
 
 
 def _compare(base, scores, targets):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
@@ -250,7 +251,7 @@ def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.nd
     if side not in ("left", "right"):
         raise UserError(f"padding_side {side!r}: use left or right")
     longest = max(map(len, prompts))
-    length = -(-max(longest, 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    length = round_up(max(longest, 1), PROMPT_BUCKET)
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), bool)
     for i, prompt in enumerate(prompts):

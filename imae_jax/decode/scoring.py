@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
 from imae_jax.cpu import argmax
 from imae_jax.decode import streams
@@ -206,7 +207,7 @@ def batch_size(rows: int | None = None) -> int:
     shards = row_shards()
     if rows is None:
         return ROWS_PER_BATCH.get(jax.default_backend(), 1) * shards
-    return -(-rows // shards) * shards
+    return round_up(rows, shards)
 
 
 def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
@@ -321,7 +322,7 @@ def _batch_arrays(
 ) -> tuple[TreeRows, np.ndarray]:
     """Rows as arrays, and the parents of the nodes to score, else -1, int32 [B, T]."""
     longest = max(sum(len(each.tree) for each in row) for row in rows)
-    shape = (batch_rows, -(-longest // row_length) * row_length)
+    shape = (batch_rows, round_up(longest, row_length))
     arrays = TreeRows(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, bool))
     parents = np.full(shape, -1, np.int32)
     for number, row in enumerate(rows):
@@ -364,7 +365,7 @@ def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
 
 
 def _prefix_caches(models: Models, method: Method, prefix: Sequence[int]) -> Caches:
-    length = -(-len(prefix) // PREFIX_BUCKET) * PREFIX_BUCKET
+    length = round_up(len(prefix), PREFIX_BUCKET)
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(prefix)] = prefix
     mask = np.arange(length)[None] < len(prefix)

@@ -1,0 +1,83 @@
+"""Models with random weights, for measurements: nothing but sizes is read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from imae_jax import layer_stack
+from imae_jax.config import AntiExpertConfig, LoraConfig
+from imae_jax.convert.references import check_same_vocabulary, model_config, parse_dtype
+from imae_jax.decode.methods import Resource
+from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
+from imae_jax.llama import Llama
+from imae_jax.lora import LoraDeltas
+from imae_jax.sharding import check_divisible, model_mesh, shardings_of
+
+# Draws an adapter where a method names a trained one of the model.
+RANDOM_ADAPTER = "adapter"
+
+
+def random_model(
+    reference: str,
+    *,
+    dtype: str | None,
+    units: bool,
+    mesh: jax.sharding.Mesh | str | None = None,
+) -> LanguageModel:
+    """A model with random weights of another's sizes, without a tokenizer.
+
+    What methods name besides is drawn, too: any directions, `adapter` for a LoRA adapter of rank 16, and a
+    model of any reference's sizes.
+
+    Args:
+        reference: as of `convert.references.model_config`; published sizes need no network.
+        dtype: of the base; default: the checkpoint's own.
+        units: with anti-expert units of the paper's ratio.
+        mesh: as of `load_model`.
+    """
+    config, own_dtype = model_config(reference)
+    dtype = dtype or own_dtype
+    array_dtype = parse_dtype(dtype)
+    anti_expert = AntiExpertConfig.scaled_to(config) if units else None
+    mesh = model_mesh(mesh, config, anti_expert)
+    if mesh is not None:
+        check_divisible(config, anti_expert, mesh.shape)
+    model = _drawn(
+        lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=array_dtype), mesh
+    )
+    base = BaseReference(reference, None, "random weights", dtype)
+    return LanguageModel(model, None, (), base, load_resource=_random_resource)
+
+
+def _drawn(declare: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
+    """A module with random weights, each drawn straight into its shards."""
+    if mesh is None:
+        return declare()
+    graphdef, abstract = nnx.split(nnx.eval_shape(declare))
+    draw = jax.jit(lambda: nnx.split(declare())[1], out_shardings=shardings_of(abstract, mesh))
+    return nnx.merge(graphdef, draw())
+
+
+def _random_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
+    config = lm.config
+    if resource.kind == "directions":
+        shape = (config.num_layers, config.num_heads, config.head_dim)
+        shifts = tuple(jax.random.normal(jax.random.key(0), shape))
+        return LoadedResource(weights=lambda method: {"shifts": shifts})
+    if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
+        lora = LoraConfig()
+
+        def declare():
+            rngs = nnx.Rngs(0)
+            return layer_stack.declare(
+                lambda n: LoraDeltas(config, lora, rngs=rngs, stack=n), config.num_layers, stacked=False
+            )
+
+        module = _drawn(declare, lm.mesh)
+        deltas = layer_stack.arrays(module)
+        return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
+    second = random_model(resource.reference, dtype=lm.base.dtype, units=False, mesh=lm.mesh)
+    check_same_vocabulary(lm, second)
+    return LoadedResource(second=second)
