@@ -25,10 +25,10 @@ from imae_jax import runtime
 from imae_jax.cli import ArgumentParser, command
 from imae_jax.evaluate.cost import BASE, add_cost_arguments, measure_all, with_base, workloads_of
 from imae_jax.evaluate.measurement import Source, load_base
-from imae_jax.evaluate.plots import bar_panels
-from imae_jax.evaluate.tables import Table, number, show
+from imae_jax.evaluate.reporting.plots import bar_panels
+from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.runner.arguments import parse_methods
 from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, in_own_process, time_runs
-from imae_jax.evaluate.truthfulqa import parse_methods
 
 PEER, BOUND = "transformers generate", "bandwidth bound"
 

@@ -32,11 +32,12 @@ from imae_jax.decode.methods.dola import DoLa
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
-from imae_jax.evaluate.plots import bar_panels
-from imae_jax.evaluate.protocols import get_protocol, load_primer
-from imae_jax.evaluate.runs import environment
-from imae_jax.evaluate.tables import Table, number, show
-from imae_jax.evaluate.truthfulqa import parse_methods, read_questions
+from imae_jax.evaluate.benchmarks.protocols import get_protocol, load_primer
+from imae_jax.evaluate.benchmarks.questions import read_questions
+from imae_jax.evaluate.reporting.plots import bar_panels
+from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.runner.identity import environment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig
-from imae_jax.convert.hf import TensorSource, WeightsSource, read_json, write_safetensors
+from imae_jax.convert.hf import TensorSource, WeightsSource, write_safetensors
 from imae_jax.convert.table import unit_rows
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_json
 from imae_jax.llama import Weights
 
 WEIGHTS_FILE = "anti_expert.safetensors"

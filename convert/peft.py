@@ -17,10 +17,10 @@ from safetensors.numpy import save
 from imae_jax import layer_stack
 from imae_jax.config import LORA_TARGETS, LlamaConfig, LoraConfig
 from imae_jax.convert import identity
-from imae_jax.convert.hf import SafetensorsSource, check_shapes, fill, hf_tensors, read_json
+from imae_jax.convert.hf import SafetensorsSource, check_shapes, fill, hf_tensors
 from imae_jax.convert.table import base_rows, expand, lora_rows
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_json
 from imae_jax.llama import Llama, Weights
 from imae_jax.lora import LoraDeltas
 

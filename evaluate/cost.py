@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
 from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
-from imae_jax.evaluate import plots
-from imae_jax.evaluate.runs import MARKDOWN_FILE, RESULTS_FILE, called, parse_methods
-from imae_jax.evaluate.tables import Table, number, show
+from imae_jax.evaluate.reporting import plots
+from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE
+from imae_jax.evaluate.runner.identity import called
 from imae_jax.evaluate.timing import Workload, in_own_process
 from imae_jax.files import new_directory
 

@@ -26,7 +26,7 @@ from imae_jax.cli import (
     model_arguments,
 )
 from imae_jax.errors import UserError
-from imae_jax.evaluate.questions import Question, load_data
+from imae_jax.evaluate.benchmarks.questions import Question, load_data
 from imae_jax.files import new_directory
 
 FOLDS_FILE = "folds.json"

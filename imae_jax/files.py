@@ -2,16 +2,19 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from imae_jax.errors import UserError
@@ -229,14 +232,107 @@ def _umask() -> int:
     return mask
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `UserError` that names it."""
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """A JSON value of a kind (dict or list) from a file.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds another kind of value.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    if not isinstance(value, kind):
+        expected = {dict: "object", list: "list"}[kind]
+        raise UserError(f"{path} must hold a JSON {expected}, not a {type(value).__name__}")
     return value
+
+
+def jsonable(value: Any) -> Any:
+    """Values that strict JSON can hold: NaN is None, an infinity the text "inf" or "-inf"."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Strict JSON of any value that `jsonable` knows; options are those of `json.dumps`."""
+    return json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Journal:
+    """A JSONL file to which records are appended, so that a killed command can be resumed from it.
+
+    Attributes:
+        path: the file.
+        fields: names and types that every record has; records begin with the first of them.
+        damaged: end of the error about a line that is no such record; may name its `{number}`.
+    """
+
+    path: Path
+    fields: Mapping[str, type]
+    damaged: str
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, without a cut-off last line, which a kill leaves.
+
+        Raises:
+            UserError: the file cannot be read, or a line is no record.
+        """
+        return [self._record(line, number) for number, line in enumerate(self._lines(), 1)]
+
+    def resume(self) -> list[dict[str, Any]]:
+        """As `read`; also removes a cut-off last line from the file, so that records can be appended."""
+        records = self.read()
+        write_text(self.path, "".join(f"{line}\n" for line in self._lines()))
+        return records
+
+    def _lines(self) -> list[str]:
+        try:
+            text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        # Not `splitlines`: a text may hold what else Unicode breaks lines at.
+        *lines, last = text.split("\n")
+        return lines if not last or self._is_cut_off(last) else [*lines, last]
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Writes records; of several processes the main one does."""
+        from imae_jax.distributed import is_main
+
+        if not is_main():
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{dumps(record)}\n" for record in records)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def _is_cut_off(self, line: str) -> bool:
+        start = f'{{"{next(iter(self.fields))}"'
+        try:
+            json.loads(line)
+        except ValueError:
+            return line.startswith(start) or start.startswith(line)
+        return False
+
+    def _record(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+            if all(isinstance(record[name], kind) for name, kind in self.fields.items()):
+                return record
+            cause = None
+        except (ValueError, KeyError, TypeError) as error:
+            cause = error
+        raise UserError(f"{self.path} {self.damaged.format(number=number)}") from cause

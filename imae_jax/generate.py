@@ -25,7 +25,7 @@ from imae_jax.cli import (
 )
 from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError
-from imae_jax.files import read_text, write_text
+from imae_jax.files import Journal, read_text
 from imae_jax.prompts import resolve_format
 
 if TYPE_CHECKING:
@@ -161,8 +161,6 @@ def _continue_file(
     """
     from tqdm import tqdm
 
-    from imae_jax.distributed import is_main
-
     lines = read_text(source, "file of prompts").split("\n")
     # What is wrong with the settings is not a line's fault.
     resolve_format(lm.tokenizer, options["format"], allow_raw=True)
@@ -170,7 +168,9 @@ def _continue_file(
     named = {} if method.resource is None else {"fingerprint": lm.resource_fingerprint(method)}
     settings = {"model": model, "method": method.settings() | named, **options}
     settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
-    done = _done(out, settings)
+    fields = {"line": int, "prompt": str, "settings": dict}
+    journal = Journal(out, fields, "was not written by this command: choose another --out")
+    done = _done(journal, settings)
     prompts, bad = {}, {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -188,19 +188,13 @@ def _continue_file(
             continue
         seeded = options | {"seed": (options["seed"] + place) % 2**31}
         texts = lm.generate([prompts[number] for number in batch], method, **seeded)
-        new = [
-            {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
-            for number, text in zip(batch, texts, strict=True)
-            if number not in done
-        ]
-        if not is_main():
-            continue
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        journal.append(
+            *(
+                {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
+                for number, text in zip(batch, texts, strict=True)
+                if number not in done
+            )
+        )
     logger.info("%s holds %d lines, %d of them from before", out, len(prompts), len(done))
     if bad:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
@@ -221,29 +215,12 @@ def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any], context:
     return prompt
 
 
-def _done(out: Path, settings: dict[str, Any]) -> dict[int, str]:
-    """Numbers and prompts of the lines that OUT has; an unfinished last one is removed."""
-    if not out.exists():
-        return {}
-    try:
-        lines = out.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be read: {error.strerror}") from error
-    done, kept = {}, []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            number, prompt, used = entry["line"], entry["prompt"], entry["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            if line.startswith(b'{"line"') and not line.endswith(b"\n"):
-                break  # A killed process left it.
-            raise UserError(f"{out} was not written by this command: choose another --out") from error
-        if without_places(used) != without_places(settings):
-            raise UserError(f"{out} was written with other settings: choose another --out")
-        done[number] = prompt
-        kept.append(line)
-    write_text(out, b"".join(kept).decode())
-    return done
+def _done(journal: Journal, settings: dict[str, Any]) -> dict[int, str]:
+    """Numbers and prompts of the lines that were continued before."""
+    records = journal.resume() if journal.path.exists() else []
+    if any(without_places(record["settings"]) != without_places(settings) for record in records):
+        raise UserError(f"{journal.path} was written with other settings: choose another --out")
+    return {record["line"]: record["prompt"] for record in records}
 
 
 def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list[str]]) -> None:

@@ -40,7 +40,7 @@ def matched_pairs(rows: Path, out: Path, tokenizer: str) -> None:
 
 def truthful_primer(out: Path) -> None:
     """The six-shot primer with one more sentence in its instruction line."""
-    from imae_jax.evaluate.protocols import load_primer
+    from imae_jax.evaluate.benchmarks.protocols import load_primer
 
     instruction, _, pairs = load_primer(None).text.partition("\n")
     out.write_text(f"{instruction} {TRUTHFUL}\n{pairs}", encoding="utf-8")

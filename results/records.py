@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax.evaluate.questions import Question, load_data
+from imae_jax.evaluate.benchmarks.questions import Question, load_data
 from imae_jax.train.run_directory import ENVIRONMENT_FILE, IMAE_DIR, METRICS_FILE
 
 METRICS = ("mc1", "mc2", "mc3")

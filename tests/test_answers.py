@@ -15,12 +15,13 @@ from conftest import TINY, error_of, with_changes, word_tokenizer, write_questio
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.iti import Directions, write_directions
 from imae_jax.decode import Sampler
-from imae_jax.evaluate.answer_metrics import NO_COMMENT, is_refusal, likeness, repetition
-from imae_jax.evaluate.answers import answers_page, main, metrics_of, trimmed
+from imae_jax.evaluate.answers import main
+from imae_jax.evaluate.benchmarks.answer_metrics import NO_COMMENT, is_refusal, likeness, repetition
+from imae_jax.evaluate.benchmarks.answers import answers_page, metrics_of, trimmed
+from imae_jax.evaluate.benchmarks.questions import DEMO_DATA, read_questions
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.questions import DEMO_DATA, read_questions
 from imae_jax.evaluate.report import main as report
-from imae_jax.evaluate.runs import read_lines, read_run
+from imae_jax.evaluate.runner.directory import read_records, read_run
 
 PRIMER = "Q: t3 t4\nA: t5 .\n\n"
 METHODS = "base,in-model-contrast"
@@ -175,7 +176,7 @@ def answered(tiny_imae, tmp_path_factory):
 
 def test_a_run_holds_texts_and_what_they_come_to(answered, tiny_imae):
     command, out = answered
-    results, lines = read_run(out, "truthfulqa-answers"), read_lines(out)
+    results, lines = read_run(out, "truthfulqa-answers"), read_records(out)
     assert [(line["method"], line["index"]) for line in lines] == [
         (name, i) for name in METHODS.split(",") for i in range(6)
     ]
@@ -201,7 +202,7 @@ def test_a_run_holds_texts_and_what_they_come_to(answered, tiny_imae):
     assert "against_baseline" in results["methods"]["in-model-contrast"]
     assert results["methods"]["in-model-contrast"]["settings"]["alpha"] > 0, "the settings of generation"
     assert results["generation"]["stop"] == ["\n", "Q:"]
-    for name in ("table.md", "table.tex", "run.json"):
+    for name in ("table.md", "run.json"):
         assert (out / name).stat().st_size
     for name in ("scores", "texts", "categories", "differences"):
         assert (out / f"{name}.png").exists()
@@ -213,14 +214,14 @@ def test_a_run_holds_texts_and_what_they_come_to(answered, tiny_imae):
 
 def test_texts_are_readable_beside_the_best_answer(answered):
     out = answered[1]
-    page, lines = (out / "answers.md").read_text(), read_lines(out)
+    page, lines = (out / "answers.md").read_text(), read_records(out)
     assert page.count("\n## ") == 2, "--show"
     for line in lines:
         if line["index"] < 2:
             assert f"| {line['method']} | {line['answer']} | ROUGE-1 " in page
     assert f"| *best answer* | {lines[0]['best']} |  |" in page
     odd = {**lines[0], "answer": "a | <b>\nc", "empty": 1.0}
-    page = answers_page(read_run(out), [odd])
+    page = answers_page("Answers", [odd], 1)
     assert "| a \\| &lt;b&gt;<br>c | ROUGE-1" in page
     assert ", empty" in page
 
@@ -236,9 +237,9 @@ def test_a_killed_run_goes_on_with_the_same_draws(answered, tmp_path):
     (out / "scores.jsonl").write_text("\n".join([json.dumps(marked), *lines[1:4], lines[4][:40]]))
     assert run(*with_out(command, out), "--resume") == 0
     assert read_run(out)["resumed_lines"] == 4
-    after = read_lines(out)
+    after = read_records(out)
     assert after[0]["answer"] == "kept", "a written answer is not written again"
-    assert after[1:] == read_lines(finished)[1:]
+    assert after[1:] == read_records(finished)[1:]
 
 
 def test_a_run_goes_on_with_the_same_settings_alone(answered, tmp_path, capfd):
@@ -317,7 +318,7 @@ def test_no_question_is_answered_with_directions_that_saw_it(answered, tiny_imae
     assert run(*with_out(command, out, methods=method.format(folds), temperature=0)) == 0
     (settings,) = (row["settings"] for row in read_run(out)["methods"].values())
     assert settings["folds"] == 2
-    lines = read_lines(out)
+    lines = read_records(out)
     assert [line["index"] for line in lines] == list(range(6))
     for fold in (0, 1):
         prompts = [f"{PRIMER}Q: {question.text}\nA:" for question in questions[fold::2]]
@@ -333,7 +334,7 @@ def test_reports_and_comparisons_take_answers(answered, tmp_path, capfd):
     assert report([str(out), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "## Answers to TruthfulQA's questions" in page
-    line = read_lines(out)[0]
+    line = read_records(out)[0]
     assert f"<dt>1. base</dt><dd><code>{line['answer']}</code></dd>" in page
     assert "1-differences.png" in page
     pair = ["--pair", "base", "in-model-contrast", "--out", str(tmp_path / "comparison")]

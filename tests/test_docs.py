@@ -30,10 +30,10 @@ def test_commands_of_the_evaluation_run(smollm2, tmp_path):
     for name in (
         "harm/results.json",
         "tqa/scores.svg",
-        "comparison/table.tex",
+        "comparison/table.md",
         "answers/answers.md",
         "halueval/table.md",
-        "report/report.html",
+        "report/report.md",
     ):
         assert (tmp_path / "out" / name).exists()
 

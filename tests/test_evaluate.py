@@ -13,10 +13,11 @@ import pytest
 from conftest import SMOLLM2, error_of, hf_logits, log_softmax, user_error
 
 from imae_jax.decode import parse_method
-from imae_jax.evaluate import protocols
-from imae_jax.evaluate.questions import DEMO_DATA, Data, load_data, read_questions, select
-from imae_jax.evaluate.runs import parse_methods
-from imae_jax.evaluate.truthfulqa import main, mc_metrics, metrics_of
+from imae_jax.evaluate.benchmarks import protocols
+from imae_jax.evaluate.benchmarks.questions import DEMO_DATA, Data, load_data, read_questions, select
+from imae_jax.evaluate.benchmarks.truthfulqa import mc_metrics, metrics_of
+from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.evaluate.truthfulqa import main
 from imae_jax.train.config import DataConfig
 from imae_jax.train.data import load_rows
 
@@ -109,59 +110,28 @@ MC1 = {"So": 1, "No": 0, "Never": 0}
 MC2 = {"So": 1, "Thus.": 1, "Never": 0, "Not so": 0}
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_choices_are_taken_as_they_are(tmp_path, suffix):
-    """As lm-eval takes them; mc1 and mc2 have choices of their own. mc_task.json maps answers to labels."""
-    path = tmp_path / f"rows{suffix}"
-    rows = [targets(MC1, MC2), {"question": "What?", "mc1_targets": MC1, "mc2_targets": MC2}]
-    path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
-    data = load_data(str(path), "targets")
-    assert [q.text for q in data.questions] == ["Why?", "What?"]
-    for question in data.questions:
-        assert question.true == ("So", "Thus.")
-        assert question.false == ("Never", "Not so", "No")
-        assert (question.mc1_false, question.mc2_true, question.mc2_false) == ((2, 0), 2, 2)
-    closed = load_data(str(path)).questions[0]
-    assert (closed.true, closed.false) == (("So.", "Thus."), ("Never.", "Not so."))
+def test_the_hubs_choices_are_taken_as_they_are(monkeypatch):
+    """As lm-eval takes them; mc1 and mc2 have choices of their own."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [targets(MC1, MC2)])
+    (question,) = load_data("hub", "targets").questions
+    assert question.true == ("So", "Thus.")
+    assert question.false == ("Never", "Not so", "No")
+    assert (question.mc1_false, question.mc2_true, question.mc2_false) == ((2, 0), 2, 2)
 
-    sums = dict(zip(data.questions[0].answers, (-2.0, -3.0, -4.0, -1.0, -2.0), strict=True))
-    found = metrics_of(protocols.PROTOCOLS["tqa-v1/lm-eval"], data.questions[0], list(sums.values()))
+    sums = dict(zip(question.answers, (-2.0, -3.0, -4.0, -1.0, -2.0), strict=True))
+    protocol = protocols.PROTOCOLS["tqa-v1/lm-eval"]
+    metrics = metrics_of(protocol, question, list(sums.values()))
     # What the harness computes: argmax takes the first of equals, mc2 the share of exp.
-    assert found["mc1"] == float(np.argmax([sums[c] for c in MC1]) == 0) == 1.0
+    assert metrics["mc1"] == float(np.argmax([sums[c] for c in MC1]) == 0) == 1.0
     p = np.exp([sums[c] for c in MC2])
-    assert found["mc2"] == pytest.approx(p[:2].sum() / p.sum())
+    assert metrics["mc2"] == pytest.approx(p[:2].sum() / p.sum())
 
     # The harness's mc2 would have a value where only mc1's choice "No" has none: here neither has.
-    found = metrics_of(protocols.PROTOCOLS["tqa-v1/lm-eval"], data.questions[0], [-2, -3, -4, -1, -math.inf])
-    assert all(map(math.isnan, found.values()))
+    assert all(map(math.isnan, metrics_of(protocol, question, [-2, -3, -4, -1, -math.inf]).values()))
 
-
-BAD_ROWS = {
-    "no mc2_targets": {"question": "Why?", "mc1_targets": MC1},
-    "needs a label for every choice": {
-        "question": "Why?",
-        "mc1_targets": {"choices": ["a", "b"], "labels": [1]},
-        "mc2_targets": MC2,
-    },
-    "mc1_targets needs a label": {
-        "question": "Why?",
-        "mc1_targets": {"choices": None, "labels": [1]},
-        "mc2_targets": MC2,
-    },
-    "the first choice of mc1_targets": targets({"No": 0, "So": 1}, MC2),
-    "lacks a question": targets(MC1, {"So": 1}),
-    "row 1": [targets(MC1, MC2), 7],
-    "same question 'Why?'": [targets(MC1, MC2)] * 2,
-    "no questions": [],
-}
-
-
-@pytest.mark.parametrize("part", BAD_ROWS)
-def test_bad_rows_are_named(tmp_path, part):
-    path, rows = tmp_path / "rows.json", BAD_ROWS[part]
-    path.write_text(json.dumps(rows if isinstance(rows, list) else [rows]))
-    with user_error("rows.json", part):
-        load_data(str(path), "targets")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [targets({"No": 0, "So": 1}, MC2)])
+    with user_error("row 0", "the first choice of mc1_targets"):
+        load_data("hub", "targets")
 
 
 def test_the_hub_cannot_be_reached_offline():
@@ -302,7 +272,6 @@ def test_output_contract(scored, tiny_imae, capfd):
     table = (out / "table.md").read_text()
     assert "| in-model-contrast | raw | 6 |" in table
     assert "| in-model-contrast:renormalize=true | renormalized | 6 |" in table
-    assert r"\begin{tabular}" in (out / "table.tex").read_text()
     for plot in ("scores", "categories", "differences"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (out / f"{plot}.svg").read_text()
@@ -337,11 +306,13 @@ def test_sums_equal_lm_eval(tiny, tmp_path):
     import yaml
     from jinja2 import Template
 
-    doc = targets({"t5 t6": 1, "t7": 0, "t8 t9": 0}, {"t5 t6": 1, "t9": 1, "t7": 0, "t10 t11": 0})
     task = yaml.load(template.read_text(), yaml.BaseLoader)
-    context = Template(task["doc_to_text"]).render(**doc)
-    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    path.write_text(json.dumps(doc) + "\n")
+    answers = ["t5 t6.", "t9.", "t7.", "t10 t11."]
+    context = Template(task["doc_to_text"]).render(question="Why?")
+    path, out = tmp_path / "rows.csv", tmp_path / "out"
+    path.write_text(
+        "Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,t5 t6,t5 t6; t9,t7; t10 t11\n"
+    )
     command = ["--model", checkpoint.directory, "--data", path, "--protocol", "tqa-v1/lm-eval"]
     assert run(*command, "--out", out, "--any-data") == 0
     line = json.loads((out / "scores.jsonl").read_text())
@@ -350,12 +321,11 @@ def test_sums_equal_lm_eval(tiny, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     model = huggingface.HFLM(pretrained=checkpoint.hf, tokenizer=tokenizer, batch_size=1)
-    choices = ["t5 t6", "t9", "t7", "t10 t11", "t8 t9"]
-    requests = [(("", ""), *model._encode_pair(context, f" {choice}")) for choice in choices]
+    requests = [(("", ""), *model._encode_pair(context, f" {answer}")) for answer in answers]
     expected = [x for x, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
     np.testing.assert_allclose(line["true"] + line["false"], expected, atol=1e-4)
-    assert line["mc1"] == float(np.argmax([expected[0], expected[2], expected[4]]) == 0)
-    p = np.exp(expected[:4])
+    assert line["mc1"] == float(np.argmax([expected[0], *expected[2:]]) == 0)
+    p = np.exp(expected)
     assert line["mc2"] == pytest.approx(p[:2].sum() / p.sum(), abs=1e-4)
 
 
@@ -395,9 +365,9 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     write(**{"Incorrect Answers": None})
     assert "no column Incorrect Answers" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
     write(**{"Incorrect Answers": " ; "})
-    assert "row 0 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
+    assert "line 2 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
     write(Question="")
-    assert "row 0 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
+    assert "line 2 lacks" in error_of(capfd, main, *base, "--data", rows, *demo_primer)
     assert "nowhere.csv" in error_of(capfd, main, *base, "--data", "nowhere.csv", *demo_primer)
     assert "nowhere.txt" in error_of(capfd, main, *base, "--primer", "nowhere.txt")
     assert "protocol 'tqa-v9'" in error_of(capfd, main, *base, "--protocol", "tqa-v9")

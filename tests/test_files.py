@@ -5,12 +5,11 @@ import json
 import pytest
 from conftest import run_python, user_error, write_questions, write_rows
 
-from imae_jax.convert.hf import read_json
+from imae_jax.evaluate.benchmarks.protocols import load_primer
+from imae_jax.evaluate.benchmarks.questions import load_data
 from imae_jax.evaluate.inspector.excerpts import read_texts
-from imae_jax.evaluate.protocols import load_primer
-from imae_jax.evaluate.questions import load_data
-from imae_jax.evaluate.runs import parse_methods
-from imae_jax.files import read_rows, read_text
+from imae_jax.evaluate.runner.arguments import parse_methods
+from imae_jax.files import Journal, read_json, read_rows, read_text
 from imae_jax.train.config import DataConfig, load_config
 from imae_jax.train.data import load_rows
 
@@ -24,12 +23,6 @@ def with_mark(path):
 
 def texts(path):
     path.write_text('{"prompt": "t5", "answer": "t6"}\n{"prompt": "t7"}\n')
-    return path
-
-
-def targets(path):
-    choices = {"choices": ["Yes.", "No."], "labels": [1, 0]}
-    path.write_text(json.dumps({"question": "Why?", "mc1_targets": choices, "mc2_targets": choices}) + "\n")
     return path
 
 
@@ -48,7 +41,6 @@ def read_pairs(path):
 READERS = {
     "rows.jsonl": (write_rows, read_pairs),
     "questions.csv": (write_questions, lambda path: load_data(str(path)).questions),
-    "targets.jsonl": (targets, lambda path: load_data(str(path), "targets").questions),
     "texts.jsonl": (texts, read_texts),
     "primer.txt": (text("Q: t3 t4\nA: t5 .\n\n"), lambda path: load_primer(str(path)).text),
     "methods.yaml": (
@@ -74,10 +66,6 @@ def test_a_list_is_read_as_lines_are(tmp_path):
         (tmp_path / "rows.json").write_text(json.dumps(rows, indent=indent))
         for path in (tmp_path / "rows.json", with_mark(tmp_path / "rows.json")):
             assert read_pairs(path) == read_pairs(lines)
-    one = json.loads(targets(tmp_path / "targets.jsonl").read_text())
-    for suffix in ("json", "jsonl"):
-        (tmp_path / f"list.{suffix}").write_text(json.dumps([one, one | {"question": "How?"}]))
-        assert len(load_data(str(tmp_path / f"list.{suffix}"), "targets").questions) == 2
 
 
 @pytest.mark.parametrize(
@@ -104,3 +92,26 @@ def test_training_takes_a_list_with_a_byte_order_mark(checkpoint, tmp_path):
     run = run_python(["-m", "imae_jax", "train", *settings, "units.intermediate_size=8"], tmp_path)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "imae").is_dir()
+
+
+def test_a_journal_drops_what_a_kill_has_cut_off(tmp_path):
+    journal = Journal(tmp_path / "new" / "journal.jsonl", {"n": int}, "line {number} is not ours")
+    assert journal.read() == []
+    journal.append({"n": 1, "text": "a\u2028b"})
+    journal.append({"n": 2, "text": float("nan")})
+    records = [{"n": 1, "text": "a\u2028b"}, {"n": 2, "text": None}]
+    whole = journal.path.read_bytes()
+    for cut_off in (b"", b"{", b'{"n', b'{"n": 3, "text": "\xe2\x80'):
+        journal.path.write_bytes(whole + cut_off)
+        assert journal.read() == records
+        assert journal.path.read_bytes() == whole + cut_off, "reading changes nothing"
+        assert journal.resume() == records
+        assert journal.path.read_bytes() == whole
+    for foreign in (b"mine", b"mine\n", b"[]\n", b'{"n": "3"}\n', b'{"other": 3}', b'{"n": 3\n'):
+        journal.path.write_bytes(whole + foreign)
+        with user_error("journal.jsonl line 3 is not ours"):
+            journal.resume()
+        assert journal.path.read_bytes() == whole + foreign
+    journal.path.write_bytes(whole + b'{"n": 3}')
+    assert journal.resume() == [*records, {"n": 3}]
+    assert journal.path.read_bytes() == whole + b'{"n": 3}\n'

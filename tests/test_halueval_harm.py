@@ -8,14 +8,14 @@ import pytest
 from conftest import TINY, error_of, hf_logits, log_softmax, user_error, write_rows
 
 from imae_jax.decode import windows
-from imae_jax.evaluate import stats
+from imae_jax.evaluate.benchmarks.halueval import length_statistics, preferences, trained_questions
+from imae_jax.evaluate.benchmarks.harm import NEUTRAL_TEXT, STATISTICS
+from imae_jax.evaluate.benchmarks.harm import summarize as summarize_harm
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.halueval import length_statistics, preferences, trained_questions
 from imae_jax.evaluate.halueval import main as halueval
-from imae_jax.evaluate.harm import NEUTRAL_TEXT, STATISTICS
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.harm import summarize as summarize_harm
 from imae_jax.evaluate.report import main as report
+from imae_jax.evaluate.reporting import stats
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import DataConfig
 from imae_jax.train.data import batch_rows, load_rows, tokenize
@@ -256,7 +256,7 @@ def test_scores_that_are_not_finite_are_refused_or_shown(scored, tiny_imae, tmp_
     place = command.index("--methods") + 1
     command[place] = method = "in-model-contrast:beta=3e38"
     model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30)), "--methods", method]
-    assert "window 0 of the text" in error_of(capfd, harm, *model, "--out", tmp_path / "harm")
+    assert "window 0 of the text" in error_of(capfd, harm, *model, "--quiet", "--out", tmp_path / "harm")
     assert "question 0, answer 0" in error_of(capfd, truthfulqa, *command)
     command[place] = "base,in-model-contrast:alpha=0.9,implausible=-inf"
     assert truthfulqa([*command, "--overwrite"]) == 0
@@ -265,34 +265,21 @@ def test_scores_that_are_not_finite_are_refused_or_shown(scored, tiny_imae, tmp_
     assert "| – | " in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_harm_stands_beside_the_scores(scored, tiny_imae, tmp_path, capfd):
-    command, out = [*scored[0]], tmp_path / "out"
-    harms = [tmp_path / "harm", tmp_path / "other"]
-    model = ["--model", str(tiny_imae.directory), "--text", str(text(tmp_path, 30))]
-    for path, methods in zip(harms, ("base,in-model-contrast", "in-model-contrast:alpha=0.1"), strict=True):
-        assert harm([*model, "--methods", methods, "--out", str(path)]) == 0
-    command[command.index("--out") + 1] = out
-    command[command.index("--methods") + 1] = "base,expert,in-model-contrast"
-    capfd.readouterr()
-    assert truthfulqa([*map(str, command), "--quiet", "--harm", str(harms[0])]) == 0
-    assert "KL(base ‖ method)" in capfd.readouterr().out
-    methods = json.loads((out / "results.json").read_text())["methods"]
-    measured = json.loads((harms[0] / "results.json").read_text())["methods"]["in-model-contrast"]
-    assert methods["in-model-contrast"]["harm"]["kl"] == measured["kl"]
-    assert "harm" not in methods["expert"]
-    # Under one label, other settings: what was measured is not what was scored.
-    results = json.loads((harms[1] / "results.json").read_text())
-    results["methods"]["in-model-contrast"] = results["methods"].pop("in-model-contrast:alpha=0.1")
-    (harms[1] / "results.json").write_text(json.dumps(results))
-    before = (out / "results.json").read_bytes()
-    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[1])]) == 2
-    assert "has other settings there" in capfd.readouterr().err
-    assert truthfulqa([*map(str, command), "--quiet", "--overwrite", "--harm", str(scored[1])]) == 2
-    assert "is a run of truthfulqa, not of harm" in capfd.readouterr().err
-    again = [*map(str, command), "--quiet", "--overwrite", "--harm", str(harms[0]), "--dtype", "bfloat16"]
-    assert truthfulqa(again) == 2
-    assert "is of another model" in capfd.readouterr().err
-    assert (out / "results.json").read_bytes() == before
+def test_a_killed_run_of_harm_goes_on(tiny_imae, tmp_path):
+    out = tmp_path / "out"
+    command = ["--model", tiny_imae.directory, "--methods", "base,expert", "--text", text(tmp_path)]
+    command = [*map(str, command), "--window", "40", "--quiet", "--out", str(out)]
+    assert harm(command) == 0
+    finished = json.loads((out / "results.json").read_text())
+    lines = (out / "scores.jsonl").read_text().splitlines()
+    (out / "results.json").unlink()
+    (out / "scores.jsonl").write_text("\n".join([*lines[:3], lines[3][:60]]))
+    assert harm([*command, "--resume"]) == 0
+    resumed = json.loads((out / "results.json").read_text())
+    assert resumed["resumed_lines"] == 3
+    for label, row in finished["methods"].items():
+        for name in (*STATISTICS, "n", "perplexity"):
+            assert resumed["methods"][label][name] == pytest.approx(row[name], rel=1e-4), (label, name)
 
 
 def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):

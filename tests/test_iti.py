@@ -12,8 +12,8 @@ from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.iti import Directions, read_directions, write_directions
 from imae_jax.evaluate import iti, probes
+from imae_jax.evaluate.benchmarks.questions import read_questions
 from imae_jax.evaluate.probes import collect_heads, find_directions, fit_probes
-from imae_jax.evaluate.questions import read_questions
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Interventions, forward, project
 

@@ -29,9 +29,10 @@ from imae_jax.convert.hf import save_hf
 from imae_jax.convert.references import BUILT_IN
 from imae_jax.decode import encode, score
 from imae_jax.evaluate import report
+from imae_jax.evaluate.benchmarks.protocols import INSTRUCTION, load_primer
+from imae_jax.evaluate.benchmarks.questions import read_questions
+from imae_jax.evaluate.benchmarks.truthfulqa import mc_metrics
 from imae_jax.evaluate.lm_eval import IMAEJaxLM, load_tasks, main
-from imae_jax.evaluate.protocols import INSTRUCTION, load_primer
-from imae_jax.evaluate.truthfulqa import mc_metrics, read_questions
 from imae_jax.language_model import BaseReference
 from imae_jax.prompts import question_text
 

@@ -17,11 +17,11 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.iti import write_directions
 from imae_jax.convert.random_model import RANDOM_ADAPTER, random_model
 from imae_jax.decode import Sampler, generate, loop, score, windows
-from imae_jax.decode.joint import share_streams
+from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.scoring import Continuation
-from imae_jax.evaluate.divergence import measure
 from imae_jax.evaluate.inspector.compute import Excerpt, inspect
 from imae_jax.evaluate.probes import collect_heads
+from imae_jax.evaluate.runner.divergence import measure
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate_command
 from imae_jax.sharding import AUTO, model_mesh, sharding, use_mesh
@@ -166,11 +166,11 @@ def test_texts_perplexities_and_scores(on_one, on_many):
 
 
 def test_harm(on_one, on_many):
-    parts = windows(random_tokens(40, vocab_size=104).tolist(), 16)
-    values = [
-        measure(lm, {"sled": lm.prepare("sled:scale=5", generating=False)}, parts, 16)["sled"]
-        for lm in (on_one, on_many)
-    ]
+    parts, values = dict(enumerate(windows(random_tokens(40, vocab_size=104).tolist(), 16))), []
+    for lm in (on_one, on_many):
+        models, sled = lm.prepare("sled:scale=5", generating=False)
+        measured = measure(lm, models, Joint((sled,)), parts, 16)
+        values.append(np.concatenate([statistics for _, (statistics,) in measured], axis=1))
     assert_close(values[1], values[0])
 
 

@@ -190,9 +190,10 @@ def test_commands_end_with_one_line(directory, bad, capfd, tmp_path):
     assert "prompt 0, prefill" in error
     assert generate([*model, "--prompt", words(5, 6), "--max-new-tokens", "1"]) == 0
     (tmp_path / "text.txt").write_text(words(5, 6, bad, 8))
-    error = error_of(capfd, harm, *model, "--text", tmp_path / "text.txt", "--out", tmp_path / "harm")
+    arguments = ("--text", tmp_path / "text.txt", "--out", tmp_path / "harm", "--quiet")
+    error = error_of(capfd, harm, *model, *arguments)
     assert "window 0 of the text" in error
-    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "harm" / "results.json").exists()
 
     questions = write_questions(tmp_path / "questions.csv").read_text()
     questions = re.sub(rf"\bt{bad}\b", "t3", questions).splitlines()

@@ -10,7 +10,7 @@ import pytest
 from conftest import user_error
 
 from imae_jax.config import LlamaConfig, RopeConfig
-from imae_jax.evaluate.questions import DEMO_DATA
+from imae_jax.evaluate.benchmarks.questions import DEMO_DATA
 from imae_jax.train import build_pairs, pairs
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import DataConfig, load_config

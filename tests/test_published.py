@@ -14,8 +14,8 @@ import pytest
 
 from imae_jax.decode import encode, score
 from imae_jax.errors import UserError
-from imae_jax.evaluate.protocols import load_primer
-from imae_jax.evaluate.questions import load_data
+from imae_jax.evaluate.benchmarks.protocols import load_primer
+from imae_jax.evaluate.benchmarks.questions import load_data
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,8 @@
-"""Reports: every figure on both pages, what stands together, what runs recorded, bad input."""
+"""Reports: every figure on the page, what stands together, what runs recorded, bad input."""
 
-import base64
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ from imae_jax.errors import UserError
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.report import main, read_runs, sections_of
+from imae_jax.evaluate.report import main
+from imae_jax.evaluate.reporting.report import read_runs, report_sections
 from imae_jax.train.run_log import RunLog
 
 UNITS = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}
@@ -22,45 +21,26 @@ GATES = {"gate_on_fact_by_layer": [0.6, 0.7], "gate_off_fact_by_layer": [0.4, 0.
 RIGHT = {"right_base": -2.0, "right_expert": -5.25, "right_anti_expert": -1.5}
 
 
-class Page(HTMLParser):
-    """What a page shows: its cells by table, its headings, its tags' attributes."""
+class Page:
+    """What a page of Markdown shows: its tables as cells, their titles, its headings."""
 
-    def __init__(self, path: Path):
-        super().__init__()
-        self.tables, self.captions, self.headings, self.tags, self.text = [], [], [], [], ""
-        self._inside: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
+    def __init__(self, text: str):
+        self.text = text
+        tables = re.findall(r"^\*\*(.*)\*\*\n\n((?:^\|.*\n)+)", text, re.MULTILINE)
+        self.captions = [caption for caption, _ in tables]
+        self.tables = [[cells(line) for line in table.splitlines()] for _, table in tables]
+        for table in self.tables:
+            table.pop(1)  # ---
+        self.headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
 
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img"):
-            self._inside.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self._inside.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if {"td", "th"} & set(self._inside):
-            self.tables[-1][-1][-1] += data
-        if self._inside and self._inside[-1] in ("h2", "h3"):
-            self.headings.append(data)
-        if self._inside and self._inside[-1] == "caption":
-            self.captions.append(data)
+    def table(self, caption: str) -> list[list[str]]:
+        return next(t for t, c in zip(self.tables, self.captions, strict=True) if caption in c)
 
 
-def markdown_tables(text: str) -> list[list[list[str]]]:
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    return [
-        [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
-        for table in tables
-    ]
+def cells(line: str) -> list[str]:
+    """A row's cells; of a row that heads a group, one."""
+    found = [re.sub(r"\\(.)", r"\1", cell.strip(" *")) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    return found[:1] if not any(found[1:]) else found
 
 
 def write_training(path: Path, steps: int = 4, done: int = 4) -> Path:
@@ -118,7 +98,8 @@ def changed(run: Path, path: Path, **change) -> Path:
 
 def report(out: Path, *paths: Path) -> tuple[str, Page]:
     assert main([*map(str, paths), "--out", str(out)]) == 0
-    return (out / "report.md").read_text(encoding="utf-8"), Page(out / "report.html")
+    text = (out / "report.md").read_text(encoding="utf-8")
+    return text, Page(text)
 
 
 @pytest.fixture(scope="module")
@@ -127,32 +108,21 @@ def full(runs, tmp_path_factory):
     return out, *report(out, *runs.values())
 
 
-def test_both_pages_hold_the_same_tables(full):
-    _, text, page = full
-    tables = markdown_tables(text)
-    assert len(tables) == len(page.tables) == len(page.captions) > 6
-    for ours, theirs in zip(tables, page.tables, strict=True):
-        ours.pop(1)  # ---
-        assert [list(filter(None, row)) for row in ours] == [
-            [cell.replace("−", "-") for cell in row] for row in theirs
-        ]
-
-
 def test_scores_stand_with_intervals_sums_tests_and_harm(full, runs):
     _, text, page = full
     results, of_harm = results_of(runs["truthfulqa"]), results_of(runs["harm"])["methods"]
-    rows = {row[0]: row for row in page.tables[0]}
+    rows = {row[0]: row for row in page.table("Scores")}
     for label, row in results["methods"].items():
-        cells = rows[label]
+        row_cells = rows[label]
         sums = {True: "renormalized", False: "raw", None: "log p"}
-        assert cells[1:3] == [sums[row["settings"].get("renormalize")], "6"]
-        for cell, metric in zip(cells[3:6], ("mc1", "mc2", "mc3"), strict=True):
+        assert row_cells[1:3] == [sums[row["settings"].get("renormalize")], "6"]
+        for cell, metric in zip(row_cells[3:6], ("mc1", "mc2", "mc3"), strict=True):
             low, high = row["intervals"][metric]
             assert cell == f"{row[metric]:.2f} [{low:.2f}, {high:.2f}]"
         # In-model contrast was not measured: its settings are in no run of harm.
         measured = of_harm.get(label)
-        assert cells[6] == (f"{measured['kl']:.3f}" if measured else "–")
-    differences = {row[0]: row for row in page.tables[1]}
+        assert row_cells[6] == (f"{measured['kl']:.3f}" if measured else "–")
+    differences = {row[0]: row for row in page.table("Differences")}
     test = results["methods"]["expert"]["against_baseline"]["mc1"]["mcnemar"]
     assert differences["expert"][-3:] == [str(test["gained"]), str(test["lost"]), f"{test['p']:.4f}"]
     assert "run 3" in text.split("### The paper's")[0]
@@ -161,7 +131,7 @@ def test_scores_stand_with_intervals_sums_tests_and_harm(full, runs):
 def test_harm_of_another_model_is_not_shown(runs, tmp_path):
     other = changed(runs["harm"], tmp_path / "harm", units="0" * 64)
     _, page = report(tmp_path / "out", runs["truthfulqa"], other)
-    assert page.tables[0][0][-1] == "MC3"
+    assert page.table("Scores")[0][-1] == "MC3"
 
 
 def test_other_protocols_data_and_limits_have_tables_of_their_own(runs, tmp_path):
@@ -197,42 +167,30 @@ def test_the_papers_numbers_are_said_to_be_of_other_models(full, runs, tmp_path)
     assert "paper" not in text
 
 
-def test_the_page_needs_nothing_else(full):
-    out, text, page = full
-    pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    for tag, attrs in page.tags:
-        for name in ("src", "href"):
-            assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
-    assert not [tag for tag, _ in page.tags if tag == "script"]
-    for picture in pictures:
-        kind, data = re.fullmatch(r"data:image/(svg\+xml|png);base64,(.*)", picture).groups()
-        start = b"<?xml" if kind == "svg+xml" else b"\x89PNG"
-        assert base64.b64decode(data).startswith(start)
+def test_the_page_shows_the_pictures_beside_it(full):
+    out, text, _ = full
     names = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     shown = {"1-training.png", "2-scores.png", "2-differences.png", "3-harm.png", "5-all-differences.png"}
     assert shown <= set(names)
-    assert len(names) == len(set(names)) == len(pictures)
-    assert {path.name for path in out.iterdir()} == {"report.md", "report.html", *names}
+    assert len(names) == len(set(names))
+    assert {path.name for path in out.iterdir()} == {"report.md", *names}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    anchors = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
-    assert anchors <= {f"#{attrs['id']}" for _, attrs in page.tags if "id" in attrs}
 
 
 def test_what_runs_recorded_is_shown(full, runs):
     _, text, page = full
     results = results_of(runs["truthfulqa"])
-    for shown in (text, page.text):
-        assert "train 'a b'" in shown
-        assert results["command"] in shown
-        assert results["data"]["sha256"] in shown
-        assert results["units"] in shown
-        assert results["base_model"]["fingerprint"] in shown
-        assert results["statistics"]["interval"] in shown
+    assert "train 'a b'" in text
+    assert results["command"] in text
+    assert results["data"]["sha256"] in text
+    assert results["units"] in text
+    assert results["base_model"]["fingerprint"] in text
+    assert results["statistics"]["interval"] in text
     assert results["command"].startswith("python -m imae_jax.evaluate.truthfulqa --model ")
     settings = results["methods"]["in-model-contrast:renormalize=true"]["settings"]
-    assert json.dumps(settings) in page.text
-    overview = page.tables[-1]
-    kinds = ["training", "TruthfulQA", "neutral text", "HaluEval QA", "comparison"]
+    assert json.dumps(settings) in text
+    overview = page.table("Runs")
+    kinds = ["training", "TruthfulQA", "Harm on neutral text", "HaluEval QA", "comparison"]
     assert [row[1] for row in overview[1:]] == kinds
     assert overview[1][-1] == "7"
 
@@ -240,7 +198,7 @@ def test_what_runs_recorded_is_shown(full, runs):
 def test_harm_and_comparisons_stand_with_their_intervals(full, runs):
     _, _, page = full
     harm_row = results_of(runs["harm"])["methods"]["expert"]
-    table = next(t for t, c in zip(page.tables, page.captions, strict=True) if c.startswith("Neutral text"))
+    table = page.table("Neutral text")
     low, high = harm_row["intervals"]["kl"]
     assert f"{harm_row['kl']:.3f} [{low:.3f}, {high:.3f}]" in table[2]
     found = json.loads((runs["comparison"] / "comparison.json").read_text())["parts"]
@@ -257,9 +215,9 @@ def test_labels_are_text_not_markup(runs, tmp_path):
     results = results_of(runs["truthfulqa"])
     methods = {label if name == "expert" else name: row for name, row in results["methods"].items()}
     run = changed(runs["truthfulqa"], tmp_path / "run", methods=methods, model="<script>")
-    _, page = report(tmp_path / "out", run)
-    assert label in [row[0] for row in page.tables[0]]
-    assert not [attrs for tag, attrs in page.tags if tag == "script" or "onerror" in attrs]
+    text, page = report(tmp_path / "out", run)
+    assert label in [row[0] for row in page.table("Scores")]
+    assert not re.search(r"(?<!\\)<(script|img)", text)
 
 
 def test_scores_that_are_not_finite_are_named(runs, tmp_path):
@@ -267,7 +225,7 @@ def test_scores_that_are_not_finite_are_named(runs, tmp_path):
     results["methods"]["expert"] |= {"mc1": None, "n": 5, "n_undefined": 1, "undefined": [3]}
     run = changed(runs["truthfulqa"], tmp_path / "run", methods=results["methods"])
     text, page = report(tmp_path / "out", run)
-    assert next(row for row in page.tables[0] if row[0] == "expert")[3] == "–"
+    assert next(row for row in page.table("Scores") if row[0] == "expert")[3] == "–"
     assert "expert: 1 of 6 have a score that is not finite" in text
 
 
@@ -301,14 +259,14 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     )
     assert "does not exist" in error_of(capfd, main, tmp_path / "nowhere", "--out", out)
     (bad / "run.json").write_text("{}")
-    assert "unfinished: go on with --resume" in error_of(capfd, main, run, bad, "--out", out)
+    assert "unfinished: resume it with --resume" in error_of(capfd, main, run, bad, "--out", out)
     for content, part in {
         "{": "not readable JSON",
-        "[]": "lacks benchmark",
+        "[]": "must hold a JSON object",
         '{"benchmark": "truthfulqa"}': "lacks protocol",
         json.dumps(
             results_of(run) | {"methods": {"base": {}}}
-        ): "of another form than expected (base has no mc1)",
+        ): "of another form than expected (base has no settings)",
         json.dumps(results_of(run) | {"benchmark": "chess"}): "a run of chess",
         '{"batch_sizes": {"1": {}}}': "of another form",
     }.items():
@@ -334,7 +292,7 @@ def test_bad_input_ends_in_one_line(runs, tmp_path, capfd):
     assert "metrics.jsonl line 2 is damaged" in error_of(capfd, main, training, "--out", out)
     (training / "environment.json").write_text("{}")
     file.write_text("")
-    assert "environment.json is of another form" in error_of(capfd, main, training, "--out", out)
+    assert "environment.json must hold a JSON list" in error_of(capfd, main, training, "--out", out)
     (training / "environment.json").write_text("{")
     assert "environment.json is not readable" in error_of(capfd, main, training, "--out", out)
     shutil.rmtree(training / "icd")
@@ -362,7 +320,7 @@ def test_what_a_file_lacks_is_no_fault_of_ours(runs, tmp_path, kind):
         del inner[key]
         file.write_text(json.dumps(changed), encoding="utf-8")
         try:
-            sections_of(read_runs([run]))
+            report_sections(read_runs([run]))
         except UserError as error:
             assert str(run) in str(error)
             refused.append(key)
@@ -378,7 +336,7 @@ def test_an_infinite_length_ratio(runs, tmp_path):
 
 def test_our_own_faults_are_not_called_the_users(runs, tmp_path, capfd, monkeypatch):
     """Whatever a computation raises, the run is not to be made again for it."""
-    monkeypatch.setattr("imae_jax.evaluate.report.scores_table", lambda *_: {}["fault"])
+    monkeypatch.setattr("imae_jax.evaluate.reporting.aggregate.scores_table", lambda *_: {}["fault"])
     assert main([str(runs["truthfulqa"]), "--out", str(tmp_path / "out")]) == 1
     error = capfd.readouterr().err
     assert "KeyError: 'fault'" in error and "fault of imae_jax" in error
@@ -395,20 +353,3 @@ def test_only_reports_are_overwritten(runs, tmp_path, capfd):
     error = error_of(capfd, main, runs["truthfulqa"], "--out", runs["harm"], "--overwrite")
     assert "holds no report.md" in error
     assert sorted(path.name for path in runs["harm"].iterdir()) == before
-
-
-def test_tables_scroll_on_a_phone(full, browser):
-    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    browser.get_log("browser")
-    try:
-        browser.get((full[0] / "report.html").as_uri())
-        widths = "return [document.documentElement.scrollWidth, innerWidth]"
-        assert browser.execute_script(widths) == [390, 390]
-        scrolls = "return [...document.querySelectorAll('.scroll')].map(x => x.scrollWidth > x.clientWidth)"
-        assert any(browser.execute_script(scrolls))
-        loaded = "return [...document.images].every(image => image.complete && image.naturalWidth > 0)"
-        assert browser.execute_script(loaded)
-        assert browser.get_log("browser") == []
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

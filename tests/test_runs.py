@@ -15,13 +15,15 @@ from imae_jax.convert import load_model
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
-from imae_jax.evaluate import stats
-from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.runs import dumps, read_run, same_model
-from imae_jax.evaluate.summaries import values_of
-from imae_jax.evaluate.tables import Table
+from imae_jax.evaluate.reporting import stats
+from imae_jax.evaluate.reporting.aggregate import values_of
+from imae_jax.evaluate.reporting.compare import compare_runs
+from imae_jax.evaluate.reporting.tables import Estimate, Table
+from imae_jax.evaluate.runner.directory import read_run
+from imae_jax.evaluate.runner.identity import same_model
 from imae_jax.evaluate.truthfulqa import main
+from imae_jax.files import dumps
 
 
 def run(*arguments) -> int:
@@ -345,10 +347,9 @@ def test_runs_that_do_not_go_together_are_refused(scored, other, capfd):
 
 
 def test_tables_are_escaped():
-    table = Table("50 % of a_b", ("method", "Δ & <p>"), (("in|model_contrast", "#1 ‖ $"),))
-    assert r"raw $\to$ log p" in Table("", ("method",), (("raw → log p",),)).latex()
-    latex = table.latex()
-    assert r"\caption{50 \% of a\_b}" in latex
-    assert r"method & $\Delta$ \& $<$p$>$ \\" in latex
-    assert r"in$\vert$model\_contrast & \#1 $\Vert$ \$ \\" in latex
-    assert "| in\\|model_contrast | #1 ‖ $ |" in table.markdown()
+    row = ("in|model", Estimate(1, (0.5, 2)), Estimate(None), "<0.0001", "<b> &lt;", "A & B")
+    table = Table("<i>", ("method", "Δ <p>", *"abcd"), (("group",), row))
+    lines = table.markdown().splitlines()
+    assert lines[0] == r"**\<i>**"
+    assert lines[4] == "| **group** |  |  |  |  |  |"
+    assert lines[5] == r"| in\|model | 1.00 [0.50, 2.00] | – | <0.0001 | \<b> \&lt; | A & B |"

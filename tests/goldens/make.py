@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from imae_jax.convert import load_model
 from imae_jax.convert.hf import save_hf
-from imae_jax.evaluate.protocols import load_primer
-from imae_jax.evaluate.questions import DEMO_DATA, read_questions
+from imae_jax.evaluate.benchmarks.protocols import load_primer
+from imae_jax.evaluate.benchmarks.questions import DEMO_DATA, read_questions
 
 MODEL = "smollm2-135m-instruct"
 QUESTIONS = (0, 40, 80)

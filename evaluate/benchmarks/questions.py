@@ -1,13 +1,11 @@
-"""TruthfulQA's questions: from the benchmark's CSV, from JSON in the hub's form, or from the hub.
+"""TruthfulQA's questions, from the benchmark's CSV or from the hub, and splits of questions.
 
-Sources: https://github.com/sylinrl/TruthfulQA (TruthfulQA.csv, data/mc_task.json) and the data set
-truthfulqa/truthful_qa on the HuggingFace hub.
+Sources: https://github.com/sylinrl/TruthfulQA (TruthfulQA.csv) and the data set truthfulqa/truthful_qa on the
+HuggingFace hub.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import read_rows, read_text
+from imae_jax.files import read_csv
 
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 BEST_INCORRECT = "Best Incorrect Answer"
-DATA_DIRECTORY = Path(__file__).parent / "data"
+DATA_DIRECTORY = Path(__file__).parents[1] / "data"
 DEMO_DATA = DATA_DIRECTORY / "demo_truthfulqa.csv"
 HUB_ID = "truthfulqa/truthful_qa"
 NEWER_CSV = "TruthfulQA.csv of https://github.com/sylinrl/TruthfulQA since January 2025"
-FORMS = ("answers", "targets", "binary")
 SPLITS = ("dev", "test", "all")
 
 
@@ -64,7 +61,7 @@ class Data:
     Attributes:
         questions: all of the source, in its order.
         reference: as the user gave it.
-        kind: `csv`, `json` or `hub`; `demo` for the shipped set.
+        kind: `csv` or `hub`; `demo` for the shipped set.
     """
 
     questions: tuple[Question, ...]
@@ -85,7 +82,7 @@ def load_data(reference: str, form: str = "answers") -> Data:
     """The questions of a source.
 
     Args:
-        reference: `demo` for the shipped questions, `hub`, or a CSV, JSON or JSONL file.
+        reference: `demo` for the shipped questions, `hub`, or a CSV file.
         form: `answers`, the columns of the CSV; `targets`, the choices of mc1_targets and mc2_targets, as
             they are, where the source has them; `binary`, the best against the best incorrect answer.
 
@@ -94,8 +91,6 @@ def load_data(reference: str, form: str = "answers") -> Data:
     """
     if reference == "hub":
         questions, kind = _from_hub(form), "hub"
-    elif Path(reference).suffix in (".json", ".jsonl"):
-        questions, kind = _from_json(Path(reference), form), "json"
     else:
         demo = reference == "demo"
         path = DEMO_DATA if demo else Path(reference)
@@ -115,55 +110,37 @@ def read_questions(path: str | Path, form: str = "answers") -> list[Question]:
     """Reads the benchmark's CSV, or any subset of its rows. Answers are closed with a full stop.
 
     Raises:
-        UserError: names the missing column, or the row that has no question or answers.
+        UserError: names the missing column, or the line that has no question or answers.
     """
-    text = read_text(path, "data file")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = read_csv(path, "data file")
+    if not rows:
+        raise UserError(f"{path} holds no questions: give a file with rows")
     columns = ("Question", "Best Answer", BEST_INCORRECT) if form == "binary" else COLUMNS
-    try:
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    except csv.Error as error:
-        raise UserError(f"{path} is not valid CSV: {error}") from error
+    missing = [name for name in columns if name not in rows[0][1]]
     if missing == [BEST_INCORRECT]:
         raise UserError(f"{path} has no column {BEST_INCORRECT!r}: give {NEWER_CSV}")
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}: it is not TruthfulQA's CSV")
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
     questions = []
-    for index, row in enumerate(rows):
-        cells = {name: (row.get(name) or "").strip() for name in (*columns, "Category")}
-        if form == "binary":
-            true, false = (), _closed([cells[BEST_INCORRECT]])
-        else:
-            true, false = (_closed(cells[name].split(";")) for name in COLUMNS[2:])
-        place = f"{path} row {index}"
-        questions.append(
-            _question(index, place, cells["Question"], cells["Best Answer"], true, false, cells["Category"])
-        )
-    if not questions:
-        raise UserError(f"{path} holds no questions: give a file with rows")
+    for index, (line, row) in enumerate(rows):
+        true, false = [], [row[columns[-1]]]
+        if form != "binary":
+            true, false = (row[name].split(";") for name in COLUMNS[2:])
+        answers = row["Best Answer"], true, false
+        questions.append(_question(index, line, row["Question"], *answers, row.get("Category", "").strip()))
     return questions
 
 
 def _question(
-    index: int,
-    place: str,
-    text: str,
-    best: str,
-    true: tuple[str, ...],
-    false: tuple[str, ...],
-    category: str = "",
+    index: int, row: str, text: str, best: str, true: Sequence[str], false: Sequence[str], category: str
 ) -> Question:
-    """A question whose best answer is among the true ones."""
-    best_answer = "".join(_closed([best]))
-    if best_answer and best_answer not in true:
-        true = (*true, best_answer)
-    if not (text and best_answer and false):
-        raise UserError(f"{place} lacks a question, a best answer or incorrect answers: fill or remove it")
-    return Question(index, text, true, false, true.index(best_answer), category)
+    """A question whose best answer is among the true ones; `row` names it in errors."""
+    (best,), true, false = _closed([best]) or ("",), _closed(true), _closed(false)
+    if best not in true:
+        true = (*true, best)
+    if not (text.strip() and best and false):
+        raise UserError(f"{row} lacks a question, a best answer or incorrect answers: fill or remove it")
+    return Question(index, text.strip(), true, false, true.index(best), category)
 
 
 def _closed(answers: Sequence[str]) -> tuple[str, ...]:
@@ -172,53 +149,26 @@ def _closed(answers: Sequence[str]) -> tuple[str, ...]:
     return tuple(answer if answer.endswith(".") else answer + "." for answer in stripped if answer)
 
 
-def _from_json(path: Path, form: str) -> list[Question]:
-    rows = read_rows(path, "data file")
-    if not rows:
-        raise UserError(f"{path} holds no questions: give a list of objects, or one object a line")
-    return [_from_targets(i, place, row, form) for i, (place, row) in enumerate(rows)]
-
-
-def _from_targets(index: int, place: str, row: Any, form: str) -> Question:
-    """A question of the hub's multiple-choice form: `mc1_targets` and `mc2_targets` hold the choices.
-
-    The choices of one are not always those of the other. Each may be `{"choices": […], "labels": […]}`, or
-    `{answer: label}` as in the benchmark's mc_task.json.
-    """
-    if form == "binary":
-        raise UserError(f"{place}: the binary protocol needs a column {BEST_INCORRECT!r}: give {NEWER_CSV}")
-    choices, labels = {}, {}
-    for name in ("mc1_targets", "mc2_targets"):
-        targets = row.get(name) if isinstance(row, dict) else None
-        if not isinstance(targets, dict):
-            raise UserError(f"{place} has no {name}: the hub's multiple_choice form is needed")
-        listed = targets if "choices" in targets else {"choices": [*targets], "labels": [*targets.values()]}
-        choices[name], labels[name] = listed["choices"], listed.get("labels", [])
-        are_lists = isinstance(choices[name], list) and isinstance(labels[name], list)
-        are_pairs = are_lists and len(choices[name]) == len(labels[name])
-        if not are_pairs or not all(isinstance(c, str) for c in choices[name]):
-            raise UserError(f"{place}: {name} needs a label for every choice")
-    mc1, mc2 = ([(c, bool(x)) for c, x in zip(choices[n], labels[n], strict=True)] for n in choices)
-    question = str(row.get("question") or "").strip()
+def _from_targets(index: int, row: dict[str, Any]) -> Question:
+    """A question of the hub's multiple-choice form: the choices of mc1 and mc2, which may differ."""
+    mc1, mc2 = (
+        list(zip(row[name]["choices"], row[name]["labels"], strict=True))
+        for name in ("mc1_targets", "mc2_targets")
+    )
     right = [choice for choice, label in mc1 if label]
     if len(right) != 1 or not mc1[0][1]:
-        raise UserError(f"{place}: the first choice of mc1_targets, and no other, must have label 1")
-    if not question or len(mc1) < 2 or all(label for _, label in mc2) or not any(label for _, label in mc2):
-        raise UserError(f"{place} lacks a question, a best answer or incorrect answers: fill or remove it")
-    true, false = ([c for c, x in mc2 if x is wanted] for wanted in (True, False))
-    if form != "targets":
-        return _question(index, place, question, right[0], _closed(true), _closed(false))
+        raise UserError(f"{HUB_ID} row {index}: the first choice of mc1_targets, and no other, must be right")
+    true, false = ([choice for choice, label in mc2 if bool(label) is wanted] for wanted in (True, False))
     mc2_true, mc2_false = len(true), len(false)
     true += [choice for choice in right if choice not in true]
     false += [choice for choice, label in mc1 if not label and choice not in false]
-    mc1_false = tuple(false.index(choice) for choice, label in mc1 if not label)
     return Question(
         index,
-        question,
+        row["question"].strip(),
         tuple(true),
         tuple(false),
         true.index(right[0]),
-        mc1_false=mc1_false,
+        mc1_false=tuple(false.index(choice) for choice, label in mc1 if not label),
         mc2_true=mc2_true,
         mc2_false=mc2_false,
     )
@@ -237,31 +187,21 @@ def _from_hub(form: str) -> list[Question]:
             f"TruthfulQA cannot be fetched from the hub ({first_line(error)}): pass --data FILE"
         ) from error
     if form == "targets":
-        return [_from_targets(i, f"{HUB_ID} row {i}", row, form) for i, row in enumerate(rows)]
-    return [
-        _question(
-            i,
-            f"{HUB_ID} row {i}",
-            row["question"].strip(),
-            row["best_answer"].strip(),
-            _closed(row["correct_answers"]),
-            _closed(row["incorrect_answers"]),
-            row["category"],
-        )
-        for i, row in enumerate(rows)
-    ]
+        return [_from_targets(i, row) for i, row in enumerate(rows)]
+    names = ("question", "best_answer", "correct_answers", "incorrect_answers", "category")
+    return [_question(i, f"{HUB_ID} row {i}", *(row[name] for name in names)) for i, row in enumerate(rows)]
 
 
 def select(texts: Sequence[str], split: str, *, seed: int = 0, dev_share: float = 0.2) -> list[int]:
-    """Places of the items of a split, ascending.
+    """Numbers of the items of a split, ascending.
 
     `dev` and `test` share no text, and do not depend on the order of the data.
 
     Args:
-        texts: of the items.
+        texts: texts of the items.
         split: `dev`, `test` or `all`.
-        seed: of the draw.
-        dev_share: of the texts that `dev` gets, rounded to a whole number.
+        seed: seed of the draw.
+        dev_share: fraction of the texts in `dev`, rounded to a whole number of them.
     """
     if split == "all":
         return list(range(len(texts)))

@@ -42,12 +42,7 @@ class Mean:
 
 
 def mean(values: Sequence[float], *, seed: int = 0) -> Mean:
-    """The mean of all values that are not NaN, with a bootstrap interval.
-
-    Args:
-        values: one an item; NaN where it has none.
-        seed: of the resamples.
-    """
+    """The mean of all values that are not NaN, with a bootstrap interval over items."""
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -62,10 +57,7 @@ def mean_of_text(values: Sequence[float], *, seed: int = 0) -> Mean:
     tokens would be too narrow. Source: Carlstein, Annals of Statistics 14 (1986), on blocks that do not
     overlap.
 
-    Args:
-        values: one a token, in the text's order. If one is NaN or infinite, so is the mean, and there is no
-            interval.
-        seed: of the resamples.
+    If a value is NaN or infinite, so is the mean, and there is no interval.
     """
     values = np.asarray(values, np.float64)
     value = float(values.mean())
@@ -82,12 +74,12 @@ def mean_of_text(values: Sequence[float], *, seed: int = 0) -> Mean:
 
 
 def _interval(data: tuple[np.ndarray, ...], statistic: Any, seed: int) -> tuple[float, float] | None:
-    """Of a statistic of arrays whose items go together; None where there is one item alone."""
+    """The interval of a statistic of arrays whose items go together; None where there is one item alone."""
     if len(data[0]) == 1:
         return None
     from scipy.stats import bootstrap
 
-    found = bootstrap(
+    result = bootstrap(
         data,
         statistic,
         n_resamples=RESAMPLES,
@@ -98,7 +90,7 @@ def _interval(data: tuple[np.ndarray, ...], statistic: Any, seed: int) -> tuple[
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    low, high = found.confidence_interval
+    low, high = result.confidence_interval
     return float(low), float(high)
 
 
@@ -134,23 +126,14 @@ def length_auc(shorter: Sequence[int], longer: Sequence[int]) -> float:
 
 
 def describe_interval(units: str, seed: int) -> dict[str, Any]:
-    """How intervals were made, to be written into results.
-
-    Args:
-        units: what was drawn.
-        seed: of the resamples.
-    """
-    return {
-        "interval": f"percentile bootstrap over {units}, {RESAMPLES} resamples",
-        "confidence": CONFIDENCE,
-        "seed": seed,
-    }
+    """How intervals were made, to be written into results; `units` is what was drawn."""
+    interval = f"percentile bootstrap over {units}, {RESAMPLES} resamples"
+    return {"interval": interval, "confidence": CONFIDENCE, "seed": seed}
 
 
 def describe(seed: int) -> dict[str, Any]:
     """How intervals and tests of items were made, to be written into results."""
-    return {
-        **describe_interval("items", seed),
+    return describe_interval("items", seed) | {
         "difference": "paired bootstrap of per-item differences",
         "test": "McNemar's, exact binomial, two-sided, not corrected for several methods",
     }
@@ -163,17 +146,11 @@ def compare(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Differences of every metric, times 100, and McNemar's test of those that are 0 or 1.
-
-    Args:
-        metrics: their names.
-        values, others: of every metric, item by item.
-        seed: of the resamples.
-    """
-    found = {}
+    """`values − others` of every metric, times 100, and McNemar's test of those that are 0 or 1."""
+    compared = {}
     for metric in metrics:
-        found[metric] = difference(values[metric], others[metric], seed=seed).scaled(100)
+        compared[metric] = difference(values[metric], others[metric], seed=seed).scaled(100)
         test = mcnemar(values[metric], others[metric])
         if test is not None:
-            found[metric]["mcnemar"] = test
-    return found
+            compared[metric]["mcnemar"] = test
+    return compared

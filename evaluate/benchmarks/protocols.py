@@ -14,6 +14,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.questions import DATA_DIRECTORY, Data
 from imae_jax.files import read_text
 from imae_jax.prompts import (
     adds_special_tokens,
@@ -22,8 +23,6 @@ from imae_jax.prompts import (
     question_text,
     resolve_format,
 )
-
-from .questions import DATA_DIRECTORY, Data
 
 # The instruction in front of the six pairs: Ouyang et al. 2022, "Training language models to follow
 # instructions with human feedback", appendix on TruthfulQA; ICD's and DoLa's scripts use it too.
@@ -201,14 +200,7 @@ def load_primer(file: str | None, *, demo: bool = False, instruction: bool = Tru
         path = DATA_DIRECTORY / "demo_primer.txt"
         primer = _named(path.read_text(encoding="utf-8"), path.name, instruction)
         return dataclasses.replace(primer, name="demo")
-    text = _primer_of_lm_eval()
-    if text is None:
-        raise UserError(
-            "the six-shot primer of TruthfulQA is not part of imae_jax: pass --primer FILE (the "
-            "prompt text of the benchmark's QA preset, instruction line included), or install it "
-            "with `pip install --no-deps lm-eval`"
-        )
-    primer = _named(text, "lm-eval", instruction)
+    primer = _named(_primer_of_lm_eval(), "lm-eval", instruction)
     if primer.name != "standard":
         raise UserError(
             "the primer in the installed lm-eval package is not the one of this protocol: pass --primer FILE"
@@ -225,14 +217,16 @@ def _named(text: str, source: str, instruction: bool) -> Primer:
     return dataclasses.replace(primer, name="standard") if primer.sha256 == pinned else primer
 
 
-def _primer_of_lm_eval() -> str | None:
+def _primer_of_lm_eval() -> str:
     """The six pairs in lm-eval's task file, read without importing the package."""
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None or spec.origin is None:
-        return None
-    task = Path(spec.origin).parent / "tasks" / "truthfulqa" / "truthfulqa_mc1.yaml"
+    task = Path(spec.origin if spec and spec.origin else "").parent / "tasks/truthfulqa/truthfulqa_mc1.yaml"
     if not task.is_file():
-        return None
+        raise UserError(
+            "the six-shot primer of TruthfulQA is not part of imae_jax: pass --primer FILE (the "
+            "prompt text of the benchmark's QA preset, instruction line included), or install it "
+            "with `pip install --no-deps lm-eval`"
+        )
     # Only the template is wanted: tags such as !function are not resolved.
     loader = type("Loader", (yaml.SafeLoader,), {})
     loader.add_multi_constructor("!", lambda *_: None)

@@ -1,8 +1,8 @@
-"""What `harm` measures: every method's distribution over the next token against the base model's."""
+"""Every method's distribution over the next token against the base model's."""
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from imae_jax.batching import run_by_length
 from imae_jax.decode import Continuation, scoring, streams
-from imae_jax.decode.joint import Joint, share_streams
+from imae_jax.decode.joint import Joint
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.language_model import LanguageModel
 from imae_jax.sharding import row_shards, use_mesh
@@ -22,42 +22,38 @@ RULED_OUT = -80.0
 
 
 def measure(
-    lm: LanguageModel, prepared: Mapping[str, tuple[Any, Any]], windows: Sequence[Continuation], length: int
-) -> dict[str, np.ndarray]:
+    lm: LanguageModel, models: Any, joint: Joint, windows: Mapping[int, Continuation], length: int
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Statistics of every scored token.
 
     Args:
         lm: the model.
-        prepared: models and method by label, from `LanguageModel.prepare`.
-        windows: from `decode.windows`.
-        length: of a window, to which all are padded.
+        models: what the methods run on.
+        joint: the methods.
+        windows: windows of the text by number, from `decode.windows`.
+        length: length to which all windows are padded.
 
-    Returns:
-        By label float64 [4, tokens], in the order of `harm.STATISTICS` and of the text: cross-entropy and
-        KL(base ‖ method) in nats, and whether the arg-max is the base model's and the token ruled out.
+    Yields:
+        The number of a window, and for every method float64 [4, tokens], in the order of `harm.STATISTICS`:
+        cross-entropy and KL(base ‖ method) in nats, and whether the arg-max is the base model's and the token
+        ruled out.
     """
-    labels = list(prepared)
-    statistics: dict[str, np.ndarray] = {}
+    with_base, numbers = Joint((Strength(0.0), *joint.methods)), list(windows)
     with use_mesh(lm.mesh):
         rows_per_batch = scoring.batch_size()
-    for models, joint, members in share_streams(list(prepared.values())):
-        method = Joint((Strength(0.0), *joint.methods))
-        values = [np.empty(0)] * len(windows)
-        for i, row in run_by_length(
-            functools.partial(_statistics, models, method),
-            [window.tokens for window in windows],
-            tokens_per_batch=rows_per_batch * length,
-            length_multiple=length,
-            mesh=lm.mesh,
-        ):
-            tokens = windows[i].tokens
-            values[i] = row[:, :, windows[i].start - 1 : len(tokens) - 1].astype(np.float64)
-            if np.isnan(values[i]).any():
-                where = f"{joint.name}, window {i} of the text"
-                raise streams.not_finite_error(models, method, tokens, where)
-        for member, of_method in zip(members, np.concatenate(values, axis=-1), strict=True):
-            statistics[labels[member]] = of_method
-    return {label: statistics[label] for label in labels}
+    for i, row in run_by_length(
+        functools.partial(_statistics, models, with_base),
+        [windows[number].tokens for number in numbers],
+        tokens_per_batch=rows_per_batch * length,
+        length_multiple=length,
+        mesh=lm.mesh,
+    ):
+        window = windows[numbers[i]]
+        values = row[:, :, window.start - 1 : len(window.tokens) - 1].astype(np.float64)
+        if np.isnan(values).any():
+            where = f"{joint.name}, window {numbers[i]} of the text"
+            raise streams.not_finite_error(models, with_base, window.tokens, where)
+        yield numbers[i], list(values)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -76,16 +72,16 @@ def _statistics(models, method, tokens, lengths):
         chunks = x.reshape(*x.shape[:-3], -1, size, x.shape[-1])
         return jnp.moveaxis(chunks, -3, 0)
 
-    def of_chunk(chunk):
+    def compare_chunk(chunk):
         hidden, targets = chunk
         logits = streams.logits_of(models, method, hidden)
         scores = method.scores(logits)
         base = jax.nn.log_softmax(scores[0])
-        compared = jnp.stack([_compare(base, own, targets) for own in scores[1:]])
+        compared = jnp.stack([_compare(base, method_scores, targets) for method_scores in scores[1:]])
         return jnp.where(streams.finite(logits), compared, jnp.nan)
 
     chunks = (jax.tree.map(in_chunks, hidden), following.reshape(-1, size))
-    values = jax.lax.map(of_chunk, chunks)  # [chunks, M, 4, size]
+    values = jax.lax.map(compare_chunk, chunks)  # [chunks, M, 4, size]
     values = jnp.moveaxis(values, 0, -2).reshape(*values.shape[1:3], B, T)
     return jnp.moveaxis(values, 2, 0)
 
@@ -93,9 +89,11 @@ def _statistics(models, method, tokens, lengths):
 def _compare(base, scores, targets):
     """[4, P] from log-probabilities of the base model and scores of a method, [P, V] both."""
     log_q = jax.nn.log_softmax(scores)
-    of_target = jnp.take_along_axis(log_q, targets[:, None], axis=-1)[:, 0]
+    target_log_q = jnp.take_along_axis(log_q, targets[:, None], axis=-1)[:, 0]
     p = jnp.exp(base)
     # Where p is 0 the term is 0, whatever the method gives it.
     kl = jnp.sum(jnp.where(p > 0, p * (base - log_q), 0.0), axis=-1)
     same = jnp.argmax(scores, axis=-1) == jnp.argmax(base, axis=-1)
-    return jnp.stack([-of_target, kl, same.astype(jnp.float32), (of_target < RULED_OUT).astype(jnp.float32)])
+    return jnp.stack(
+        [-target_log_q, kl, same.astype(jnp.float32), (target_log_q < RULED_OUT).astype(jnp.float32)]
+    )

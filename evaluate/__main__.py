@@ -1,0 +1,71 @@
+"""`python -m imae_jax.evaluate NAME …`: runs any benchmark, or another command of this folder."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from imae_jax.__main__ import COMMANDS
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    add_process_arguments,
+    command,
+    join_processes,
+)
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks import benchmarks, get_benchmark
+
+PROGRAM = "python -m imae_jax.evaluate"
+
+
+def benchmark_command(name: str, program: str) -> Callable[..., int]:
+    """The command of a benchmark.
+
+    Args:
+        name: name of its file in `evaluate/benchmarks/`.
+        program: how it is called.
+    """
+
+    @command
+    def main(argv: Sequence[str] | None = None) -> None:
+        from imae_jax.evaluate.runner.arguments import add_run_arguments
+        from imae_jax.evaluate.runner.identity import called
+
+        benchmark = get_benchmark(name)
+        about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
+        parser = ArgumentParser(prog=program, description=about)
+        add_model_arguments(parser)
+        add_process_arguments(parser)
+        add_run_arguments(parser, questions=benchmark.questions)
+        benchmark.add_arguments(parser)
+        args = parser.parse_args(argv)
+        join_processes(args)
+        from imae_jax.evaluate.runner.run import run_benchmark
+
+        run_benchmark(benchmark, args, called(parser.prog, argv))
+
+    return main
+
+
+@command
+def _unknown(argv: Sequence[str] | None = None) -> None:
+    known = ", ".join(benchmarks())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} NAME … (--help after any NAME)\n\nbenchmarks: {known}")
+        return
+    raise UserError(f"benchmark {argv[0]!r} does not exist: use one of {known}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names. Returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, arguments = (words[0] if words else ""), words[1:]
+    if f"evaluate {name}" in COMMANDS:
+        return importlib.import_module(COMMANDS[f"evaluate {name}"][0]).main(arguments)
+    if name in benchmarks():
+        return benchmark_command(name, f"{PROGRAM} {name}")(arguments)
+    return _unknown(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Benchmarks: each file of this folder that defines a `BENCHMARK` is one, under the file's name."""
+
+import importlib
+import pkgutil
+
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.benchmark import Benchmark
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """All benchmarks by the names of their files."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """The benchmark of a file."""
+    known = benchmarks()
+    if name not in known:
+        raise UserError(f"benchmark {name!r} does not exist: use one of {', '.join(known)}")
+    return known[name]
+
+
+def by_results(name: str) -> Benchmark | None:
+    """The benchmark that results name in their field `benchmark`; None where it does not exist."""
+    return next((each for each in benchmarks().values() if each.name == name), None)

@@ -1,0 +1,186 @@
+"""What a benchmark is: its items, what it makes of an item's scores or texts, what it shows of them.
+
+A new one is a file in this folder: a subclass of `Benchmark` with `task` and `record`, and an instance of
+it called `BENCHMARK`. It then is a command, `python -m imae_jax.evaluate NAME`, that can be resumed after a
+kill, and its runs can be compared and reported.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from imae_jax.evaluate.reporting import aggregate, plots, stats
+from imae_jax.evaluate.reporting.document import Picture, Section, warning
+from imae_jax.evaluate.reporting.tables import Table
+
+if TYPE_CHECKING:
+    from imae_jax.decode import Method
+    from imae_jax.evaluate.reporting.kinds import FinishedRun
+    from imae_jax.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What one record is about.
+
+    Attributes:
+        index: its number in the data.
+        question: its text, by which splits, folds and comparisons know it.
+        prompt: the text in front of answers, or to be continued.
+        answers: the texts that are scored.
+        data: anything else that `Benchmark.record` needs.
+    """
+
+    index: int
+    question: str
+    prompt: str = ""
+    answers: tuple[str, ...] = ()
+    data: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark with its data, for one model.
+
+    Attributes:
+        protocol: name and version of all that a score depends on besides model and method.
+        items: all of the data; the runner takes the split and the limit.
+        settings: what the records depend on besides; they are in `run.json`, and a resumed run must have
+            the same.
+        details: more that `results.json` tells.
+        metrics: names of fields of the records, to be averaged; the first is McNemar's.
+        excluded: questions that are left out.
+        options: of the kind of output. Scores: `add_special_tokens`. Texts: those of
+            `LanguageModel.generate`, and `batch_size`. Distributions: `length` and `generating`.
+    """
+
+    protocol: str
+    items: Sequence[Item]
+    settings: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+        name: what `results.json` calls it.
+        title: what tables and reports call it.
+        description: what its command does, one sentence.
+        note: what a reader of its figures must know.
+        output: what records are made of, see `runner.passes`: `scores` of answers, `texts` that methods
+            write, or `distributions` over the tokens of a text.
+        heads: names of the metrics in tables. Methods are compared by those that a run has.
+        questions: whether its items are questions, which can be split and limited.
+        subsets: titles of subsets of the items that are compared by themselves.
+    """
+
+    name: str
+    title: str
+    description: str
+    note: str = ""
+    output: Literal["scores", "texts", "distributions"] = "scores"
+    heads: ClassVar[Mapping[str, str]] = {}
+    questions: bool = True
+    subsets: ClassVar[Mapping[str, str]] = {"all": "questions"}
+
+    # What a run does
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the arguments of this benchmark alone."""
+
+    def load(self, args: argparse.Namespace, methods: Mapping[str, "Method"]) -> Any:
+        """Checks arguments and reads the data, before the model is loaded; `task` gets what it returns."""
+
+    def task(self, args: argparse.Namespace, data: Any, lm: "LanguageModel") -> Task:
+        """The items and all that identifies them."""
+        raise NotImplementedError
+
+    def record(self, item: Item, output: Any, tokenizer: Any) -> dict[str, Any]:
+        """The fields of an item's record.
+
+        Args:
+            item: the item.
+            output: token scores, a [tokens] array for each answer; a `Completion`; or [4, tokens].
+            tokenizer: the model's.
+        """
+        raise NotImplementedError
+
+    def in_subset(self, subset: str, record: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+        """Whether an item of a run with these results belongs to a subset."""
+        return True
+
+    def aggregate(
+        self, args: argparse.Namespace, task: Task, records: Mapping[str, Any], baseline: str
+    ) -> dict[str, Any]:
+        """What records come to: fields of `results.json`, of which `methods` has a summary by label.
+
+        Args:
+            args: the command's.
+            task: with the items of the run alone.
+            records: every method's records, in the items' order.
+            baseline: label of the method that others are compared to.
+        """
+        summaries = aggregate.summarize(records, task.metrics, baseline=baseline, seed=args.seed)
+        return {**self.counts(args, task, baseline), "methods": summaries}
+
+    def counts(self, args: argparse.Namespace, task: Task, baseline: str) -> dict[str, Any]:
+        """What was averaged over what, and how intervals were made."""
+        return {
+            "metrics": list(task.metrics),
+            "n_questions": len(task.items),
+            "baseline": baseline,
+            "statistics": stats.describe(args.seed),
+        }
+
+    # What is shown of results
+
+    def shown_heads(self, results: Mapping[str, Any]) -> dict[str, str]:
+        return {metric: self.heads[metric] for metric in results["metrics"]}
+
+    def heading(self, results: Mapping[str, Any]) -> str:
+        """What was run on what, one line."""
+        split, drawn = results["split"], ""
+        if split["name"] != "all":
+            drawn = f" ({split['name']} split, seed {split['seed']})"
+        count = f"{results['n_questions']} questions{drawn}"
+        return f"{self.title}, {results['protocol']}, {count}, {results['model']}"
+
+    def tables(self, results: Mapping[str, Any]) -> list[Table]:
+        """The tables of a `results.json`: scores and differences."""
+        methods, heads = results["methods"], self.shown_heads(results)
+        scores = aggregate.scores_table(f"{self.heading(results)}, [95 % interval]", methods, heads)
+        against = f"Against {results['baseline']}, on the same questions"
+        return [scores, *aggregate.differences_tables(against, methods, heads)]
+
+    def plots(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The plots of a `results.json`, by name."""
+        methods, heads, title = results["methods"], self.shown_heads(results), self.heading(results)
+        return plots.of_methods(title, methods, heads, results["baseline"])
+
+    def texts(self, results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """More files of a finished run, by name."""
+        return {}
+
+    def warnings(self, results: Mapping[str, Any]) -> list[str]:
+        """What takes something from the figures' worth."""
+        return aggregate.note_undefined(results["methods"])
+
+    def report(self, runs: Sequence["FinishedRun"], others: Sequence["FinishedRun"]) -> list[Section]:
+        """The part of a report on runs of this benchmark.
+
+        Args:
+            runs: runs of this benchmark.
+            others: all evaluations of the report.
+        """
+        sections = [Section(self.title, (self.note,))]
+        return [*sections, *(Section(run.label(), self.blocks(run), level=3) for run in runs)]
+
+    def blocks(self, run: "FinishedRun") -> tuple[Table | Picture | str, ...]:
+        """Tables, warnings and plots of a run in a report."""
+        notes = (warning(f"Run {run.number}: {note}.") for note in self.warnings(run.results))
+        return (*self.tables(run.results), *notes, *run.pictures())

@@ -1,0 +1,1 @@
+"""What runs show: statistics, tables, plots, comparisons, reports."""

@@ -1,0 +1,54 @@
+"""The pieces of a Markdown page: sections of tables, pictures and paragraphs."""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+
+from imae_jax.evaluate.reporting.tables import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG file beside the page.
+
+    Attributes:
+        name: name of the file.
+        caption: one line.
+        png: its bytes.
+    """
+
+    name: str
+    caption: str
+    png: bytes
+
+    def markdown(self) -> str:
+        caption = html.escape(self.caption, quote=False).replace("]", "\\]")
+        return f"![{caption}]({self.name})\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what is below it: tables, pictures, paragraphs of Markdown."""
+
+    title: str
+    blocks: Sequence[Table | Picture | str] = ()
+    level: int = 2
+
+    def markdown(self) -> str:
+        blocks = (f"{block}\n" if isinstance(block, str) else block.markdown() for block in self.blocks)
+        return "\n".join([f"{'#' * self.level} {html.escape(self.title, quote=False)}\n", *blocks])
+
+
+def warning(text: str) -> str:
+    """A paragraph on what takes something from the figures' worth."""
+    return f"**Note:** {html.escape(text, quote=False)}"
+
+
+def facts(title: str, values: Mapping[str, str]) -> str:
+    """Names with their values, folded up."""
+    lines = "".join(
+        f"<dt>{html.escape(name, quote=False)}</dt><dd><code>{html.escape(value, quote=False)}</code></dd>\n"
+        for name, value in values.items()
+    )
+    title = html.escape(title, quote=False)
+    return f"<details><summary>{title}</summary>\n<dl>\n{lines}</dl>\n</details>"

@@ -1,0 +1,105 @@
+"""Arguments that all benchmarks share, and the methods that they name."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imae_jax.cli import lock_outputs
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.questions import SPLITS
+from imae_jax.evaluate.runner.directory import RESULTS_FILE, RUN_FILE, marker
+from imae_jax.files import check_new_directory, read_text
+
+if TYPE_CHECKING:
+    from imae_jax.decode import Method
+
+MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, questions: bool) -> None:
+    """Adds the arguments of every run.
+
+    Args:
+        parser: the command's.
+        questions: whether the benchmark's items are questions, which can be split and limited.
+    """
+    parser.add_argument("--methods", default="base", help=MANY_METHODS)
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    if questions:
+        parser.add_argument("--limit", type=int, help="use the first N questions of the split")
+        parser.add_argument(
+            "--split", choices=SPLITS, default="all", help="dev, to choose settings on; test: the others"
+        )
+        parser.add_argument("--split-seed", type=int, default=0, help="seed of the dev/test split")
+        parser.add_argument(
+            "--dev-share", type=float, default=0.2, help="fraction of questions in the dev split"
+        )
+        parser.add_argument(
+            "--baseline", help="method that others are compared to (default: base, else the first)"
+        )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+
+def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:
+    """Refuses what can be refused before a model is loaded, and locks OUT until the command ends."""
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
+    if "split" in args:
+        if args.limit is not None and args.limit < 1:
+            raise UserError(f"--limit {args.limit}: give at least 1")
+        if not 0 < args.dev_share < 1:
+            raise UserError(f"--dev-share {args.dev_share}: give a share between 0 and 1")
+        if args.split_seed < 0:
+            raise UserError(f"--split-seed {args.split_seed}: give at least 0")
+        if args.baseline is not None and args.baseline not in methods:
+            raise UserError(f"--baseline {args.baseline} is not among --methods: {', '.join(methods)}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them")
+    out = args.out
+    lock_outputs(out)
+    if not out.exists() or args.overwrite:
+        check_new_directory(out, marker=marker(out), overwrite=args.overwrite)
+        return
+    unfinished = (out / RUN_FILE).is_file() and not (out / RESULTS_FILE).exists()
+    if not args.resume:
+        if unfinished:
+            raise UserError(f"{out} holds an unfinished run: pass --resume to resume it, or --overwrite")
+        raise UserError(f"{out} exists already: choose another output, or pass --overwrite")
+    if not (out / RUN_FILE).is_file():
+        raise UserError(f"{out} holds no {RUN_FILE}, so there is no run to resume: choose another output")
+
+
+def parse_methods(text: str) -> dict[str, "Method"]:
+    """Methods by label, from a comma-separated list or a YAML file with a list of settings.
+
+    In YAML an entry may carry a `label` of its own, which it needs where names repeat.
+    """
+    import yaml
+
+    from imae_jax.decode.methods import parse_method, split_methods
+
+    if text.endswith((".yaml", ".yml")):
+        try:
+            entries = yaml.safe_load(read_text(text, "methods file"))
+        except yaml.YAMLError as error:
+            raise UserError(f"methods file {text} is not valid YAML: {error}") from error
+        are_settings = isinstance(entries, list) and all(
+            isinstance(entry, dict) and "name" in entry for entry in entries
+        )
+        if not entries or not are_settings:
+            raise UserError(f"methods file {text} must hold a list of `- {{name: …}}`")
+    else:
+        entries = split_methods(text)
+    methods: dict[str, Any] = {}
+    for entry in entries:
+        label = entry
+        if isinstance(entry, dict):
+            label = str(entry.get("label", entry["name"]))
+            entry = {key: value for key, value in entry.items() if key != "label"}
+        if label in methods:
+            raise UserError(f"method {label!r} is listed twice: give each a label of its own")
+        methods[label] = parse_method(entry)
+    return methods

@@ -1,0 +1,177 @@
+"""Forward passes over a benchmark's items: which methods share them, and what they give.
+
+A kind of output has a function that plans passes and one that runs a pass: scores of given answers, texts
+that methods write, or distributions over a text's next tokens.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imae_jax.decode import Continuation, Method, encode, score
+from imae_jax.decode.joint import Joint, share_streams
+from imae_jax.decode.methods.iti import ITI
+from imae_jax.decode.scoring import check_groups
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.benchmark import Item, Task
+from imae_jax.evaluate.iti import fold_files
+from imae_jax.evaluate.runner import divergence
+from imae_jax.evaluate.runner.identity import method_settings
+from imae_jax.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Methods whose outputs are computed together.
+
+    Attributes:
+        models: what the method runs on.
+        method: one method, or a `Joint` of those that share streams.
+        labels: names of the methods, in the order of the `Joint`'s.
+        items: numbers of the items that the pass is for.
+    """
+
+    models: Any
+    method: Method
+    labels: tuple[str, ...]
+    items: tuple[int, ...]
+
+
+def prepare(
+    lm: LanguageModel, methods: Mapping[str, Method], items: Sequence[Item], *, generating: bool
+) -> tuple[dict[str, dict[str, Any]], list[Pass]]:
+    """Every method's resolved settings, and a pass for each method, or for each of its folds.
+
+    Raises:
+        UserError: a method that the model cannot run, or a resource that does not fit.
+    """
+    settings, passes = {}, []
+    for label, method in methods.items():
+        folds = _folds(method, items)
+        resolved = [lm.prepare(fold, generating=generating) for fold, _ in folds]
+        settings[label] = method_settings(lm, folds[0][0], resolved[0][1])
+        if len(folds) > 1:
+            # Which questions a file is for decides as much as what it holds.
+            assignment = json.dumps([list(numbers) for _, numbers in folds])
+            settings[label] |= {
+                "directions": method.directions,
+                "folds": len(folds),
+                "fingerprint": [lm.resource_fingerprint(fold) for fold, _ in folds],
+                "assignment": hashlib.sha256(assignment.encode()).hexdigest(),
+            }
+        for (models, fold), (_, numbers) in zip(resolved, folds, strict=True):
+            passes.append(Pass(models, fold, (label,), tuple(numbers)))
+    return settings, passes
+
+
+def _folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
+    """A method with the numbers of its items; ITI with a directory of folds is one method for each fold."""
+    if not isinstance(method, ITI) or not Path(method.directions).is_dir():
+        return [(method, range(len(items)))]
+    files = fold_files(Path(method.directions), [item.question for item in items])
+    return [(dataclasses.replace(method, directions=str(file)), numbers) for file, numbers in files.items()]
+
+
+def share(passes: Sequence[Pass], num_items: int) -> list[Pass]:
+    """Merges passes that have a forward stream in common; folds stay passes of their own."""
+    whole = [each for each in passes if len(each.items) == num_items]
+    shared = [
+        Pass(models, joint, tuple(whole[i].labels[0] for i in members), whole[0].items)
+        for models, joint, members in share_streams([(each.models, each.method) for each in whole])
+    ]
+    folds = [each for each in passes if len(each.items) != num_items]
+    return shared + [dataclasses.replace(each, method=Joint((each.method,))) for each in folds]
+
+
+class Scores:
+    """Token scores of every answer: of each item and method a list of [tokens] arrays."""
+
+    generating = False
+
+    def __init__(self, lm: LanguageModel, task: Task):
+        self._config, self._items = lm.config, task.items
+        pairs = [(item.prompt, answer) for item in task.items for answer in item.answers]
+        prompts, answers = zip(*pairs, strict=True)
+        encoded = encode(
+            lm.tokenizer, prompts, answers, add_special_tokens=task.options.get("add_special_tokens", True)
+        )
+        self.facts = {
+            "n_answers": len(encoded),
+            "boundary_merged": sum(answer.boundary_merged for answer in encoded),
+        }
+        continuations = iter(encoded)
+        self._groups = [[next(continuations) for _ in item.answers] for item in task.items]
+
+    def plan(self, passes: Sequence[Pass]) -> list[Pass]:
+        passes = share(passes, len(self._items))
+        for each in passes:
+            check_groups(each.models, self._groups)
+        return passes
+
+    def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
+        index = [self._items[i].index for i in missing]
+        results = score(
+            each.models,
+            self._config,
+            [self._groups[i] for i in missing],
+            each.method,
+            where=lambda i, j: f"question {index[i]}, answer {j}",
+        )
+        for i, scored in results:
+            yield missing[i], [[answer[:, k] for answer in scored.scores] for k in range(len(each.labels))]
+
+
+class Texts:
+    """What methods continue prompts with: of each item and method a `Completion`."""
+
+    generating = True
+    facts: Mapping[str, Any] = {}
+
+    def __init__(self, lm: LanguageModel, task: Task):
+        self._lm, self._prompts = lm, [item.prompt for item in task.items]
+        self._options = dict(task.options)
+        self._batch_size = self._options.pop("batch_size")
+
+    def plan(self, passes: Sequence[Pass]) -> list[Pass]:
+        longest = max(map(len, self._lm.encode_prompts(self._prompts, self._options["format"])))
+        context, new = min(each.models.context_length for each in passes), self._options["max_new_tokens"]
+        if longest + new > context:
+            raise UserError(
+                f"the longest prompt has {longest} tokens, with {new} new ones over the model's context of "
+                f"{context}: lower --max-new-tokens, or give shorter prompts (--primer)"
+            )
+        return list(passes)
+
+    def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
+        # Cut from all items, those done too: what is drawn depends on a row's place in its batch.
+        for number, first in enumerate(range(0, len(each.items), self._batch_size)):
+            batch = each.items[first : first + self._batch_size]
+            if set(batch) & set(missing):
+                options = self._options | {"seed": (self._options["seed"] + number) % 2**31}
+                texts = self._lm.complete([self._prompts[i] for i in batch], each.method, **options)
+                done = zip(batch, texts, strict=True)
+                yield from ((i, [completion]) for i, completion in done if i in missing)
+
+
+class Distributions:
+    """Whole next-token distributions: of each window and method what `divergence.measure` gives."""
+
+    facts: Mapping[str, Any] = {}
+
+    def __init__(self, lm: LanguageModel, task: Task):
+        self._lm, self._length = lm, task.options["length"]
+        self._windows: list[Continuation] = [item.data for item in task.items]
+        self.generating = task.options["generating"]
+
+    def plan(self, passes: Sequence[Pass]) -> list[Pass]:
+        return share(passes, len(self._windows))
+
+    def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
+        windows = {i: self._windows[i] for i in missing}
+        yield from divergence.measure(self._lm, each.models, each.method, windows, self._length)
+
+
+KINDS = {"scores": Scores, "texts": Texts, "distributions": Distributions}
