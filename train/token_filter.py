@@ -19,7 +19,7 @@ from imae_jax.convert.references import adapter_of, check_same_vocabulary, finge
 from imae_jax.distributed import barrier, decide, is_main, to_host
 from imae_jax.errors import UserError, first_line
 from imae_jax.files import new_directory
-from imae_jax.llama import Weights
+from imae_jax.llama import Interventions, Weights
 from imae_jax.lora import adapter_factors, side_by_side
 from imae_jax.losses import token_log_probs
 from imae_jax.sharding import row_shards, sharding
@@ -286,7 +286,7 @@ def _ratio_in_one_batch(
 ) -> jax.Array:
     """Difference [B, P] of the models of these numbers, which run as one batch over the same weights."""
     factors = adapter_factors(weights.lora, sum(number is not None for number in numbers), numbers)
-    *models, _ = run(weights, config, batch, copies=2, adapter=factors)
+    *models, _ = run(weights, config, batch, copies=2, interventions=Interventions(adapter=factors))
     first, second = (
         token_log_probs(weights, at_facts(batch, hidden), batch["fact_targets"]) for hidden in models
     )
