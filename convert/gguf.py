@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from imae_jax.batching import round_up
 from imae_jax.config import NUMBER, LlamaConfig, RopeConfig, check_kinds
 from imae_jax.convert import gguf_tokenizer
 from imae_jax.convert.gguf_file import read_gguf
@@ -71,7 +72,7 @@ class GGUFSource(TensorFiles):
         tensor, num_rows, head_dim = self._tensors[name], BLOCK_ROWS, None
         if self._architecture == "llama" and re.search(r"\.self_attn\.[qk]_proj\.", name):
             head_dim = self.config.head_dim
-            num_rows = -(-BLOCK_ROWS // head_dim) * head_dim
+            num_rows = round_up(BLOCK_ROWS, head_dim)
             if self.shapes[name][0] % head_dim:
                 raise UserError(
                     f"{name} in {self.location} has {self.shapes[name][0]} rows, which heads of {head_dim} "

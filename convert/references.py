@@ -250,16 +250,17 @@ def load_model(
         opened = open_model(reference, revision=revision, base=base)
     mesh = model_mesh(mesh, opened.config, opened.anti_expert)
     model = opened.load(dtype=dtype, stacked=stacked, mesh=mesh)
-    found = opened.identified()
+    identified = opened.identified()
     if adapter is not None:
         peft.merge_into(model, adapter.read(stacked=stacked, mesh=mesh), adapter.lora.scale)
-        found = BaseReference(reference, None, adapter.fingerprint(found.fingerprint), found.dtype)
+        digest = adapter.fingerprint(identified.fingerprint)
+        identified = BaseReference(reference, None, digest, identified.dtype)
     loaded_tokenizer = opened.tokenizer(tokenizer)
     return LanguageModel(
         model,
         loaded_tokenizer,
         opened.eos_token_ids(loaded_tokenizer),
-        dataclasses.replace(found, dtype=str(model.weights().dtype)),
+        dataclasses.replace(identified, dtype=str(model.weights().dtype)),
         opened.imae,
         load_resource,
         opened.units_fingerprint(),

@@ -80,9 +80,9 @@ class MemoryMeter:
             weight_bytes: of all weights in memory.
             device: a JAX device, whose own statistics are taken where it has them.
         """
-        statistics_of_device = device and device.memory_stats()
-        if statistics_of_device:
-            return statistics_of_device["peak_bytes_in_use"]
+        device_statistics = device and device.memory_stats()
+        if device_statistics:
+            return device_statistics["peak_bytes_in_use"]
         peak = _resident_bytes("VmHWM")
         return None if self._before is None or peak is None else weight_bytes + max(0, peak - self._before)
 
