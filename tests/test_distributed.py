@@ -41,6 +41,8 @@ def start(count: int, settings: list[str], module: str = "imae_jax.train") -> li
     devices = f"--xla_force_host_platform_device_count={DEVICES // count}"
     # Every process compiles: what it compiles to is not what these tests are about.
     environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0"}
+    # Nor may one compile while another, which has its program from a cache, waits: gloo gives it 30 s.
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     # On a busy machine a process that lives may be silent for minutes; a dead one breaks its connections.
     command = [sys.executable, "-m", module, *settings, "--heartbeat-timeout", "600"]
     together = ["--coordinator", address, "--num-processes", str(count), "--process-id"] if count > 1 else []
