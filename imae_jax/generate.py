@@ -4,6 +4,7 @@ This command and those of the other rooms are the only modules that see both the
 `imae_jax.convert`.
 """
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -40,6 +41,35 @@ COLORS = ("white", "green", "cyan", "magenta", "yellow")
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    join_processes(args)
+    _check(args)
+    lock_outputs(args.out)
+
+    from imae_jax.convert import load_model
+    from imae_jax.decode import Sampler, parse_method, split_methods
+
+    options = {
+        "format": args.format,
+        "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "seed": args.seed,
+    }
+    names = [args.mode] if args.compare is None else split_methods(args.compare)
+    methods = [parse_method(name) for name in names if name is not None]
+    lm = load_model(args.model, **model_arguments(args))
+    if not methods:
+        methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
+    if args.out is not None:
+        _continue_file(lm, args, methods[0], options)
+    elif args.stream:
+        _print_stream(lm, args, methods[0], options)
+    else:
+        _print_texts(lm, args, names, methods, options)
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m imae_jax.generate",
         description="Continues prompts with a model, in one mode or method or in several side by side.",
@@ -51,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help='JSONL file of {"prompt": …}, with --out'
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write, or to go on with")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write, or to resume")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts of FILE at a time (default: 8)")
     parser.add_argument(
         "--mode",
@@ -78,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print text as it comes")
-    args = parser.parse_args(argv)
-    join_processes(args)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: give a number from 0 to {2**31 - 1}")
     if args.compare is not None and args.mode is not None:
@@ -92,67 +124,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stream goes with one --prompt")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: give at least 1")
-    lock_outputs(args.out)
 
-    from imae_jax.convert import load_model
-    from imae_jax.decode import Sampler, parse_method, split_methods
 
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    names = [args.mode] if args.compare is None else split_methods(args.compare)
-    methods = [parse_method(name) for name in names if name is not None]
-    lm = load_model(args.model, **model_arguments(args))
-    if not methods:
-        methods = [parse_method("expert" if lm.model.anti_expert_config else "base")]
-    options = {
-        "format": args.format,
-        "sampler": sampler,
-        "max_new_tokens": args.max_new_tokens,
-        "stop": args.stop,
-        "seed": args.seed,
-    }
-    if args.out is not None:
-        model = {
-            "reference": args.model,
-            "fingerprint": lm.base.fingerprint,
-            "units": lm.units_fingerprint,
-            "tokenizer": lm.tokenizer.fingerprint,
-            "dtype": lm.base.dtype,
-        }
-        _continue_file(
-            lm, model, args.prompts, args.out, methods[0], args.batch_size, options, quiet=args.quiet
-        )
-        return
+def _print_stream(
+    lm: "LanguageModel", args: argparse.Namespace, method: "Method", options: dict[str, Any]
+) -> None:
+    start = time.perf_counter()
+    print(args.prompt[0] if args.format == "raw" else "", end="", flush=True)
+    for (piece,) in lm.stream(args.prompt, method, **options):
+        print(piece, end="", flush=True)
+    print()
+    _log_times({method.name: time.perf_counter() - start})
 
+
+def _print_texts(
+    lm: "LanguageModel",
+    args: argparse.Namespace,
+    names: Sequence[str],
+    methods: Sequence["Method"],
+    options: dict[str, Any],
+) -> None:
+    columns, seconds = [], {}
     titles = [methods[0].name] if args.compare is None else names
-    columns, notes = [], []
     for title, method in zip(titles, methods, strict=True):
         start = time.perf_counter()
-        if args.stream:
-            print(args.prompt[0] if args.format == "raw" else "", end="", flush=True)
-            for (piece,) in lm.stream(args.prompt, method, **options):
-                print(piece, end="", flush=True)
-            print()
-        else:
-            columns.append(lm.generate(args.prompt, method, **options))
-        notes.append(f"{title}: {time.perf_counter() - start:.1f} s")
+        columns.append(lm.generate(args.prompt, method, **options))
+        seconds[title] = time.perf_counter() - start
     if args.compare is not None:
         _print_side_by_side(args.prompt, titles, columns)
-    elif not args.stream:
+    else:
         for prompt, text in zip(args.prompt, columns[0], strict=True):
             print(prompt + text if args.format == "raw" else text.strip())
-    logger.info("%s, compilation included", ", ".join(notes))
+    _log_times(seconds)
+
+
+def _log_times(seconds: dict[str, float]) -> None:
+    times = ", ".join(f"{title}: {value:.1f} s" for title, value in seconds.items())
+    logger.info("%s, compilation included", times)
 
 
 def _continue_file(
-    lm: "LanguageModel",
-    model: dict[str, Any],
-    source: Path,
-    out: Path,
-    method: "Method",
-    batch_size: int,
-    options: dict[str, Any],
-    *,
-    quiet: bool,
+    lm: "LanguageModel", args: argparse.Namespace, method: "Method", options: dict[str, Any]
 ) -> None:
     """Continues the prompts of a JSONL file; lines that OUT has already are not done again.
 
@@ -161,11 +173,19 @@ def _continue_file(
     """
     from tqdm import tqdm
 
+    source, out, size = args.prompts, args.out, args.batch_size
     lines = read_text(source, "file of prompts").split("\n")
     # What is wrong with the settings is not a line's fault.
     resolve_format(lm.tokenizer, options["format"], allow_raw=True)
     models, _ = lm.prepare(method, generating=True)
     named = {} if method.resource is None else {"fingerprint": lm.resource_fingerprint(method)}
+    model = {
+        "reference": args.model,
+        "fingerprint": lm.base.fingerprint,
+        "units": lm.units_fingerprint,
+        "tokenizer": lm.tokenizer.fingerprint,
+        "dtype": lm.base.dtype,
+    }
     settings = {"model": model, "method": method.settings() | named, **options}
     settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
     fields = {"line": int, "prompt": str, "settings": dict}
@@ -182,11 +202,11 @@ def _continue_file(
     if other is not None:
         raise UserError(f"{out} has another prompt at line {other} than {source}: choose another --out")
     # Cut from all lines, those done too: what is drawn depends on a row's place in its batch.
-    batches = [list(prompts)[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    for place, batch in enumerate(tqdm(batches, unit="batch", disable=quiet)):
+    batches = [list(prompts)[i : i + size] for i in range(0, len(prompts), size)]
+    for index, batch in enumerate(tqdm(batches, unit="batch", disable=args.quiet)):
         if done.keys() >= set(batch):
             continue
-        seeded = options | {"seed": (options["seed"] + place) % 2**31}
+        seeded = options | {"seed": (options["seed"] + index) % 2**31}
         texts = lm.generate([prompts[number] for number in batch], method, **seeded)
         journal.append(
             *(
@@ -197,8 +217,8 @@ def _continue_file(
         )
     logger.info("%s holds %d lines, %d of them from before", out, len(prompts), len(done))
     if bad:
-        shown = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
-        raise UserError(f"{len(bad)} lines of {source} were left out: {shown}")
+        reasons = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:8])
+        raise UserError(f"{len(bad)} lines of {source} were left out: {reasons}")
 
 
 def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any], context: int) -> str:
