@@ -93,8 +93,8 @@ class GGUFSource(TensorFiles):
     def _read_config(self, tensors: dict[str, Any]) -> LlamaConfig:
         prefix = self._architecture
         numbers = (f"{prefix}.{name}" for name in NUMBERS)
-        check_kinds(self.metadata, NUMBER, "a number", *numbers, place=self.location)
-        check_kinds(self.metadata, str, "a text", f"{prefix}.rope.scaling.type", place=self.location)
+        check_kinds(self.metadata, NUMBER, "a number", *numbers, where=self.location)
+        check_kinds(self.metadata, str, "a text", f"{prefix}.rope.scaling.type", where=self.location)
 
         def required(key):
             value = self._get(f"{prefix}.{key}")

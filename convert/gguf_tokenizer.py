@@ -143,9 +143,9 @@ def _check(metadata: Mapping[str, Any], location: str) -> None:
         (bool | int, None, "true or false", FLAGS),
     ):
         keys = (f"tokenizer.{name}" for name in names)
-        check_kinds(metadata, kind, what, *keys, items=items, place=location)
+        check_kinds(metadata, kind, what, *keys, items=items, where=location)
     names = (f"tokenizer.chat_template.{name}" for name in metadata.get("tokenizer.chat_templates") or ())
-    check_kinds(metadata, str, "a text", *names, place=location)
+    check_kinds(metadata, str, "a text", *names, where=location)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise UserError(f"{location} has no tokenizer: pass --tokenizer DIRECTORY")

@@ -50,8 +50,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     )
     _check_config(config, directory / CONFIG_FILE)
     _check_names(special_map, directory / SPECIAL_TOKENS_FILE)
-    check_kinds(added, int, "an integer", *added, place=directory / ADDED_TOKENS_FILE)
-    check_kinds({name: name for name in added}, str, "a text", *added, place=directory / ADDED_TOKENS_FILE)
+    check_kinds(added, int, "an integer", *added, where=directory / ADDED_TOKENS_FILE)
+    check_kinds({name: name for name in added}, str, "a text", *added, where=directory / ADDED_TOKENS_FILE)
     files = [path for pattern in COPIED for path in sorted(directory.glob(pattern))]
     # As transformers: the map counts, and comes first, where the config does not declare the added tokens.
     sources = [config] if "added_tokens_decoder" in config else [config, special_map]
@@ -108,7 +108,7 @@ def _tokens(value: list | dict | None) -> dict[str | int, Any]:
 
 def _check_names(values: Mapping[str, Any], file: Path) -> None:
     """Raises a `UserError` where what should name tokens is of another kind."""
-    check_kinds(values, list | dict, "a list or an object", *OTHER_NAMES, place=file)
+    check_kinds(values, list | dict, "a list or an object", *OTHER_NAMES, where=file)
     tokens = {name: values.get(name) for name in NAMES}
     for key in OTHER_NAMES:
         tokens |= {f"{name} of {key}": token for name, token in _tokens(values.get(key)).items()}
@@ -116,21 +116,21 @@ def _check_names(values: Mapping[str, Any], file: Path) -> None:
         name: token.get("content", token) if isinstance(token, dict) else token
         for name, token in tokens.items()
     }
-    check_kinds(texts, str, "a token", *texts, place=file)
+    check_kinds(texts, str, "a token", *texts, where=file)
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:
     """Raises a `UserError` where a value of `tokenizer_config.json` is of another kind."""
     _check_names(config, file)
-    check_kinds(config, bool | int, "true or false", "add_bos_token", "add_eos_token", place=file)
-    check_kinds(config, dict, "an object", "added_tokens_decoder", place=file)
+    check_kinds(config, bool | int, "true or false", "add_bos_token", "add_eos_token", where=file)
+    check_kinds(config, dict, "an object", "added_tokens_decoder", where=file)
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         if not (i.isascii() and i.isdigit() and isinstance(token, dict) and token.get("content")):
             raise UserError(
                 f"added_tokens_decoder in {file} must hold tokens by their ids, not {i!r}: {token!r}"
             )
-        check_kinds(token, str, "a token", "content", place=file)
-        check_kinds(token, bool, "true or false", *TOKEN_FIELDS, place=file)
+        check_kinds(token, str, "a token", "content", where=file)
+        check_kinds(token, bool, "true or false", *TOKEN_FIELDS, where=file)
 
 
 def _content(token: Any) -> str | None:
@@ -282,7 +282,7 @@ def _named_templates(value: Any, file: Path) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= keys for item in value):
         value = {str(item["name"]): item["template"] for item in value}
     templates = value if isinstance(value, dict) else {"default": value}
-    check_kinds(templates, str, "a text", *templates, place=f"the chat templates of {file}")
+    check_kinds(templates, str, "a text", *templates, where=f"the chat templates of {file}")
     return {name: template for name, template in templates.items() if template}
 
 
