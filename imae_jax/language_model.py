@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from imae_jax.config import LlamaConfig
+from imae_jax.continuation import encode, windows
 from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
-from imae_jax.decode.scoring import encode, score, windows
+from imae_jax.decode.scoring import score
 from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from records import METRICS, OWN_MODEL_NAME, read_json, read_scores
 
-from imae_jax.evaluate.reporting import stats
+from imae_jax import stats
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, error_of, hf_logits, log_softmax, user_error, write_rows
 
+from imae_jax import stats
 from imae_jax.decode import windows
 from imae_jax.evaluate.benchmarks.halueval import length_statistics, preferences, trained_questions
 from imae_jax.evaluate.benchmarks.harm import NEUTRAL_TEXT, STATISTICS
@@ -15,7 +16,6 @@ from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.report import main as report
-from imae_jax.evaluate.reporting import stats
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.train.config import DataConfig
 from imae_jax.train.data import batch_rows, load_rows, tokenize

@@ -11,12 +11,12 @@ import pytest
 from conftest import TINY, error_of, user_error, with_changes, word_tokenizer, write_questions
 from safetensors.numpy import load_file, save_file
 
+from imae_jax import stats
 from imae_jax.convert import load_model
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.evaluate.compare import main as compare
-from imae_jax.evaluate.reporting import stats
 from imae_jax.evaluate.reporting.aggregate import values_of
 from imae_jax.evaluate.reporting.compare import compare_runs
 from imae_jax.evaluate.reporting.tables import Estimate, Table

@@ -12,12 +12,12 @@ import numpy as np
 
 from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
+from imae_jax.continuation import encode
 from imae_jax.convert.references import HUB_ID
-from imae_jax.decode.scoring import encode
 from imae_jax.errors import UserError, first_line
-from imae_jax.evaluate.reporting.stats import length_auc
 from imae_jax.files import read_csv, read_rows
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
+from imae_jax.stats import length_auc
 from imae_jax.token_tree import token_tree
 from imae_jax.train.config import ColumnsConfig, DataConfig, TrainConfig
 

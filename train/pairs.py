@@ -12,8 +12,8 @@ import scipy.sparse
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from imae_jax import stats
 from imae_jax.errors import UserError
-from imae_jax.evaluate.reporting import stats
 from imae_jax.files import read_csv, read_rows, read_text
 from imae_jax.train.data import Row, to_row
 

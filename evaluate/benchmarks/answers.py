@@ -11,6 +11,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from imae_jax import stats
 from imae_jax.cli import add_sampling_arguments
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.answer_metrics import (
@@ -24,7 +25,7 @@ from imae_jax.evaluate.benchmarks.answer_metrics import (
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.protocols import Protocol, get_protocol
 from imae_jax.evaluate.benchmarks.truthfulqa import add_data_arguments, read_inputs
-from imae_jax.evaluate.reporting import aggregate, plots, stats
+from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.document import facts
 from imae_jax.evaluate.reporting.tables import Estimate, Table, number
 from imae_jax.evaluate.runner.directory import read_records

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from imae_jax.evaluate.reporting import aggregate, plots, stats
+from imae_jax import stats
+from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.document import Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table
 

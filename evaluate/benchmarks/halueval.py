@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from imae_jax import stats
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
-from imae_jax.evaluate.reporting import aggregate, plots, stats
+from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.tables import DASH, Table
 from imae_jax.files import dumps, read_json
 from imae_jax.prompts import FORMATS, adds_special_tokens, answer_frame, render, resolve_format

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from imae_jax import stats
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.questions import DATA_DIRECTORY
-from imae_jax.evaluate.reporting import plots, stats
+from imae_jax.evaluate.reporting import plots
 from imae_jax.evaluate.reporting.aggregate import sums_of
 from imae_jax.evaluate.reporting.tables import Table, figure
 from imae_jax.files import read_text

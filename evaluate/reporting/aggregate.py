@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from imae_jax.evaluate.reporting import stats
+from imae_jax import stats
 from imae_jax.evaluate.reporting.tables import DASH, Estimate, Table, p_value
 
 

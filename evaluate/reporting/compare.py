@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imae_jax import stats
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import by_results
-from imae_jax.evaluate.reporting import plots, stats
+from imae_jax.evaluate.reporting import plots
 from imae_jax.evaluate.reporting.aggregate import comparison_table, sums_of, values_of
 from imae_jax.evaluate.reporting.tables import Table
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, markdown, read_records, read_run, write_plots

@@ -1,9 +1,10 @@
 """Decoding and scoring with any method, compiled."""
 
+from imae_jax.continuation import Continuation, encode, windows
 from imae_jax.decode.loop import GenerationOptions, generate
 from imae_jax.decode.methods import Method, parse_method, split_methods
 from imae_jax.decode.sampling import Sampler
-from imae_jax.decode.scoring import Continuation, Scored, encode, score, windows
+from imae_jax.decode.scoring import Scored, score
 
 __all__ = [
     "Continuation",

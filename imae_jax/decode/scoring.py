@@ -20,6 +20,7 @@ import numpy as np
 
 from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
+from imae_jax.continuation import Continuation
 from imae_jax.cpu import argmax
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
@@ -29,7 +30,6 @@ from imae_jax.errors import UserError
 from imae_jax.llama import Llama, TreeLayout, Weights
 from imae_jax.sharding import row_shards, use_mesh
 from imae_jax.token_tree import TokenTree, attend_to_ancestors, common_length, token_tree
-from imae_jax.tokenizer import Tokenizer
 
 ROW_LENGTH = 256
 PREFIX_BUCKET = 64
@@ -38,83 +38,6 @@ GROUPS_PER_WINDOW = 32
 POSITIONS_PER_PROJECTION = 128
 
 Where = Callable[[int, int], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """A token sequence of which the part from `start` on is scored.
-
-    Attributes:
-        tokens: prompt and continuation, tokenized together.
-        start: number of the prompt's own tokens.
-        boundary_merged: the last token(s) of the prompt merged with the continuation's first, so that
-            `tokens[:start]` is not what the prompt alone gives.
-    """
-
-    tokens: tuple[int, ...]
-    start: int
-    boundary_merged: bool = False
-
-    def __post_init__(self):
-        if not 1 <= self.start < len(self.tokens):
-            raise UserError(
-                f"a continuation with start {self.start} of {len(self.tokens)} tokens: at least one token "
-                "before it and one to score are needed"
-            )
-
-
-def encode(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    continuations: Sequence[str],
-    *,
-    add_special_tokens: bool = True,
-) -> list[Continuation]:
-    """Tokenizes every prompt together with its continuation.
-
-    Args:
-        tokenizer: tokenizer of the model.
-        prompts, continuations: texts of equal length.
-        add_special_tokens: whether the tokenizer may add its own (BOS); off for chat templates, which
-            hold them already.
-
-    Raises:
-        UserError: a continuation adds no token to its prompt.
-    """
-    texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
-    unique = list(dict.fromkeys(prompts))
-    alone = tokenizer(unique, add_special_tokens=add_special_tokens)["input_ids"]
-    alone = dict(zip(unique, alone, strict=True))
-    together = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-    encoded = []
-    for prompt, continuation, tokens in zip(prompts, continuations, together, strict=True):
-        start = len(alone[prompt])
-        if start == 0:
-            raise UserError("a prompt without tokens: give a prompt, or a tokenizer that adds BOS")
-        if len(tokens) <= start:
-            raise UserError(f"the continuation {continuation!r} has no tokens of its own")
-        merged = tokens[:start] != alone[prompt]
-        encoded.append(Continuation(tuple(tokens), start, merged))
-    return encoded
-
-
-def windows(tokens: Sequence[int], length: int) -> list[Continuation]:
-    """Windows of a text that overlap by half: every token but the text's first is scored once.
-
-    All but the first window's tokens have at least `length // 2` tokens before them.
-
-    Raises:
-        UserError: fewer than two tokens, or windows of less than two.
-    """
-    if len(tokens) < 2 or length < 2:
-        raise UserError(f"a text of {len(tokens)} tokens in windows of {length}: both need at least two")
-    stride, scored, continuations = length // 2, 1, []
-    for start in range(0, len(tokens), stride):
-        window = tuple(tokens[start : start + length])
-        if start + len(window) > scored:
-            continuations.append(Continuation(window, scored - start))
-            scored = start + len(window)
-    return continuations
 
 
 class Scored(NamedTuple):
