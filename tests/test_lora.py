@@ -211,19 +211,30 @@ def test_loss_and_gradient_of_the_anti_expert_llm_equal_torch(tiny):
         np.testing.assert_allclose(gradient[target][part][i], expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_bad_adapters(adapter, tiny, tmp_path):
-    _, _, path = adapter
-    config = tiny("gqa", seed=3).load().config
-    settings = json.loads((path / "adapter_config.json").read_text())
-    tensors = load_file(path / "adapter_model.safetensors")
+@pytest.fixture
+def base_config(tiny):
+    return tiny("gqa", seed=3).load().config
 
-    def variant(name, *, tensors=tensors, **change):
+
+@pytest.fixture
+def variant(adapter, tmp_path):
+    """Writes the adapter with other settings or tensors."""
+    path = adapter[2]
+    settings = json.loads((path / "adapter_config.json").read_text())
+
+    def write(name, tensors=None, **change):
         copy = tmp_path / name
         copy.mkdir()
         (copy / "adapter_config.json").write_text(json.dumps(settings | change))
-        save_file(tensors, copy / "adapter_model.safetensors")
+        save_file(
+            tensors or load_file(path / "adapter_model.safetensors"), copy / "adapter_model.safetensors"
+        )
         return copy
 
+    return write
+
+
+def test_settings_that_plain_lora_does_not_have_are_refused(variant, base_config):
     for setting, value in {
         "use_dora": True,
         "bias": "lora_only",
@@ -240,19 +251,19 @@ def test_bad_adapters(adapter, tiny, tmp_path):
         "a_setting_of_tomorrow": {"gain": 2},
     }.items():
         with user_error(f"{setting}={value!r}", "merge_and_unload"):
-            open_adapter(variant(setting, **{setting: value}), config)
+            open_adapter(variant(setting, **{setting: value}), base_config)
     for init in ("pissa", "OLoRA", "corda", "loftq", "lora_ga", "something new"):
         with user_error(f"init_lora_weights={init!r}", "changes the base's weights"):
-            open_adapter(variant(init, init_lora_weights=init), config)
+            open_adapter(variant(init, init_lora_weights=init), base_config)
     with user_error("r and lora_alpha"):
-        open_adapter(variant("none", r=None), config)
+        open_adapter(variant("none", r=None), base_config)
     for number, patterns in enumerate([{"q_proj": -1}, {"(": 2}, ["q_proj"], {"q_proj": "2"}]):
         with user_error("rank_pattern", "patterns to numbers"):
-            open_adapter(variant(f"patterns {number}", rank_pattern=patterns), config)
-    name = next(iter(tensors))
-    with user_error("1 missing", name):
-        fewer = {k: v for k, v in tensors.items() if k != name}
-        open_adapter(variant("fewer", tensors=fewer), config)
+            open_adapter(variant(f"patterns {number}", rank_pattern=patterns), base_config)
+
+
+def test_settings_that_name_other_modules_than_the_tensors_are_refused(variant, adapter, base_config):
+    tensors = load_file(adapter[2] / "adapter_model.safetensors")
     fewer = {k: v for k, v in tensors.items() if "k_proj" not in k}
     for what, change in {
         "target_modules": {"target_modules": ["q_proj"]},
@@ -263,9 +274,9 @@ def test_bad_adapters(adapter, tiny, tmp_path):
         "layers_pattern": {"layers_to_transform": [0, 1, 2], "layers_pattern": "blocks"},
     }.items():
         with user_error(what, "name none" if what == "layers_pattern" else "unexpected"):
-            open_adapter(variant(what, **change), config)
+            open_adapter(variant(what, **change), base_config)
     with user_error("6 missing", "k_proj.lora_A"):
-        open_adapter(variant("without k", tensors=fewer), config)
+        open_adapter(variant("without k", tensors=fewer), base_config)
     for what, change in {
         "5": {"target_modules": 5},
         "[True]": {"layers_to_transform": [True]},
@@ -275,25 +286,33 @@ def test_bad_adapters(adapter, tiny, tmp_path):
         "acts on model.embed_tokens": {"target_modules": ".*"},
     }.items():
         with user_error(what):
-            open_adapter(variant(f"bad {what}", **change), config)
+            open_adapter(variant(f"bad {what}", **change), base_config)
+
+
+def test_tensors_that_do_not_fit_are_refused(variant, adapter, base_config):
+    tensors = load_file(adapter[2] / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    with user_error("1 missing", name):
+        fewer = {k: v for k, v in tensors.items() if k != name}
+        open_adapter(variant("fewer", tensors=fewer), base_config)
     with user_error("another base", "missing", "layers.2."):
         # Of a base with a layer less, whose other sizes are the same.
         fewer = {k: v for k, v in tensors.items() if ".layers.2." not in k}
-        open_adapter(variant("fewer layers", tensors=fewer), config)
+        open_adapter(variant("fewer layers", tensors=fewer), base_config)
     with user_error("another base", "unexpected", "layers.9."):
         more = tensors | {k.replace(".2.", ".9."): v for k, v in tensors.items() if ".layers.2." in k}
-        open_adapter(variant("more layers", tensors=more), config)
+        open_adapter(variant("more layers", tensors=more), base_config)
     with user_error("holds no deltas"):
         other = {"some.other.lora_A.weight": tensors[name]}
-        open_adapter(variant("other", tensors=other), config)
+        open_adapter(variant("other", tensors=other), base_config)
     for number, more in enumerate(["lm_head.lora_A.weight", "model.embed_tokens.weight", "score.weight"]):
         with user_error(more, "merge_and_unload"):
             with_more = tensors | {f"base_model.model.{more}": tensors[name]}
-            open_adapter(variant(f"more {number}", tensors=with_more), config)
+            open_adapter(variant(f"more {number}", tensors=with_more), base_config)
     with user_error("wrong shape"):
-        open_adapter(variant("rank", r=5), config)
+        open_adapter(variant("rank", r=5), base_config)
     with user_error("wrong shape"):
-        open_adapter(variant("ranks", rank_pattern={"q_proj": 2}), config)
+        open_adapter(variant("ranks", rank_pattern={"q_proj": 2}), base_config)
     with user_error("match nothing", "wz"):
         LoraConfig(targets=("wz",))
 
