@@ -92,7 +92,8 @@ def _export(args: argparse.Namespace) -> None:
     if args.verify:
         check_installed()
     notes = []
-    with new_directory(args.out, marker="config.json", overwrite=args.overwrite) as out:
+    contents = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.md")
+    with new_directory(args.out, marker="config.json", contents=contents, overwrite=args.overwrite) as out:
         model, checkpoint = args.model, out / ".checkpoint"
         if args.step is not None:
             from imae_jax.train.result import write_result

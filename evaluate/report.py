@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     lock_outputs(args.out)
-    with new_directory(args.out, marker=REPORT_FILE, overwrite=args.overwrite) as out:
+    contents = (REPORT_FILE, "report.html", "*.png")  # report.html: of earlier versions
+    with new_directory(args.out, marker=REPORT_FILE, contents=contents, overwrite=args.overwrite) as out:
         write_report(args.runs, out)
     print(f"wrote {args.out / REPORT_FILE}")
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: str | os.PathLike, *, marker: str, contents: Sequence[str] = ("*",), overwrite: bool = False
+) -> Iterator[Path]:
     """Yields a temporary directory beside `path` that becomes `path` when the block succeeds.
 
     Of several processes the main one makes it; what the others write is thrown away.
@@ -33,7 +36,8 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
     Args:
         path: the directory to make.
         marker: a file that the result will hold; `overwrite` replaces a directory only if it is empty or
-            holds this file, never somebody's other files.
+            holds this file, and nothing besides `contents`.
+        contents: patterns of the names that such a result can have; `*` where its marker is name enough.
         overwrite: replace an existing result.
 
     Raises:
@@ -42,7 +46,7 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
     from imae_jax.distributed import is_main
 
     path = Path(path)
-    check_new_directory(path, marker=marker, overwrite=overwrite)
+    check_new_directory(path, marker=marker, contents=contents, overwrite=overwrite)
     if not is_main():
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -67,7 +71,9 @@ def new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = Fal
         raise
 
 
-def check_new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool = False) -> None:
+def check_new_directory(
+    path: str | os.PathLike, *, marker: str, contents: Sequence[str] = ("*",), overwrite: bool = False
+) -> None:
     """Refuses what `new_directory` would refuse, for commands that compute before they write."""
     path = Path(path)
     if path.exists() and not overwrite:
@@ -77,6 +83,12 @@ def check_new_directory(path: str | os.PathLike, *, marker: str, overwrite: bool
     if path.exists() and not (path / marker).exists() and any(path.iterdir()):
         raise UserError(
             f"{path} holds no {marker}, so it is not a result of this command: choose another output"
+        )
+    names = sorted(entry.name for entry in path.iterdir()) if path.exists() else ()
+    foreign = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in contents)]
+    if foreign:
+        raise UserError(
+            f"{path} holds {foreign[0]}, which this command does not write: choose another output, or move it"
         )
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -299,12 +311,20 @@ class Journal:
 
     def _lines(self) -> list[str]:
         try:
-            text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+            data = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
         # Not `splitlines`: a text may hold what else Unicode breaks lines at.
-        *lines, last = text.split("\n")
-        return lines if not last or self._is_cut_off(last) else [*lines, last]
+        *lines, last = data.split(b"\n")
+        if last and not self._is_cut_off(last.decode(errors="replace")):
+            lines.append(last)
+        return [self._decoded(line, number) for number, line in enumerate(lines, 1)]
+
+    def _decoded(self, line: bytes, number: int) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} {self.damaged.format(number=number)}") from error
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Writes records; of several processes the main one does."""

@@ -26,7 +26,7 @@ from imae_jax.cli import (
 )
 from imae_jax.convert.identity import without_places
 from imae_jax.errors import UserError
-from imae_jax.files import Journal, read_text
+from imae_jax.files import Journal, jsonable, read_text
 from imae_jax.prompts import resolve_format
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _continue_file(
         "dtype": lm.base.dtype,
     }
     settings = {"model": model, "method": method.settings() | named, **options}
-    settings = json.loads(json.dumps(settings, default=dataclasses.asdict))
+    settings = jsonable(json.loads(json.dumps(settings, default=dataclasses.asdict)))
     fields = {"line": int, "prompt": str, "settings": dict}
     journal = Journal(out, fields, "was not written by this command: choose another --out")
     done = _done(journal, settings)

@@ -105,7 +105,7 @@ def adapter_factors(deltas: Mapping[str, Any], count: int, numbers: Sequence[int
         numbers: numbers of the adapter (from 0) of every row; None for the base.
 
     Returns:
-        Float32 [rows, rank]: `adapter` of `llama.forward`.
+        Float32 [rows, rank]: `Interventions.adapter` of `llama`.
     """
     rank = next(iter(deltas.values()))["a"].shape[-1] // count
     one_hot = jnp.asarray([[number == i for i in range(count)] for number in numbers], jnp.float32)

@@ -9,7 +9,7 @@ from imae_jax.evaluate.benchmarks.protocols import load_primer
 from imae_jax.evaluate.benchmarks.questions import load_data
 from imae_jax.evaluate.inspector.excerpts import read_texts
 from imae_jax.evaluate.runner.arguments import parse_methods
-from imae_jax.files import Journal, read_json, read_rows, read_text
+from imae_jax.files import Journal, new_directory, read_json, read_rows, read_text
 from imae_jax.train.config import DataConfig, load_config
 from imae_jax.train.data import load_rows
 
@@ -115,3 +115,26 @@ def test_a_journal_drops_what_a_kill_has_cut_off(tmp_path):
     journal.path.write_bytes(whole + b'{"n": 3}')
     assert journal.resume() == [*records, {"n": 3}]
     assert journal.path.read_bytes() == whole + b'{"n": 3}\n'
+
+
+def test_a_journal_refuses_damaged_bytes_and_leaves_them(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"index": 0, "text": "\xff"}\n{"index": 1}\n')
+    with user_error("line 1 is damaged"):
+        Journal(path, {"index": int}, "line {number} is damaged").resume()
+    assert b"\xff" in path.read_bytes()
+
+
+def test_overwriting_a_result_spares_what_the_command_does_not_write(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.md").write_text("mine")
+    (out / "thesis.tex").write_text("mine")
+    options = {"marker": "report.md", "contents": ("report.md", "*.png"), "overwrite": True}
+    with user_error("out", "thesis.tex", "choose another output"), new_directory(out, **options):
+        pass
+    assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").rename(tmp_path / "thesis.tex")
+    with new_directory(out, **options) as new:
+        (new / "report.md").write_text("new")
+    assert (out / "report.md").read_text() == "new"

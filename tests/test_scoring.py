@@ -21,9 +21,11 @@ from conftest import (
 
 from imae_jax.config import RopeConfig
 from imae_jax.decode import Continuation, encode, score, windows
+from imae_jax.decode.methods import Method, Stream
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
-from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _projection_chunks
+from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _answer_trees, _projection_chunks
+from imae_jax.token_tree import token_tree
 from imae_jax.tokenizer import Tokenizer
 
 LENGTH = 48
@@ -201,6 +203,25 @@ def test_chunks_hold_every_scored_node_once_with_its_parent(limit, monkeypatch):
         assert (places[num_chunks:] == parents.size).all()
 
 
+def test_large_groups_are_cut_in_time_that_grows_with_their_size(monkeypatch):
+    """A text's windows are one group: no tree of all that is left may be built for each of them."""
+    built = []
+
+    def counted(sequences):
+        built.append(sum(map(len, sequences)))
+        return token_tree(sequences)
+
+    monkeypatch.setattr("imae_jax.decode.scoring.token_tree", counted)
+    random = np.random.default_rng(0)
+    group = [Continuation(tuple(row), 1) for row in random.integers(5, 90, (200, 24)).tolist()]
+    trees = list(_answer_trees(0, group, 0, 64))
+    assert [index for tree in trees for index in range(tree.first, tree.first + len(tree.tree.paths))] == [
+        *range(200)
+    ]
+    assert all(len(tree.tree) <= 64 for tree in trees)
+    assert sum(built) < 10 * 200 * 24
+
+
 # Tokenizing
 
 
@@ -322,6 +343,17 @@ def test_windows_score_every_token_but_the_first_once(n, length):
             windows(few, size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Twice(Method):
+    """Says nothing of its scores, which are no log-probabilities."""
+
+    name: str = "twice"
+    streams: tuple = (Stream(),)
+
+    def scores(self, logits):
+        return 2 * jax.nn.log_softmax(logits[0].final)
+
+
 def test_perplexity_is_that_of_transformers(tiny):
     import_torch()
     checkpoint = tiny()
@@ -336,6 +368,8 @@ def test_perplexity_is_that_of_transformers(tiny):
     assert whole != cut
     with user_error("perplexity", "dola", "renormalize"):
         lm.perplexity(texts, "dola:candidates=low")
+    with user_error("perplexity", "twice"):
+        lm.perplexity(texts, Twice())
     with user_error("two"):
         lm.perplexity(["t3"])
     with user_error("window 65", "64"):

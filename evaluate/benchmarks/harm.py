@@ -146,7 +146,7 @@ class Harm(Benchmark):
         rows = [
             (
                 label,
-                sums_of(row["settings"]),
+                sums_of(row),
                 cell(row, "cross_entropy"),
                 figure(row["perplexity"]),
                 cell(row, "kl"),

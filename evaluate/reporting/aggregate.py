@@ -16,11 +16,16 @@ def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
     return np.array([math.nan if value is None else float(value) for value in values])
 
 
-def sums_of(settings: Mapping[str, Any]) -> str:
-    """What a method sums: `log p`, or differences that are `raw` or `renormalized`."""
-    if "renormalize" not in settings:
-        return "log p"
-    return "renormalized" if settings["renormalize"] else "raw"
+def sums_of(summary: Mapping[str, Any]) -> str:
+    """What a method sums: `log p`, or differences that are `raw` or `renormalized`.
+
+    Args:
+        summary: the method's `settings`, and whether its scores are log-probabilities, `normalized`.
+    """
+    settings = summary["settings"]
+    if "renormalize" in settings:
+        return "renormalized" if settings["renormalize"] else "raw"
+    return "log p" if summary.get("normalized", True) else "raw"
 
 
 def choose_baseline(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:
@@ -95,7 +100,7 @@ def scores_table(title: str, methods: Mapping[str, Any], heads: Mapping[str, str
     rows = [
         (
             label,
-            sums_of(row["settings"]),
+            sums_of(row),
             row["n"],
             *(Estimate(row[m], row["intervals"][m]) for m in heads),
         )

@@ -113,7 +113,8 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     tables, settings = [], comparison["settings"]
     for subset, compared in comparison["parts"].items():
         table = comparison_table(_title(comparison, subset), compared, _heads(comparison))
-        sums = (" → ".join(dict.fromkeys(map(sums_of, settings[row[0]]))) for row in table.rows)
+        kinds = ([sums_of({"settings": each}) for each in settings[row[0]]] for row in table.rows)
+        sums = (" → ".join(dict.fromkeys(kind)) for kind in kinds)
         rows = tuple((row[0], own, *row[1:]) for row, own in zip(table.rows, sums, strict=True))
         tables.append(Table(table.title, ("method", "sums", *table.columns[1:]), rows))
     return tables
@@ -138,7 +139,8 @@ def missing_subsets(comparison: Mapping[str, Any]) -> list[str]:
 
 def write_comparison(comparison: Mapping[str, Any], out: Path, *, overwrite: bool) -> None:
     """Writes `comparison.json`, tables and plots into a new directory."""
-    with new_directory(out, marker=COMPARISON_FILE, overwrite=overwrite) as new:
+    contents = (COMPARISON_FILE, "*.md", "*.png", "*.svg")
+    with new_directory(out, marker=COMPARISON_FILE, contents=contents, overwrite=overwrite) as new:
         (new / MARKDOWN_FILE).write_text(markdown(comparison_tables(comparison)), encoding="utf-8")
         write_plots(new, comparison_plots(comparison))
         (new / COMPARISON_FILE).write_text(dumps(comparison, indent=2) + "\n", encoding="utf-8")

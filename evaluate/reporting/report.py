@@ -135,7 +135,7 @@ def _method_settings(results: Mapping[str, Any]) -> dict[str, Any]:
         methods = next(iter(results["batch_sizes"].values()), {})
     kept = ("settings", "scored_with", "seconds")
     return {
-        label: {"sums": sums_of(row["settings"]), **{key: row[key] for key in kept if key in row}}
+        label: {"sums": sums_of(row), **{key: row[key] for key in kept if key in row}}
         for label, row in methods.items()
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from imae_jax.cli import lock_outputs
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.questions import SPLITS
-from imae_jax.evaluate.runner.directory import RESULTS_FILE, RUN_FILE, marker
+from imae_jax.evaluate.runner.directory import CONTENTS, RESULTS_FILE, RUN_FILE, marker
 from imae_jax.files import check_new_directory, read_text
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
     out = args.out
     lock_outputs(out)
     if not out.exists() or args.overwrite:
-        check_new_directory(out, marker=marker(out), overwrite=args.overwrite)
+        check_new_directory(out, marker=marker(out), contents=CONTENTS, overwrite=args.overwrite)
         return
     unfinished = (out / RUN_FILE).is_file() and not (out / RESULTS_FILE).exists()
     if not args.resume:

@@ -18,6 +18,8 @@ from imae_jax.evaluate.runner.identity import differences
 from imae_jax.files import Journal, dumps, jsonable, new_directory, read_json, write_text
 
 RUN_FILE, SCORES_FILE, RESULTS_FILE, MARKDOWN_FILE = "run.json", "scores.jsonl", "results.json", "table.md"
+# Names of all files that runs have.
+CONTENTS = (RUN_FILE, SCORES_FILE, RESULTS_FILE, "*.md", "*.png", "*.svg", "*.jsonl", "*.csv")
 REQUIRED = ("benchmark", "protocol", "model", "dtype", "versions", "methods")
 
 
@@ -53,11 +55,20 @@ class Run:
             for record in self._journal.resume():
                 self.records.setdefault((record["method"], record["index"]), record)
         elif is_main():
-            with new_directory(out, marker=marker(out), overwrite=overwrite) as new:
+            self._check_replaced(settings["benchmark"])
+            options = {"marker": marker(out), "contents": CONTENTS}
+            with new_directory(out, **options, overwrite=overwrite) as new:
                 (new / RUN_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
                 (new / SCORES_FILE).touch()
         barrier("run begins")
         self.resumed = len(self.records)
+
+    def _check_replaced(self, benchmark: str) -> None:
+        """Refuses to replace a run of another benchmark."""
+        path = self.out / RUN_FILE
+        before = read_json(path).get("benchmark", benchmark) if path.is_file() else benchmark
+        if before != benchmark:
+            raise UserError(f"{self.out} is a run of {before}, not of {benchmark}: choose another output")
 
     def _check(self, settings: dict[str, Any]) -> None:
         before = without_places(read_json(self.out / RUN_FILE))

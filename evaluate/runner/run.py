@@ -71,7 +71,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
         **benchmark.aggregate(args, task, records, baseline),
     }
     for label, summary in results["methods"].items():
-        summary |= {**costs[label], "settings": settings[label]}
+        summary |= {**costs[label], "settings": settings[label], "normalized": methods[label].normalized}
     tables, lines = benchmark.tables(results), [record for label in methods for record in records[label]]
     texts = {
         SCORES_FILE: "".join(f"{dumps(line)}\n" for line in lines),

@@ -7,6 +7,7 @@ so that every sequence gets the scores that it would get alone, and one shape is
 benchmark.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -106,9 +107,7 @@ def score(
         window = range(window_start, min(window_start + window_size, len(groups)))
         trees = [tree for i in window for tree in _answer_trees(i, groups[i], len(prefix), row_length)]
         rows = _fill_rows(trees, row_length)
-        results = {
-            i: Scored(*([None] * len(groups[i]) if kept else None for kept in (True, greedy))) for i in window
-        }
+        results = {i: Scored.empty(len(groups[i]), greedy=greedy) for i in window}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
             arrays, parents = _batch_arrays(batch, batch_rows, row_length)
@@ -193,19 +192,23 @@ def _answer_trees(
     for start, items in itertools.groupby(continuations, lambda item: item.start - skip):
         sequences = [item.tokens[skip:] for item in items]
         while sequences:
-            tree, count = token_tree(sequences), len(sequences)
-            if len(tree) > length and count > 1:
-                tree, count = _longest_that_fits(sequences, length)
-            yield _AnswerTree(tree, group, first, start)
+            count = _how_many_fit(sequences, length)
+            yield _AnswerTree(token_tree(sequences[:count]), group, first, start)
             sequences, first = sequences[count:], first + count
 
 
-def _longest_that_fits(sequences: Sequence[Sequence[int]], length: int) -> tuple[TokenTree, int]:
-    """The tree of as many of the first sequences as fit into `length`, one at least; and their number."""
-    tree, count = token_tree(sequences[:1]), 1
-    while count < len(sequences) and len(longer := token_tree(sequences[: count + 1])) <= length:
-        tree, count = longer, count + 1
-    return tree, count
+def _how_many_fit(sequences: Sequence[Sequence[int]], length: int) -> int:
+    """How many of the first sequences make a tree of at most `length` nodes; one at least."""
+
+    def size(count: int) -> int:
+        return len(token_tree(sequences[:count]))
+
+    # No tree of much more than fits is ever built: a text's windows are one group.
+    fits = 1
+    while fits < len(sequences) and size(more := min(2 * fits, len(sequences))) <= length:
+        fits = more
+    longer = range(fits + 1, min(2 * fits, len(sequences)) + 1)
+    return fits + bisect.bisect_right(longer, length, key=size)
 
 
 def _fill_rows(trees: Sequence[_AnswerTree], length: int) -> list[list[_AnswerTree]]:

@@ -34,6 +34,10 @@ class Strength(Method):
     def streams(self) -> tuple[Stream, ...]:
         return (Stream(strength=self.strength),)
 
+    @property
+    def normalized(self) -> bool:
+        return True
+
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
 

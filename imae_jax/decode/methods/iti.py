@@ -47,6 +47,10 @@ class ITI(Method):
     def resource(self) -> Resource:
         return Resource("directions", self.directions, "directions")
 
+    @property
+    def normalized(self) -> bool:
+        return True
+
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)
 

@@ -116,8 +116,11 @@ class Method(abc.ABC):
 
     @property
     def normalized(self) -> bool:
-        """Whether the scores are log-probabilities, but for tokens that are masked."""
-        return True
+        """Whether the scores are log-probabilities, but for tokens that are masked.
+
+        A method that says so can be asked for perplexities, and tables call its sums `log p`.
+        """
+        return False
 
     @property
     def rules_out(self) -> bool | tuple[bool, ...]:
