@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.verify:
         check_installed()
     notes = []
-    contents = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.md")
+    contents = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.md", "custom_generate")
     with new_directory(args.out, marker="config.json", contents=contents, overwrite=args.overwrite) as out:
         model, checkpoint = args.model, out / ".checkpoint"
         if args.step is not None:
