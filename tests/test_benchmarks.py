@@ -88,14 +88,14 @@ def test_a_file_is_a_benchmark(capitals, tiny_imae, tmp_path, capfd):
 
 
 def test_texts_need_no_options(capitals, tiny_imae, tmp_path):
-    file = tmp_path / "more" / "capitals.py"
+    file = tmp_path / "more" / "words.py"
     written = 'return {"text": output.text, "right": float(output.finished)}'
-    text = file.read_text().replace("    heads =", '    output = "texts"\n    heads =')
+    text = CAPITALS.replace("    heads =", '    output = "texts"\n    heads =')
     file.write_text(
         text[: text.index("        capital, other = (")] + f"        {written}\n\n\nBENCHMARK = Capitals()\n"
     )
     out = tmp_path / "out"
-    assert evaluate(["capitals", "--model", str(tiny_imae.directory), "--out", str(out), "--quiet"]) == 0
+    assert evaluate(["words", "--model", str(tiny_imae.directory), "--out", str(out), "--quiet"]) == 0
     texts = tiny_imae.load().generate([f"Q: {country}\nA:" for country in ("t5", "t9", "t12")])
     assert [record["text"] for record in read_records(out)] == texts
 
@@ -107,5 +107,6 @@ def test_benchmarks_are_found_by_name(capitals, capfd):
     with pytest.raises(SystemExit):
         evaluate(["capitals", "--help"])
     assert "--lead" in capfd.readouterr().out
-    assert "benchmark 'chess' does not exist" in error_of(capfd, evaluate, "chess")
+    error = error_of(capfd, evaluate, "chess")
+    assert "'chess' is neither a benchmark (" in error and "nor another command (lm_eval, compare" in error
     assert "'evaluate chess' is no command" in error_of(capfd, imae, "evaluate", "chess")
