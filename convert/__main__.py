@@ -103,10 +103,10 @@ def _export(args: argparse.Namespace) -> None:
         run = None if args.step is None else args.model
         _keep_sources(args.out, args.tokenizer, args.iti, run, models=[(model, args.base)])
         if args.iti is not None or Reference.parse(model).is_adapter:
-            _check_plain(args)
             lm = load_model(model, **model_arguments(args))
             if lm.imae is not None:
                 raise UserError(f"--iti goes with a plain model, which {args.model} is not: export its base")
+            _check_plain(args)
             if args.iti is not None:
                 directions = read_directions(Path(args.iti), lm.config)
                 biased = bake_into(lm.model, directions, args.iti_alpha, args.iti_heads)
@@ -127,7 +127,8 @@ def _export(args: argparse.Namespace) -> None:
                     notes.append("the card cannot link to the base: --base-model ORG/NAME says where it is")
                 if args.verify:
                     notes.append(verify(opened, out).summary())
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if args.step is not None:
+            shutil.rmtree(checkpoint)
     print("\n".join([*notes, f"wrote {args.out}"]))
 
 

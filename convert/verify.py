@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from imae_jax.anti_expert import MODES
+from imae_jax.convert import identity
 from imae_jax.convert.references import OpenedModel
 from imae_jax.errors import UserError
 from imae_jax.files import read_json
@@ -23,6 +25,7 @@ MAX_DIFFERENCE = 2e-4
 # two distributions over tokens, in nats.
 MAX_KL = 0.015
 ROWS, TOKENS, PADDING = 2, 48, 5
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "anti_expert_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def verify(opened: OpenedModel, directory: Path, num_layers: int | None = None) 
         num_layers: compare the lowest ones alone; default: all.
 
     Raises:
-        UserError: the two differ, or torch or transformers is not installed.
+        UserError: the two differ, the export is of another model, or torch or transformers is not installed.
     """
     check_installed()
     if opened.imae is None:
@@ -81,6 +84,7 @@ def verify(opened: OpenedModel, directory: Path, num_layers: int | None = None) 
     hf = read_json(directory / "config.json")
     if "anti_expert_intermediate_size" not in hf:
         raise UserError(f"{directory} is no export of an IMAE model: give what convert export wrote")
+    _check_source(opened, directory, hf)
     dtype, config = hf["dtype"], opened.config
     if num_layers is None:
         num_layers = config.num_layers
@@ -108,6 +112,22 @@ def verify(opened: OpenedModel, directory: Path, num_layers: int | None = None) 
         kl = {mode: _kl_divergence(e, a) for mode, (e, a) in pairs.items()}
         _check(kl, MAX_KL, f"mean KL divergence in {dtype} is")
     return Verification(dtype, difference, kl, num_layers, versions)
+
+
+def _check_source(opened: OpenedModel, directory: Path, hf: dict[str, Any]) -> None:
+    """Raises a `UserError` if the export, with this config.json, was made of another model."""
+    config = opened.config
+    sizes = (config.vocab_size, config.hidden_size, config.num_layers, opened.anti_expert.intermediate_size)
+    pairs = {name: (hf.get(name), size) for name, size in zip(SIZES, sizes, strict=True)}
+    fingerprints = [imae.get("base", {}).get("fingerprint") for imae in (hf.get("imae", {}), opened.imae)]
+    if all(map(identity.is_comparable, fingerprints)):
+        pairs["base"] = tuple(fingerprints)
+    for name, (exported, own) in pairs.items():
+        if exported != own:
+            raise UserError(
+                f"{directory} was exported from another model than {opened.unit_source.location}: its {name} "
+                f"is {exported}, not {own}"
+            )
 
 
 def _check(figures: dict[str, float], limit: float, what: str) -> None:

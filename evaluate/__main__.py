@@ -50,10 +50,12 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
 @command
 def _unknown(argv: Sequence[str] | None = None) -> None:
     known = ", ".join(benchmarks())
+    names = [name.removeprefix("evaluate ") for name in COMMANDS if name.startswith("evaluate ")]
+    others = ", ".join(name for name in names if name not in benchmarks())
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {PROGRAM} NAME … (--help after any NAME)\n\nbenchmarks: {known}")
+        print(f"usage: {PROGRAM} NAME … (--help after any NAME)\n\nbenchmarks: {known}\nothers: {others}")
         return
-    raise UserError(f"benchmark {argv[0]!r} does not exist: use one of {known}")
+    raise UserError(f"{argv[0]!r} is neither a benchmark ({known}) nor another command ({others})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,9 +30,9 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        reference: as of `load_model`.
+        reference: the model's reference, as for `load_model`.
         options: keyword arguments of `load_model`.
-        random_weights: draw weights of the model's sizes instead of loading them.
+        random_weights: whether to draw weights of the model's sizes instead of loading them.
     """
 
     reference: str
@@ -72,8 +72,8 @@ def measure(
     """Decodes greedily with one method; to be called in a fresh process.
 
     Args:
-        source: of the model.
-        method: not resolved.
+        source: where the model comes from.
+        method: the method, not resolved.
         workload: what to decode.
         profile: a directory for a trace of one run and the device's memory at its end.
 

@@ -21,10 +21,10 @@ class Workload:
     """What is decoded.
 
     Attributes:
-        batch_size: rows.
-        prompt_tokens: of every row.
-        new_tokens: of every row; the first comes from the prefill.
-        repeats: runs after the first one, which compiles.
+        batch_size: number of rows.
+        prompt_tokens: tokens of every row's prompt.
+        new_tokens: new tokens of every row; the first comes from the prefill.
+        repeats: number of runs after the first one, which compiles.
     """
 
     batch_size: int = 1
@@ -77,7 +77,7 @@ class MemoryMeter:
         """With the weights; None where the system does not tell.
 
         Args:
-            weight_bytes: of all weights in memory.
+            weight_bytes: bytes of all weights in memory.
             device: a JAX device, whose own statistics are taken where it has them.
         """
         device_statistics = device and device.memory_stats()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.evaluate.benchmarks.questions import Question, load_data
+from imae_jax.files import read_json
 from imae_jax.train.run_directory import ENVIRONMENT_FILE, IMAE_DIR, METRICS_FILE
 
 METRICS = ("mc1", "mc2", "mc3")
@@ -24,10 +25,6 @@ SCALE = 10_000  # Scores are recorded as integers: four decimals.
 FILE_SETTINGS = {"anti_expert", "amateur", "directions"}
 OWN_MODEL, OWN_MODEL_NAME = "merged", "icd-model"  # ICD with an LLM of its own instead of a LoRA adapter.
 LAST_STEPS = 10  # Mean gates are those of the last training steps.
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def method_name(label: str) -> str:
@@ -138,7 +135,9 @@ def rounded(value: Any) -> Any:
 def summarize_training(run: Path) -> dict[str, Any]:
     """Share of tokens in T_fact, and mean gates on T_fact and off it at the end of training."""
     steps = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]
-    summary: dict[str, Any] = {"commit": (read_json(run / ENVIRONMENT_FILE)[0]["git"] or {}).get("commit")}
+    summary: dict[str, Any] = {
+        "commit": (read_json(run / ENVIRONMENT_FILE, list)[0]["git"] or {}).get("commit")
+    }
     summary["kept_share"] = rounded(
         read_json(run / IMAE_DIR / "imae_config.json")["training"]["data"]["kept_share"]
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from records import METRICS, OWN_MODEL_NAME, read_json, read_scores
+from records import METRICS, OWN_MODEL_NAME, read_scores
 
 from imae_jax import stats
+from imae_jax.files import read_json
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).parent / "records"

@@ -87,6 +87,19 @@ def test_a_file_is_a_benchmark(capitals, tiny_imae, tmp_path, capfd):
     assert "## Capitals" in text and "1-scores.png" in text and "Comparisons of two runs" in text
 
 
+def test_texts_need_no_options(capitals, tiny_imae, tmp_path):
+    file = tmp_path / "more" / "words.py"
+    written = 'return {"text": output.text, "right": float(output.finished)}'
+    text = CAPITALS.replace("    heads =", '    output = "texts"\n    heads =')
+    file.write_text(
+        text[: text.index("        capital, other = (")] + f"        {written}\n\n\nBENCHMARK = Capitals()\n"
+    )
+    out = tmp_path / "out"
+    assert evaluate(["words", "--model", str(tiny_imae.directory), "--out", str(out), "--quiet"]) == 0
+    texts = tiny_imae.load().generate([f"Q: {country}\nA:" for country in ("t5", "t9", "t12")])
+    assert [record["text"] for record in read_records(out)] == texts
+
+
 def test_benchmarks_are_found_by_name(capitals, capfd):
     assert set(benchmarks.benchmarks()) == {"answers", "capitals", "halueval", "harm", "truthfulqa"}
     assert imae(["evaluate"]) == 0
@@ -94,5 +107,6 @@ def test_benchmarks_are_found_by_name(capitals, capfd):
     with pytest.raises(SystemExit):
         evaluate(["capitals", "--help"])
     assert "--lead" in capfd.readouterr().out
-    assert "benchmark 'chess' does not exist" in error_of(capfd, evaluate, "chess")
+    error = error_of(capfd, evaluate, "chess")
+    assert "'chess' is neither a benchmark (" in error and "nor another command (lm_eval, compare" in error
     assert "'evaluate chess' is no command" in error_of(capfd, imae, "evaluate", "chess")

@@ -757,6 +757,17 @@ def test_verification_of_the_lowest_layers(imae_dir, exported, tiny, capfd):
     assert "only IMAE models" in error_of(capfd, convert, *command)
 
 
+def test_an_export_of_another_model_is_not_compared(imae_dir, exported, tiny, tmp_path, capfd):
+    other = tiny("gqa", vocab_size=TINY.vocab_size + 8, initializer_range=0.2).directory
+    write_units(other, tmp_path / "larger")
+    trained = tampered(tiny("gqa", initializer_range=0.2).directory, tmp_path / "base", turn_one_weight)
+    write_units(trained, tmp_path / "retrained")
+    for model, difference in (("larger", "vocab_size"), ("retrained", "base")):
+        command = ["verify", "--model", tmp_path / model, "--export", exported()]
+        error = error_of(capfd, convert, *command)
+        assert f"exported from another model than {tmp_path / model}: its {difference} is" in error
+
+
 def test_without_torch_nothing_is_verified(imae_dir, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
     command = ["export", "--model", imae_dir(), "--out", tmp_path / "out", "--verify"]

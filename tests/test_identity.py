@@ -213,7 +213,7 @@ def test_exports_refuse_units_of_another_base(imae, base, tmp_path, capfd):
     from imae_jax.convert.__main__ import main
 
     edit(base, merge_into_one_matrix)
-    command = ["export", "--model", imae, "--out", tmp_path / "out", "--no-verify"]
+    command = ["export", "--model", imae, "--out", tmp_path / "out"]
     assert "trained on other weights" in error_of(capfd, main, *command)
     assert not (tmp_path / "out").exists()
 

@@ -140,7 +140,9 @@ def test_only_runs_are_replaced(scored, killed, tmp_path, capfd):
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
     assert "is not a result of this command" in error_of(capfd, main, *with_out(command, mine), "--overwrite")
-    assert "no run to resume" in error_of(capfd, main, *with_out(command, mine), "--resume")
+    for path in (mine, tmp_path / "new"):
+        error = error_of(capfd, main, *with_out(command, path), "--resume")
+        assert f"{path} holds no run to resume: leave --resume out" in error
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
     assert run(*with_out(command, out, methods="base"), "--overwrite") == 0
     assert read_run(out)["methods"]["base"]["mc2"] == pytest.approx(

@@ -33,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from imae_jax.convert import load_model
 from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
-from imae_jax.train import data, stages, token_filter
+from imae_jax.train import data, run_directory, stages, token_filter
 from imae_jax.train.__main__ import main
 from imae_jax.train.checkpoint import Checkpoints, _reading, read_trainable
 from imae_jax.train.config import load_config
@@ -102,6 +102,12 @@ def test_a_run_is_resumed_with_the_settings_in_its_directory(settings, tmp_path,
     assert losses_of(out) == [line for line in expected if line["step"] <= 6 or line["step"] == 8]
     assert "optimizer differ(s)" in error_of(capfd, main, "--resume", f"out={out}", "optimizer.steps=9")
     assert "pass out=DIR" in error_of(capfd, main, "--resume")
+
+
+@pytest.mark.parametrize("command", ["icd", "plan"])
+def test_options_before_the_command(command, capfd):
+    error = error_of(capfd, main, "--config", "demo", command, "--device", "h200")
+    assert f"the command comes first: python -m imae_jax.train {command}" in error
 
 
 def test_held_out_rows_need_not_be_measured(settings, tmp_path):
@@ -307,8 +313,23 @@ def test_only_rows_that_are_taken_are_filtered_and_another_run_reuses_that(
     assert "holds no log-ratios of these rows" in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
     (file,) = stored.glob("*/*.npz")
-    file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} cannot be read" in error_of(capfd, main, *again, "--overwrite")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    error = error_of(capfd, main, *again, "--overwrite")
+    assert f"{file} cannot be read" in error and "remove filter.reuse to compute" in error
+    file.write_bytes(whole)
+    arrays = dict(np.load(file))
+    for damaged, reason in (
+        (arrays | {"right": arrays["right"][1:]}, "cannot be read"),
+        (arrays | {"log_ratio": arrays["log_ratio"][1:]}, "do not belong together"),
+        (arrays | {"tokens": arrays["tokens"] + 1}, "holds other rows"),
+    ):
+        np.savez(file, **damaged)
+        assert reason in error_of(capfd, main, *again, "--overwrite")
+    file.rename(file.with_name("state.json"))  # as an earlier version left it
+    assert f"{stored} holds log-ratios of an earlier version" in error_of(capfd, main, *again, "--overwrite")
+    with user_error(f"{stored} holds log-ratios of an earlier version"):
+        token_filter.stored_examples(stored, gamma=0.1)
 
 
 def test_a_run_that_begins_again_logs_step_0_once(settings, tmp_path):
@@ -328,6 +349,21 @@ def test_overwriting_spares_what_no_run_wrote(settings, tmp_path, capfd):
     assert main([*settings, "--overwrite", "--quiet"]) == 2
     assert "choose another out" in capfd.readouterr().err
     assert precious.read_text() == "mine"
+
+
+def test_a_run_has_a_directory_of_its_own(settings, tmp_path, capfd):
+    out = tmp_path / "run"
+    out.write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert "is a file, not a directory: choose another out" in error_of(capfd, main, *settings, *more)
+    assert out.read_text() == "mine"
+    out.unlink()
+    out.mkdir()
+    (out / ".config.yaml.123").touch()  # as a kill leaves it
+    run_directory.check_new(out)
+    (out / "precious").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert f"out={out} holds other files: choose another out" in error_of(capfd, main, *settings, *more)
 
 
 def damage(checkpoint: Path, how: str) -> None:

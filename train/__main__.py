@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Settings may stand anywhere between the options.
     args, settings = parser.parse_known_args(words)
     unknown = [word for word in settings if word.startswith("-")]
+    misplaced = [word for word in settings if word in COMMANDS]
+    if misplaced:
+        parser.error(f"the command comes first: {parser.prog} {misplaced[0]} …")
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     {"run": _run, "icd": _run, "plan": _plan, "pairs": _pairs}[args.command](args, settings)

@@ -98,6 +98,16 @@ def begin(out: Path, settings: dict[str, Any], environment: dict[str, Any], *, r
     return read_starts(out)[0]["run_id"]
 
 
+def check_new(out: Path) -> None:
+    """Raises a `UserError` where `out` is a file, or a directory with files and no run among them."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file, not a directory: choose another out")
+    if out.exists() and not holds_run(out):
+        half_written = tuple(f".{name}" for name in FILES)  # What a kill leaves.
+        if not all(path.name.startswith(half_written) for path in out.iterdir()):
+            raise UserError(f"out={out} holds other files: choose another out")
+
+
 def holds_run(out: Path) -> bool:
     return any((out / name).exists() for name in FILES)
 

@@ -84,6 +84,8 @@ def train(
         raise UserError("--overwrite starts over: it goes neither with --resume nor with --from-step")
     resume = resume or from_step is not None
     with locked(out):
+        if not resume:
+            run_directory.check_new(out)
         if is_main() and not only_icd and (unused := config.unused()):
             names = ", ".join(unused)
             logger.warning("%s: set, but not used with objective=%s", names, config.objective)
@@ -303,10 +305,10 @@ def _filtered(
 ) -> tuple[data.StageData, dict[str, Any]]:
     """The rows of the units' stage, with T_fact where they are used, and the filter's statistics."""
     config, stage = run.config, run.data.stage(objective.answers)
-    taken = data.taken(stage.lengths, config, config.batch_size, config.optimizer.steps)
-    examples = data.flat([stage.train[i] for i in taken] + stage.held_out)
     if not models or config.filter_keeps_all:
         return stage, {"kept_share": 1.0}
+    taken = data.taken(stage.lengths, config, config.batch_size, config.optimizer.steps)
+    examples = data.flat([stage.train[i] for i in taken] + stage.held_out)
     filtered, kept = filter_tokens(
         examples, run.model, models, config, run.out / FILTER_DIR, mesh=run.mesh, progress=run.progress
     )

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 SAMPLES_SHOWN = 20
 FEW, MANY = 0.02, 0.80
 RATIOS_FILE = "log_ratios.npz"
+EARLIER_FILE = "state.json"  # Earlier versions stored log-ratios as a data set, which ends with this file.
 Progress = Callable[[Sequence, str], Iterable]
 
 
@@ -76,8 +77,12 @@ def filter_tokens(
     path = cache / _key(examples, base, models, adapters)
     source = path if reuse is None or decide((path / RATIOS_FILE).is_file()) else Path(reuse) / path.name
     if decide((source / RATIOS_FILE).is_file()):
-        _, ratios = _read(source)
+        mend = f"remove {path}" if source == path else "remove filter.reuse"
+        stored, ratios = _read(source, f"{mend} to compute them again")
+        if [e.tokens for e in stored] != [e.tokens for e in examples]:
+            raise UserError(f"{source / RATIOS_FILE} holds other rows: {mend} to compute them again")
     elif reuse is not None:
+        _check_version(Path(reuse), "remove filter.reuse to compute them again")
         raise UserError(
             f"filter.reuse={reuse} holds no log-ratios of these rows, this base and {' and '.join(models)}: "
             "remove it to compute them"
@@ -138,11 +143,12 @@ def read_log_ratios(cache: Path) -> tuple[list[Example], list[np.ndarray]]:
     """
     stored = [path.parent for path in cache.glob(f"*/{RATIOS_FILE}")]
     if len(stored) != 1:
+        _check_version(cache, "train again, or give a run of this version")
         raise UserError(
             f"{cache} holds {len(stored)} sets of log-ratios where one is needed: give a run that was "
             "trained with a token filter"
         )
-    return _read(stored[0])
+    return _read(stored[0], "restore it, or give another run")
 
 
 def _write(directory: Path, examples: Sequence[Example], ratios: Sequence[np.ndarray]) -> None:
@@ -157,22 +163,28 @@ def _write(directory: Path, examples: Sequence[Example], ratios: Sequence[np.nda
     )
 
 
-def _read(directory: Path) -> tuple[list[Example], list[np.ndarray]]:
+def _check_version(cache: Path, mend: str) -> None:
+    """Raises a `UserError` if all log-ratios there are of an earlier version; `mend` says what to do."""
+    if any(cache.glob(f"*/{EARLIER_FILE}")) and not any(cache.glob(f"*/{RATIOS_FILE}")):
+        raise UserError(f"{cache} holds log-ratios of an earlier version, which are no longer read: {mend}")
+
+
+def _read(directory: Path, mend: str) -> tuple[list[Example], list[np.ndarray]]:
+    """What `_write` wrote; `mend` says what to do about a damaged file."""
     try:
         with np.load(directory / RATIOS_FILE) as file:
             arrays = {name: file[name] for name in ("row", "start", "right", "length", "tokens", "log_ratio")}
+        length, start = arrays["length"], arrays["start"]
+        if (length.sum(), (length - start).sum()) != (arrays["tokens"].size, arrays["log_ratio"].size):
+            raise ValueError("its arrays do not belong together")
+        tokens = np.split(arrays["tokens"], np.cumsum(length)[:-1])
+        ratios = np.split(arrays["log_ratio"], np.cumsum(length - start)[:-1])
+        examples = [
+            Example(int(row), tuple(ids.tolist()), int(begin), (True,) * (len(ids) - int(begin)), bool(right))
+            for row, ids, begin, right in zip(arrays["row"], tokens, start, arrays["right"], strict=True)
+        ]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{directory / RATIOS_FILE} cannot be read ({first_line(error)}): remove {directory} to compute "
-            "it again"
-        ) from error
-    length, start = arrays["length"], arrays["start"]
-    tokens = np.split(arrays["tokens"], np.cumsum(length)[:-1])
-    ratios = np.split(arrays["log_ratio"], np.cumsum(length - start)[:-1])
-    examples = [
-        Example(int(row), tuple(ids.tolist()), int(begin), (True,) * (len(ids) - int(begin)), bool(right))
-        for row, ids, begin, right in zip(arrays["row"], tokens, start, arrays["right"], strict=True)
-    ]
+        raise UserError(f"{directory / RATIOS_FILE} cannot be read ({first_line(error)}): {mend}") from error
     return examples, ratios
 
 

@@ -27,12 +27,12 @@ class Step:
     """An optimizer step that is done, for hooks.
 
     Attributes:
-        number: counted from 1.
+        number: its number, counted from 1.
         is_last: whether it ends the stage.
-        state: after the step. The next step donates it: keep no reference.
+        state: the state after the step. The next step donates it: keep no reference.
         metrics: the step's metrics. Hooks see what hooks before them added; those that log come last.
-        tokens: in its batch, without padding.
-        seconds: that it took, hooks not counted.
+        tokens: number of tokens in its batch, without padding.
+        seconds: time that it took, hooks not counted.
     """
 
     number: int

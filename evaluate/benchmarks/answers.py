@@ -203,8 +203,13 @@ class Answers(Benchmark):
         ]
 
     def plots(self, results):
-        texts = plots.bars(self.heading(results), results["methods"], TEXTS, "%, 95 % interval")
-        return super().plots(results) | {"texts": texts}
+        methods, title, baseline = results["methods"], self.heading(results), results["baseline"]
+        nearer = plots.of_methods(title, methods, NEARER, baseline)
+        texts = plots.bars(title, methods, TEXTS, "%, 95 % interval")
+        return plots.of_methods(title, methods, HEADS, baseline) | {
+            **{name: figure for name, figure in nearer.items() if name != "differences"},
+            "texts": texts,
+        }
 
     def texts(self, results, records):
         return {ANSWERS_FILE: answers_page(self.heading(results), records, results["shown"])}

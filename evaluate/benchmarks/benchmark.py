@@ -52,8 +52,9 @@ class Task:
         details: more that `results.json` tells.
         metrics: names of fields of the records, to be averaged; the first is McNemar's.
         excluded: questions that are left out.
-        options: of the kind of output. Scores: `add_special_tokens`. Texts: those of
-            `LanguageModel.generate`, and `batch_size`. Distributions: `length` and `generating`.
+        options: settings of the kind of output. Scores: `add_special_tokens`. Texts: those of
+            `LanguageModel.generate`, and `batch_size`, all with defaults. Distributions: `length` and
+            `generating`.
     """
 
     protocol: str

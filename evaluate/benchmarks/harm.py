@@ -41,7 +41,7 @@ def summarize(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """Means over tokens with their intervals; infinite where a token's value is, NaN likewise.
 
     Args:
-        values: float64 [4, tokens], in the order of `divergence.STATISTICS`.
+        values: float64 [4, tokens], in the order of `STATISTICS`.
         seed: seed of the bootstrap.
     """
     rows = dict(zip(STATISTICS, values, strict=True))

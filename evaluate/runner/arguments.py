@@ -60,6 +60,8 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
     lock_outputs(out)
+    if args.resume and not (out / RUN_FILE).is_file():
+        raise UserError(f"{out} holds no run to resume: leave --resume out")
     if not out.exists() or args.overwrite:
         check_new_directory(out, marker=marker(out), contents=CONTENTS, overwrite=args.overwrite)
         return
@@ -68,8 +70,6 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
         if unfinished:
             raise UserError(f"{out} holds an unfinished run: pass --resume to resume it, or --overwrite")
         raise UserError(f"{out} exists already: choose another output, or pass --overwrite")
-    if not (out / RUN_FILE).is_file():
-        raise UserError(f"{out} holds no {RUN_FILE}, so there is no run to resume: choose another output")
 
 
 def parse_methods(text: str) -> dict[str, "Method"]:

@@ -50,7 +50,7 @@ class Run:
         self._journal = journal(out)
         settings = jsonable(settings)
         barrier("arguments checked")  # What one process makes, no other may take for an older run.
-        if resume and out.exists():
+        if resume:
             self._check(settings)
             for record in self._journal.resume():
                 self.records.setdefault((record["method"], record["index"]), record)

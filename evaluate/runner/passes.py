@@ -13,6 +13,7 @@ from typing import Any
 
 from imae_jax.decode import Continuation, Method, encode, score
 from imae_jax.decode.joint import Joint, share_streams
+from imae_jax.decode.loop import GenerationOptions
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.scoring import check_groups
 from imae_jax.errors import UserError
@@ -132,7 +133,8 @@ class Texts:
 
     def __init__(self, lm: LanguageModel, task: Task):
         self._lm, self._prompts = lm, [item.prompt for item in task.items]
-        self._options = dict(task.options)
+        defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
+        self._options = {"format": "raw"} | defaults | task.options
         self._batch_size = self._options.pop("batch_size")
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
