@@ -49,12 +49,21 @@ def read_settings(run: Path) -> dict[str, Any]:
     path = run / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run} holds no training run to resume")
+    return settings_in(path, "start over with --overwrite")
+
+
+def settings_in(path: Path, advice: str) -> dict[str, Any]:
+    """The settings in a run's `config.yaml`, as they were saved.
+
+    Raises:
+        UserError: the file is damaged; ends with the advice.
+    """
     try:
         settings = yaml.safe_load(read_text(path, "the run's"))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): start over with --overwrite") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): {advice}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged (it holds no settings): start over with --overwrite")
+        raise UserError(f"{path} is damaged (it holds no settings): {advice}")
     return settings
 
 

@@ -5,6 +5,7 @@ it called `BENCHMARK`. It then is a command, `python -m imae_jax.evaluate NAME`,
 kill, and its runs can be compared and reported.
 """
 
+import abc
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ class Task:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Benchmark:
+class Benchmark(abc.ABC):
     """A benchmark.
 
     Attributes:
@@ -92,16 +93,18 @@ class Benchmark:
 
     # What a run does
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027 - not every one has any
         """Adds the arguments of this benchmark alone."""
 
     def load(self, args: argparse.Namespace, methods: Mapping[str, "Method"]) -> Any:
         """Checks arguments and reads the data, before the model is loaded; `task` gets what it returns."""
+        return None
 
+    @abc.abstractmethod
     def task(self, args: argparse.Namespace, data: Any, lm: "LanguageModel") -> Task:
         """The items and all that identifies them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def record(self, item: Item, output: Any, tokenizer: Any) -> dict[str, Any]:
         """The fields of an item's record.
 
@@ -110,7 +113,6 @@ class Benchmark:
             output: token scores, a [tokens] array for each answer; a `Completion`; or [4, tokens].
             tokenizer: the model's.
         """
-        raise NotImplementedError
 
     def in_subset(self, subset: str, record: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
         """Whether an item of a run with these results belongs to a subset."""

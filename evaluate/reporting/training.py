@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from imae_jax.errors import UserError, first_line
+from imae_jax.errors import UserError
 from imae_jax.evaluate.reporting.document import Picture, Section, warning
 from imae_jax.evaluate.reporting.kinds import FinishedRun
 from imae_jax.evaluate.reporting.tables import Table, number
 from imae_jax.evaluate.runner.directory import with_file
-from imae_jax.files import Journal, read_json, read_text
+from imae_jax.files import Journal, read_json
 from imae_jax.train.run_directory import (
     ADAPTER_STAGES,
     CONFIG_FILE,
@@ -20,6 +18,7 @@ from imae_jax.train.run_directory import (
     EVALUATION_FILE,
     IMAE_DIR,
     METRICS_FILE,
+    settings_in,
 )
 
 UNITS = "anti-expert units"
@@ -62,15 +61,7 @@ class Training:
 
 def read_config(file: Path) -> dict[str, Any]:
     """A run's settings; empty where there are none."""
-    if not file.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(read_text(file, "settings"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds no settings: restore it")
-    return with_file(config, file)
+    return with_file(settings_in(file, "restore it"), file) if file.is_file() else {}
 
 
 def read_stages(path: Path) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
