@@ -24,7 +24,8 @@ HARNESS, COMPARISON, COST, TRAINING = Harness(), Comparison(), Cost(), Training(
 # Kinds that come behind the benchmarks, in this order.
 LAST = (HARNESS, COMPARISON, COST, TRAINING)
 # Result fields left out of the provenance section: tables show them, or they are too long.
-SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark", "rows", "stages", "environment")
+SHOWN_ELSEWHERE = ("methods", "controls", "parts", "length", "batch_sizes", "benchmark", "rows", "stages")
+SHOWN_ELSEWHERE += ("environment",)
 LONGEST_LIST = 12
 
 
