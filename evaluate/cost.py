@@ -16,7 +16,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    at_least,
+    command,
+    lock_outputs,
+    model_arguments,
+)
 from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
 from imae_jax.evaluate.reporting import plots
@@ -78,17 +85,6 @@ def cost_plot(results: Mapping[str, Any]) -> Any:
     return plots.bar_panels(series, f"{results['model']}, {results['dtype']}")
 
 
-def parse_batch_sizes(text: str) -> list[int]:
-    """`1,8` as numbers."""
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"batch sizes {text!r}: give numbers like 1,8") from error
-    if len(set(sizes)) < len(sizes):
-        raise UserError(f"batch sizes {text!r}: each counts once")
-    return sizes
-
-
 def with_base(methods: "Mapping[str, Method]") -> "dict[str, Method]":
     """Methods by label with `base` first, to which all others are compared."""
     from imae_jax.decode import parse_method
@@ -147,15 +143,19 @@ def measure_all(
 def add_cost_arguments(parser: ArgumentParser, *, batch_sizes: str) -> None:
     """What measurements of decoding share."""
     parser.add_argument("--batch-sizes", default=batch_sizes, help="with commas between them")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of every prompt")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate for every prompt")
-    parser.add_argument("--repeats", type=int, default=5, help="runs; figures are medians")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=32, help="tokens of every prompt")
+    parser.add_argument(
+        "--new-tokens", type=at_least(2), default=64, help="tokens to generate for every prompt"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="runs; figures are medians")
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
     """One a batch size, from the arguments of `add_cost_arguments`."""
-    sizes = parse_batch_sizes(args.batch_sizes)
-    return [Workload(size, args.prompt_tokens, args.new_tokens, args.repeats) for size in sizes]
+    sizes = args.batch_sizes.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes) or len(set(map(int, sizes))) < len(sizes):
+        raise UserError(f"--batch-sizes {args.batch_sizes}: give different numbers from 1 on, such as 1,8")
+    return [Workload(int(size), args.prompt_tokens, args.new_tokens, args.repeats) for size in sizes]
 
 
 @command

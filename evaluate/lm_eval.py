@@ -26,6 +26,7 @@ from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
     add_process_arguments,
+    at_least,
     command,
     join_processes,
     lock_outputs,
@@ -412,10 +413,6 @@ def load_tasks(
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     join_processes(args)
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     names = [name for name in args.tasks.split(",") if name]
     if not names:
         raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
@@ -487,9 +484,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", required=True, help="comma-separated tasks, groups or tags of lm-eval")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--include-path", type=Path, help="directory with further task files")
-    parser.add_argument("--limit", type=int, help="use the first N documents of every task")
-    parser.add_argument("--num-fewshot", type=int, help="examples in a prompt (default: the task's)")
-    parser.add_argument("--batch-size", type=int, help="texts generated and rows scored together")
+    parser.add_argument("--limit", type=at_least(1), help="use the first N documents of every task")
+    parser.add_argument("--num-fewshot", type=at_least(0), help="examples in a prompt (default: the task's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="texts generated and rows scored together")
     parser.add_argument("--max-length", type=int, help="cut contexts to N tokens (default: the model's)")
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as chats")
     parser.add_argument("--gen-kwargs", help="key=value,… over a task's generation settings")

@@ -133,13 +133,13 @@ def test_traces_hold_the_names_of_steps_and_layers(measured):
 
 BAD = {
     "unknown method": (["--methods", "truth"], "'truth' does not exist"),
-    "no new token": (["--new-tokens", "0"], "new_tokens 0: give at least 2"),
-    "no step": (["--new-tokens", "1"], "new_tokens 1: give at least 2"),
-    "no prompt": (["--prompt-tokens", "0"], "prompt_tokens 0"),
-    "no run": (["--repeats", "0"], "repeats 0"),
-    "no row": (["--batch-sizes", "1,0"], "batch_size 0"),
-    "no number": (["--batch-sizes", "1,many"], "'1,many'"),
-    "twice": (["--batch-sizes", "2,2"], "each counts once"),
+    "no new token": (["--new-tokens", "0"], "--new-tokens: give at least 2, not 0"),
+    "no step": (["--new-tokens", "1"], "--new-tokens: give at least 2, not 1"),
+    "no prompt": (["--prompt-tokens", "0"], "--prompt-tokens: give at least 1"),
+    "no run": (["--repeats", "0"], "--repeats: give at least 1"),
+    "no row": (["--batch-sizes", "1,0"], "different numbers from 1 on"),
+    "no number": (["--batch-sizes", "1,many"], "--batch-sizes 1,many"),
+    "twice": (["--batch-sizes", "2,2"], "different numbers"),
 }
 
 

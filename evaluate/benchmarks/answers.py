@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from imae_jax import stats
-from imae_jax.cli import add_sampling_arguments
+from imae_jax.cli import add_sampling_arguments, at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.answer_metrics import (
     NO_COMMENT,
@@ -106,18 +106,18 @@ class Answers(Benchmark):
 
     def add_arguments(self, parser):
         add_data_arguments(parser, SUPPORTED)
-        parser.add_argument("--max-new-tokens", type=int, default=50)
+        parser.add_argument("--max-new-tokens", type=at_least(1), default=50)
         add_sampling_arguments(parser)
         parser.add_argument("--sampling-seed", type=int, default=0, help="seed of sampling")
-        parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
         parser.add_argument(
-            "--show", type=int, default=20, metavar="N", help=f"questions shown in {ANSWERS_FILE}"
+            "--batch-size", type=at_least(1), default=8, help="questions at a time (default: 8)"
+        )
+        parser.add_argument(
+            "--show", type=at_least(0), default=20, metavar="N", help=f"questions shown in {ANSWERS_FILE}"
         )
 
     def load(self, args, methods):
         protocol = answering(args.protocol)
-        if min(args.max_new_tokens, args.batch_size) < 1 or args.show < 0:
-            raise UserError("--max-new-tokens and --batch-size must be at least 1, --show at least 0")
         if not 0 <= args.sampling_seed < 2**31:
             raise UserError(f"--sampling-seed {args.sampling_seed}: give a number from 0 to {2**31 - 1}")
         check_installed()
