@@ -47,25 +47,11 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from imae_jax.decode import Continuation, Method, Sampler
+    from imae_jax.decode import Continuation, Method
+    from imae_jax.decode.loop import GenerationOptions
     from imae_jax.language_model import LanguageModel
 
 BATCH_SIZE, MAX_NEW_TOKENS = 8, 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """How a request's text is to be continued; requests with equal ones share batches.
-
-    Attributes:
-        sampler: how a token is drawn.
-        max_new_tokens: upper bound.
-        stop: strings that end the text; they are not part of it.
-    """
-
-    sampler: "Sampler"
-    max_new_tokens: int
-    stop: tuple[str, ...]
 
 
 class IMAEJaxLM(TemplateLM):
@@ -218,19 +204,22 @@ class IMAEJaxLM(TemplateLM):
 
         groups = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self._generation(request.args[1])].append(i)
+            groups[self._settings(request.args[1])].append(i)
         batches = []
-        for generation, indices in groups.items():
-            prompts = {i: self._prompt(requests[i].args[0], generation) for i in indices}
+        for settings, indices in groups.items():
+            room = self.max_length - settings[0].max_new_tokens
+            prompts = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices}
+            prompts = {i: tokens[-room:] for i, tokens in prompts.items()}
             # Longest first: rows of a batch are alike, and what exceeds the memory does so at once.
             indices = sorted(indices, key=lambda i: -len(prompts[i]))
             size = self.batch_size or BATCH_SIZE
             for start in range(0, len(indices), size):
-                batches.append((generation, {i: prompts[i] for i in indices[start : start + size]}))
+                batches.append((settings, {i: prompts[i] for i in indices[start : start + size]}))
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.quiet) as bar:
-            for number, (generation, prompts) in enumerate(batches):
-                continued = self._continue(list(prompts.values()), generation, (self.seed + number) % 2**31)
+            for number, ((options, stop), prompts) in enumerate(batches):
+                options = dataclasses.replace(options, seed=(self.seed + number) % 2**31)
+                continued = self._continue(list(prompts.values()), options, stop)
                 for i, text in zip(prompts, continued, strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -288,8 +277,8 @@ class IMAEJaxLM(TemplateLM):
         tokens = (context + continuation)[-(self.max_length + 1) :]
         return Continuation(tuple(tokens), len(tokens) - len(continuation))
 
-    def _generation(self, kwargs: dict[str, Any]) -> Generation:
-        """A task's `generation_kwargs`, by the harness's own rules.
+    def _settings(self, kwargs: dict[str, Any]) -> "tuple[GenerationOptions, tuple[str, ...]]":
+        """A task's `generation_kwargs`, by the harness's own rules: options, and strings that end a text.
 
         Raises:
             UserError: a setting that does not exist here, or contradicts another.
@@ -297,6 +286,7 @@ class IMAEJaxLM(TemplateLM):
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         from imae_jax.decode import Sampler
+        from imae_jax.decode.loop import GenerationOptions
 
         try:
             settings = dict(normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS))
@@ -322,31 +312,28 @@ class IMAEJaxLM(TemplateLM):
                 f"{self.max_length}: lower it with --gen-kwargs max_gen_toks=N"
             )
         sampler = Sampler(temperature, top_k, top_p, penalty) if sampled else Sampler(0.0, 0, 1.0, penalty)
-        return Generation(sampler, max_new_tokens, tuple(string for string in stop if string))
+        return GenerationOptions(sampler, max_new_tokens), tuple(filter(None, stop))
 
-    def _prompt(self, context: str, generation: Generation) -> list[int]:
-        tokens = self.tok_encode(context) or [self.prefix_token_id]
-        return tokens[-(self.max_length - generation.max_new_tokens) :]
-
-    def _continue(self, prompts: list[list[int]], generation: Generation, seed: int) -> list[str]:
+    def _continue(
+        self, prompts: list[list[int]], options: "GenerationOptions", stop: tuple[str, ...]
+    ) -> list[str]:
         from lm_eval.models.utils import postprocess_generated_text
 
-        from imae_jax.decode.loop import GenerationOptions, stream_tokens
+        from imae_jax.decode.loop import stream_tokens
 
         models, method = self._generated
         # Special tokens do not appear in the text: they are looked for by their ids.
         special = self.tokenizer.special_ids
-        stop_ids = {special[string] for string in generation.stop if string in special}
+        stop_ids = {special[string] for string in stop if string in special}
         rows: list[list[int]] = [[] for _ in prompts]
         texts, closed = [""] * len(prompts), [False] * len(prompts)
-        options = GenerationOptions(generation.sampler, generation.max_new_tokens, seed)
         ends = sorted(stop_ids | set(self.lm.eos_token_ids))
         for tokens in stream_tokens(models, prompts, method, options, eos_token_ids=ends, closed=closed):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            closed[:] = [any(string in text for string in generation.stop) for text in texts]
-        return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]
+            closed[:] = [any(string in text for string in stop) for text in texts]
+        return [postprocess_generated_text(text, list(stop), None) for text in texts]
 
 
 def check_packages() -> None:

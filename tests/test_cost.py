@@ -104,8 +104,9 @@ def test_a_report_shows_the_figures_beside_the_papers(measured, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     base, dola = json.loads((measured / "out" / "results.json").read_text())["batch_sizes"]["2"].values()
     ratios = [dola[key] / base[key] for key in ("memory_bytes", "ms_per_token")]
-    cells = [dola["memory_bytes"] / 1e9, ratios[0], dola["ms_per_token"], ratios[1]]
-    assert f"| dola | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in text
+    gigabytes = [dola[key] / 1e9 for key in ("memory_bytes", "weight_bytes")]
+    cells = [gigabytes[0], ratios[0], gigabytes[1], dola["ms_per_token"], ratios[1]]
+    assert f"| dola | {' | '.join(f'{cell:.2f}' for cell in cells)} | " in text
     assert "| IMAE | 18.4 | 1.4 | 2.60 | 1.2 |" in text
     assert (tmp_path / "report" / "1-cost.png").exists()
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imae_jax.evaluate.cost import cost_tables
 from imae_jax.evaluate.reporting import paper
 from imae_jax.evaluate.reporting.compare import COMPARISON_FILE, comparison_tables
 from imae_jax.evaluate.reporting.document import Picture, Section
-from imae_jax.evaluate.reporting.tables import DASH, Table, number, stack
+from imae_jax.evaluate.reporting.tables import DASH, Table, stack
 from imae_jax.evaluate.runner.directory import RESULTS_FILE, with_file
 from imae_jax.files import read_json
 
@@ -131,7 +132,6 @@ class Cost:
     """What `evaluate.cost` writes."""
 
     title = "cost"
-    columns = ("method", "memory GB", "× base", "ms/token", "× base")
     note = (
         "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
         "× base is against base in the same run and batch size."
@@ -143,35 +143,12 @@ class Cost:
     def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
         """Memory and time of decoding beside the paper's."""
         memory = "; ".join(dict.fromkeys(run.results["memory"] for run in runs))
-        tables = {label: table for run in runs for label, table in self._tables(run).items()}
+        tables = {}
+        for run in runs:
+            device = run.results["environment"]["versions"]["device"]
+            drawn = ", random weights" if run.results["random_weights"] else ""
+            for table in cost_tables(run.results):
+                tables[f"{table.title}, {device}{drawn}, run {run.number}"] = table
         pictures = (picture for run in runs for picture in run.pictures())
         blocks = (self.note.format(memory), stack("Measured", tables), *pictures)
         return [Section("Cost of decoding", blocks), paper.cost_section()]
-
-    def _tables(self, run: FinishedRun) -> dict[str, Table]:
-        """A table for each batch size, by its label."""
-        tables, results = {}, run.results
-        workload, device = results["workload"], results["environment"]["versions"]["device"]
-        drawn = ", random weights" if results["random_weights"] else ""
-        for batch_size, figures in results["batch_sizes"].items():
-            label = (
-                f"{run.label()}{drawn}: batch {batch_size}, {workload['prompt_tokens']} + "
-                f"{workload['new_tokens']} tokens, {device}"
-            )
-            base = figures["base"]
-            rows = tuple(
-                (
-                    name,
-                    number(row["memory_bytes"] and row["memory_bytes"] / 1e9),
-                    number(_ratio(row["memory_bytes"], base["memory_bytes"])),
-                    number(row["ms_per_token"]),
-                    number(_ratio(row["ms_per_token"], base["ms_per_token"])),
-                )
-                for name, row in figures.items()
-            )
-            tables[label] = Table("", self.columns, rows)
-        return tables
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value and base else None

@@ -154,14 +154,9 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
             axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.set_xlabel(label)
         axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
-    figure.suptitle(title, fontsize=9)
-    if len(series) > 1:
-        handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    return _finish(figure, title, len(series) if len(series) > 1 else 0)
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -1,6 +1,6 @@
 """Training runs in a report: losses, gates, held-out rows and curves of every stage."""
 
-import tempfile
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
 def _stage_blocks(
     run: FinishedRun, name: str, records: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
-    from imae_jax.train.plots import GATES, LOSSES, MEASURES
+    from imae_jax.train.plots import GATES, LOSSES, MEASURES, training_plot
 
     config, data, is_units = run.results["config"], run.results["data"], name == UNITS
     settings = config if is_units else config.get("icd", {})
@@ -123,15 +123,7 @@ def _stage_blocks(
     )
     blocks.append(Table(f"Means over tokens, {name}; losses in nats", ("quantity", *columns), rows))
     file = f"{run.number}-{'training' if is_units else name.replace(' ', '-')}.png"
-    blocks.append(Picture(file, f"Training curves, {name}", _curves(records, held_out)))
+    curves = io.BytesIO()
+    training_plot(records, curves, held_out)
+    blocks.append(Picture(file, f"Training curves, {name}", curves.getvalue()))
     return blocks
-
-
-def _curves(records: Sequence[Any], held_out: Sequence[Any]) -> bytes:
-    """The training plot as PNG."""
-    from imae_jax.train.plots import training_plot
-
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "plot.png"
-        training_plot(records, path, held_out)
-        return path.read_bytes()
