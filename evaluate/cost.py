@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
@@ -115,8 +117,6 @@ def measure_all(
     Returns:
         What to write as `results.json`: `batch_sizes` has `measure`'s figures by batch size and label.
     """
-    from tqdm import tqdm
-
     from imae_jax.evaluate.measurement import measure
 
     figures: dict[str, dict[str, Any]] = {str(workload.batch_size): {} for workload in workloads}

@@ -85,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _fit(args: argparse.Namespace, questions: Sequence[Question], out: Path) -> str:
     """Writes the files of all folds; returns the mean validation accuracy of the best heads in each."""
-    from tqdm import tqdm
-
     from imae_jax.convert import load_model
     from imae_jax.convert.iti import write_directions
     from imae_jax.evaluate import probes
@@ -94,9 +92,7 @@ def _fit(args: argparse.Namespace, questions: Sequence[Question], out: Path) -> 
     lm = load_model(args.model, **model_arguments(args))
     answers = [(i, a, a in q.true) for i, q in enumerate(questions) for a in (*q.true, *q.false)]
     texts = [f"Q: {questions[i].text} A: {answer}" for i, answer, _ in answers]
-    heads = probes.collect_heads(
-        lm, texts, progress=lambda x: tqdm(x, desc="heads", unit="batch", disable=args.quiet)
-    )
+    heads = probes.collect_heads(lm, texts, quiet=args.quiet)
     question_of, labels = (np.array([answer[k] for answer in answers]) for k in (0, 2))
     folds = assign_folds(questions, args.folds, args.seed)
     fold_of = np.array([folds[questions[i].text] for i in question_of])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from imae_jax import runtime
 from imae_jax.chat_template import ChatTemplateError
@@ -60,15 +61,19 @@ class IMAEJaxLM(TemplateLM):
     A log-likelihood is the sum of the method's scores, which are log-probabilities for the modes of a model
     alone: what a task makes of it as a probability (perplexities, MC2) holds for those only.
 
-    Attributes:
+    Args:
         lm: from `imae_jax.convert.load_model`.
-        tokenizer: its.
         method: as in `LanguageModel.generate`.
-        batch_size: texts that are generated together, and rows that are scored together.
-        max_length: tokens that a context may have; longer ones lose their beginning.
+        batch_size: texts that are generated together (default: 8), and rows that are scored together
+            (default: by platform).
+        max_length: the most tokens of a context; longer ones lose their beginning. Default: what the model,
+            and a method's second one, were trained for.
         add_bos_token: whether texts begin with BOS; default: as the tokenizer does.
-        seed: of the sampler.
+        seed: seed of the sampler.
         quiet: no progress bars.
+
+    Raises:
+        UserError: a method that the model cannot run, or a setting out of its range.
     """
 
     def __init__(
@@ -82,15 +87,6 @@ class IMAEJaxLM(TemplateLM):
         seed: int = 0,
         quiet: bool = False,
     ):
-        """See the class.
-
-        Args:
-            batch_size: default: 8 texts; rows by platform.
-            max_length: default: the context of the model, or of a second model where that is shorter.
-
-        Raises:
-            UserError: a method that the model cannot run, or a setting out of its range.
-        """
         check_packages()
         super().__init__()
         self.lm, self.tokenizer, self.method = lm, lm.tokenizer, method
@@ -98,7 +94,7 @@ class IMAEJaxLM(TemplateLM):
         self._generated = lm.prepare(method, generating=True)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size {batch_size}: give at least 1")
-        limit = min(config.max_position_embeddings for config in self._scored[0].configs)
+        limit = self._scored[0].max_positions
         if max_length is not None and not 1 <= max_length <= limit:
             raise UserError(f"max length {max_length}: the context of the model is {limit}")
         self.batch_size, self.max_length = batch_size, max_length or limit
@@ -200,8 +196,6 @@ class IMAEJaxLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
-        from tqdm import tqdm
-
         groups = defaultdict(list)
         for i, request in enumerate(requests):
             groups[self._settings(request.args[1])].append(i)
@@ -232,8 +226,6 @@ class IMAEJaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        from tqdm import tqdm
-
         from imae_jax.decode import score
 
         items, groups = [], defaultdict(list)
@@ -358,15 +350,15 @@ def check_packages() -> None:
 def load_tasks(
     names: Sequence[str], include_path: Path | None = None, *, unsafe: bool = False
 ) -> tuple[Any, list[Any]]:
-    """Tasks and groups of the harness with their data.
+    """Tasks, groups and tags of the harness by name, with their data.
 
     Args:
-        names: of tasks, groups or tags.
+        names: names of tasks, groups or tags.
         include_path: directory with further task files.
-        unsafe: allow tasks that run generated code.
+        unsafe: whether tasks may run generated code.
 
     Returns:
-        The harness's `TaskManager`, and what `simple_evaluate` takes as tasks.
+        The harness's `TaskManager`, and the tasks that `simple_evaluate` takes.
 
     Raises:
         UserError: a name that does not exist, data that cannot be loaded, or a task that may not run.

@@ -115,7 +115,7 @@ class Harm(Benchmark):
         lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
         models = [lm.prepare(method, generating=generating)[0] for method in methods.values()]
-        context = min(config.max_position_embeddings for each in models for config in each.configs)
+        context = min(each.max_positions for each in models)
         length = min(args.window, context)
         settings = {
             "data": {"path": str(args.text), "sha256": hashlib.sha256(text.encode()).hexdigest()},

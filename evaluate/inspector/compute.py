@@ -6,12 +6,13 @@ nobody predicts the first token.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from imae_jax.anti_expert import MODES
 from imae_jax.batching import run_by_length
@@ -99,7 +100,7 @@ def inspect(
     excerpts: Sequence[Excerpt],
     *,
     window: int | None = None,
-    progress: Callable[[Sequence], Iterable] = lambda batches: batches,
+    quiet: bool = True,
 ) -> list[Inspection]:
     """Runs all modes over excerpts as rows of one batch.
 
@@ -109,7 +110,7 @@ def inspect(
         lm: with units; stacked layer weights compile faster.
         excerpts: to look at.
         window: in tokens; see `check_window`.
-        progress: wraps the list of batches to show how far it is.
+        quiet: no progress bar.
 
     Raises:
         UserError: a model without units, an excerpt that is too short, or token ids that the model lacks.
@@ -127,14 +128,14 @@ def inspect(
     rows = [(e, row) for e, excerpt in enumerate(excerpts) for row in windows(excerpt.tokens, window)]
     run = functools.partial(_run_modes, lm.model.weights(), lm.config)
     values: list[tuple[np.ndarray, ...]] = [()] * len(rows)
-    for i, arrays in run_by_length(
+    results = run_by_length(
         run,
         [row.tokens for _, row in rows],
         tokens_per_batch=TOKENS_PER_BATCH,
         length_multiple=LENGTH_MULTIPLE,
         mesh=lm.mesh,
-        progress=progress,
-    ):
+    )
+    for i, arrays in tqdm(results, total=len(rows), desc="inspect", unit="window", disable=quiet):
         e, row = rows[i]
         predicting = slice(row.start - 1, len(row.tokens) - 1)
         context = np.arange(row.start, len(row.tokens))
