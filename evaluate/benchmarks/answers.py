@@ -29,6 +29,7 @@ from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.document import facts
 from imae_jax.evaluate.reporting.tables import Estimate, Table, number
 from imae_jax.evaluate.runner.directory import read_records
+from imae_jax.prompts import resolve_format
 
 ANSWERS_FILE = "answers.md"
 # Those with lists of true and of false answers, and a prompt to be continued.
@@ -127,7 +128,7 @@ class Answers(Benchmark):
         from imae_jax.decode import Sampler
 
         protocol = inputs.protocol
-        protocol.check(lm.tokenizer)
+        resolve_format(lm.tokenizer, protocol.format)
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         chat = protocol.format == "chat"
         options = {
