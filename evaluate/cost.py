@@ -28,13 +28,14 @@ from imae_jax.cli import (
 )
 from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
-from imae_jax.evaluate.reporting import plots
-from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.reporting import paper, plots
+from imae_jax.evaluate.reporting.document import FinishedRun, Section
+from imae_jax.evaluate.reporting.tables import Table, number, show, stack
 from imae_jax.evaluate.runner.arguments import parse_methods
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, with_file
 from imae_jax.evaluate.runner.identity import called
 from imae_jax.evaluate.timing import Workload, in_own_process
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_json
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
@@ -85,6 +86,32 @@ def cost_plot(results: Mapping[str, Any]) -> Any:
         for label, (key, scale) in panels.items()
     }
     return plots.bar_panels(series, f"{results['model']}, {results['dtype']}")
+
+
+class Cost:
+    """What this command writes, in a report."""
+
+    title = "cost"
+    note = (
+        "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
+        "× base is against base in the same run and batch size."
+    )
+
+    def read(self, path: Path) -> dict[str, Any]:
+        return with_file(read_json(path / RESULTS_FILE), path / RESULTS_FILE)
+
+    def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
+        """Memory and time of decoding beside the paper's."""
+        memory = "; ".join(dict.fromkeys(run.results["memory"] for run in runs))
+        tables = {}
+        for run in runs:
+            device = run.results["environment"]["versions"]["device"]
+            drawn = ", random weights" if run.results["random_weights"] else ""
+            for table in cost_tables(run.results):
+                tables[f"{table.title}, {device}{drawn}, run {run.number}"] = table
+        pictures = (picture for run in runs for picture in run.pictures())
+        blocks = (self.note.format(memory), stack("Measured", tables), *pictures)
+        return [Section("Cost of decoding", blocks), paper.cost_section()]
 
 
 def with_base(methods: "Mapping[str, Method]") -> "dict[str, Method]":

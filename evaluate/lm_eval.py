@@ -35,7 +35,7 @@ from imae_jax.cli import (
 )
 from imae_jax.distributed import is_main
 from imae_jax.errors import UserError, first_line
-from imae_jax.evaluate.reporting.kinds import HARNESS_COLUMNS, HARNESS_FILE, harness_rows
+from imae_jax.evaluate.reporting.harness import HARNESS_COLUMNS, HARNESS_FILE, harness_rows
 from imae_jax.evaluate.reporting.tables import Table, show
 from imae_jax.files import new_directory
 from imae_jax.prompts import resolve_format

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imae_jax import stats
 from imae_jax.evaluate.reporting import aggregate, plots
-from imae_jax.evaluate.reporting.document import Picture, Section, warning
+from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
-    from imae_jax.evaluate.reporting.kinds import FinishedRun
     from imae_jax.language_model import LanguageModel
 
 
@@ -174,7 +173,7 @@ class Benchmark(abc.ABC):
         """What takes something from the figures' worth."""
         return aggregate.note_undefined(results["methods"])
 
-    def report(self, runs: Sequence["FinishedRun"], others: Sequence["FinishedRun"]) -> list[Section]:
+    def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
         """The part of a report on runs of this benchmark.
 
         Args:
@@ -184,7 +183,7 @@ class Benchmark(abc.ABC):
         sections = [Section(self.title, (self.note,))]
         return [*sections, *(Section(run.label(), self.blocks(run), level=3) for run in runs)]
 
-    def blocks(self, run: "FinishedRun") -> tuple[Table | Picture | str, ...]:
+    def blocks(self, run: FinishedRun) -> tuple[Table | Picture | str, ...]:
         """Tables, warnings and plots of a run in a report."""
         notes = (warning(f"Run {run.number}: {note}.") for note in self.warnings(run.results))
         return (*self.tables(run.results), *notes, *run.pictures())

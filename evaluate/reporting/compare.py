@@ -10,10 +10,18 @@ from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import by_results
 from imae_jax.evaluate.reporting import plots
 from imae_jax.evaluate.reporting.aggregate import comparison_table, sums_of, values_of
+from imae_jax.evaluate.reporting.document import FinishedRun, Section
 from imae_jax.evaluate.reporting.tables import Table
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, markdown, read_records, read_run, write_plots
+from imae_jax.evaluate.runner.directory import (
+    MARKDOWN_FILE,
+    markdown,
+    read_records,
+    read_run,
+    with_file,
+    write_plots,
+)
 from imae_jax.evaluate.runner.identity import differences
-from imae_jax.files import dumps, new_directory
+from imae_jax.files import dumps, new_directory, read_json
 
 COMPARISON_FILE = "comparison.json"
 # What must be equal for items to mean the same.
@@ -159,3 +167,24 @@ def _title(comparison: Mapping[str, Any], subset: str) -> str:
     if comparison["differing"]:
         title += f"; the runs differ in {', '.join(comparison['differing'])}"
     return title
+
+
+class Comparison:
+    """What `evaluate.compare --out` writes, in a report."""
+
+    title = "comparison"
+    note = (
+        "Two runs of evaluations, item by item: the second less the first, with 95 % percentile bootstrap "
+        "intervals of the differences and McNemar's exact test of the first metric."
+    )
+
+    def read(self, path: Path) -> dict[str, Any]:
+        comparison = with_file(read_json(path / COMPARISON_FILE), path / COMPARISON_FILE)
+        return comparison | {"model": " → ".join(dict.fromkeys(comparison["models"]))}
+
+    def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
+        sections = [Section("Comparisons of two runs", (self.note,))]
+        for run in runs:
+            blocks = (*comparison_tables(run.results), *run.pictures())
+            sections.append(Section(f"{run.path}, run {run.number}", blocks, level=3))
+        return sections

@@ -1,10 +1,15 @@
-"""The pieces of a Markdown page: sections of tables, pictures and paragraphs."""
+"""The pieces of a Markdown page, sections of tables, pictures and paragraphs, and the runs that they show."""
 
 import dataclasses
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from imae_jax.evaluate.reporting.tables import Table
+
+# Plots that come last, in this order.
+LAST_PLOTS = ("differences", "categories")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +57,39 @@ def facts(title: str, values: Mapping[str, str]) -> str:
     )
     title = html.escape(title, quote=False)
     return f"<details><summary>{title}</summary>\n<dl>\n{lines}</dl>\n</details>"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run in a report.
+
+    Attributes:
+        number: its number among the report's runs, from 1.
+        path: its directory.
+        kind: what it is a run of: a `Benchmark`, or `Comparison`, `Harness`, `Cost` or `Training`.
+        results: what it holds.
+    """
+
+    number: int
+    path: Path
+    kind: Any
+    results: Mapping[str, Any]
+
+    def label(self) -> str:
+        """The heading of its rows."""
+        return f"{self.results['model']} ({self.results['dtype']}), run {self.number}"
+
+    def pictures(self) -> list[Picture]:
+        """Its plots."""
+
+        def order(path: Path) -> tuple[int, Path]:
+            return max((i + 1 for i, name in enumerate(LAST_PLOTS) if name in path.stem), default=0), path
+
+        return [
+            Picture(
+                f"{self.number}-{path.name}",
+                f"Run {self.number}, {self.results['model']}: {path.stem.replace('-', ' ')}",
+                path.read_bytes(),
+            )
+            for path in sorted(self.path.glob("*.png"), key=order)
+        ]

@@ -10,10 +10,11 @@ from typing import Any
 from imae_jax import __version__
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import by_results
+from imae_jax.evaluate.cost import Cost
 from imae_jax.evaluate.reporting.aggregate import sums_of
-from imae_jax.evaluate.reporting.compare import COMPARISON_FILE
-from imae_jax.evaluate.reporting.document import Picture, Section, facts
-from imae_jax.evaluate.reporting.kinds import HARNESS_FILE, Comparison, Cost, FinishedRun, Harness
+from imae_jax.evaluate.reporting.compare import COMPARISON_FILE, Comparison
+from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, facts
+from imae_jax.evaluate.reporting.harness import HARNESS_FILE, Harness
 from imae_jax.evaluate.reporting.tables import DASH, Table
 from imae_jax.evaluate.reporting.training import CONFIG_FILE, METRICS_FILE, STAGES, Training
 from imae_jax.evaluate.runner.directory import RESULTS_FILE, RUN_FILE, read_run

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imae_jax.errors import UserError
-from imae_jax.evaluate.reporting.document import Picture, Section, warning
-from imae_jax.evaluate.reporting.kinds import FinishedRun
+from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table, number
 from imae_jax.evaluate.runner.directory import with_file
 from imae_jax.files import Journal, read_json
@@ -27,7 +26,7 @@ STAGES = {ADAPTER_STAGES["wrong"]: "anti-expert LLM", ADAPTER_STAGES["right"]: "
 
 
 class Training:
-    """What `imae_jax.train` writes, finished or not.
+    """What `imae_jax.train` writes, finished or not, in a report.
 
     Its results have `stages` (records of metrics and of held-out rows, by the stage's name), `config`,
     `environment` (of every start) and `data` (statistics of the rows; empty where the run is unfinished).
