@@ -13,7 +13,7 @@ from imae_jax.evaluate.reporting.compare import (
     write_comparison,
 )
 from imae_jax.evaluate.reporting.tables import show
-from imae_jax.evaluate.runner.identity import called, environment
+from imae_jax.evaluate.runner.identity import command_line, environment
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
     for subset in missing_subsets(comparison):
         logger.warning("no item of both runs is among %s", subset)
-    comparison |= {"command": called(parser.prog, argv), **environment()}
+    comparison |= {"command": command_line(parser.prog, argv), **environment()}
     if args.out is not None:
         write_comparison(comparison, args.out, overwrite=args.overwrite)
     show(comparison_tables(comparison))

@@ -33,7 +33,7 @@ from imae_jax.evaluate.reporting.document import FinishedRun, Section
 from imae_jax.evaluate.reporting.tables import Table, number, show, stack
 from imae_jax.evaluate.runner.arguments import parse_methods
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, with_file
-from imae_jax.evaluate.runner.identity import called
+from imae_jax.evaluate.runner.identity import command_line
 from imae_jax.evaluate.timing import Workload, in_own_process
 from imae_jax.files import new_directory, read_json
 
@@ -135,10 +135,10 @@ def measure_all(
     """Measures every method at every batch size, each in a process of its own.
 
     Args:
-        source: of the model.
-        methods: by label; see `with_base`.
-        workloads: which differ in their batch size alone.
-        profile: an existing directory for traces, or None.
+        source: source of the model.
+        methods: methods by label; see `with_base`.
+        workloads: workloads that differ in their batch size alone.
+        profile: existing directory for traces, or None.
         quiet: no progress bar.
 
     Returns:
@@ -169,12 +169,12 @@ def measure_all(
 
 def add_cost_arguments(parser: ArgumentParser, *, batch_sizes: str) -> None:
     """What measurements of decoding share."""
-    parser.add_argument("--batch-sizes", default=batch_sizes, help="with commas between them")
+    parser.add_argument("--batch-sizes", default=batch_sizes, help="comma-separated numbers of rows")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=32, help="tokens of every prompt")
     parser.add_argument(
         "--new-tokens", type=at_least(2), default=64, help="tokens to generate for every prompt"
     )
-    parser.add_argument("--repeats", type=at_least(1), default=5, help="runs; figures are medians")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="runs; figures are their medians")
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in (args.out, args.profile)
         )
         figures = measure_all(source, methods, workloads, profile=profile, quiet=args.quiet)
-        results = {"command": called(parser.prog, argv), **figures}
+        results = {"command": command_line(parser.prog, argv), **figures}
         tables = cost_tables(results)
         for directory in filter(None, (out, profile)):
             (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")

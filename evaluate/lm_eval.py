@@ -62,8 +62,8 @@ class IMAEJaxLM(TemplateLM):
     alone: what a task makes of it as a probability (perplexities, MC2) holds for those only.
 
     Args:
-        lm: from `imae_jax.convert.load_model`.
-        method: as in `LanguageModel.generate`.
+        lm: model of `imae_jax.convert.load_model`.
+        method: mode or decoding method, as in `LanguageModel.generate`.
         batch_size: texts that are generated together (default: 8), and rows that are scored together
             (default: by platform).
         max_length: the most tokens of a context; longer ones lose their beginning. Default: what the model,
@@ -111,7 +111,7 @@ class IMAEJaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Of requests that the harness caches: they hold what the chat template made of a task."""
+        """Name of the harness's cache of requests, which hold what the chat template made of a task."""
         name = self.lm.base.reference
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
         return f"{Path(name).name}-{template[:16]}"
@@ -465,13 +465,13 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--include-path", type=Path, help="directory with further task files")
     parser.add_argument("--limit", type=at_least(1), help="use the first N documents of every task")
     parser.add_argument("--num-fewshot", type=at_least(0), help="examples in a prompt (default: the task's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="texts generated and rows scored together")
+    parser.add_argument("--batch-size", type=at_least(1), help="texts generated, or rows scored, together")
     parser.add_argument("--max-length", type=int, help="cut contexts to N tokens (default: the model's)")
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as chats")
-    parser.add_argument("--gen-kwargs", help="key=value,… over a task's generation settings")
+    parser.add_argument("--gen-kwargs", help="key=value,… to override generation settings of the tasks")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
-    parser.add_argument("--log-samples", action="store_true", help="write every request and answer as well")
-    parser.add_argument("--cache-requests", action="store_true", help="keep tasks' prompts for the next run")
+    parser.add_argument("--log-samples", action="store_true", help="also write every request and answer")
+    parser.add_argument("--cache-requests", action="store_true", help="keep all prompts for the next run")
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run generated code"
     )

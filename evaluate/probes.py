@@ -106,7 +106,7 @@ def find_directions(
         heads: float32 [n, L, N, H] of answers.
         labels: bool [n], is the answer true?
         question_of: int [n], number of each answer's question: probes are validated on other questions.
-        seed: of the split.
+        seed: seed of the split.
     """
     n, L, N, H = heads.shape
     questions = np.random.default_rng(seed).permutation(np.unique(question_of))

@@ -58,7 +58,7 @@ class MemoryMeter:
         self._before: int | None = None
 
     def start(self) -> None:
-        """To be called when all is loaded and compiled, and nothing is decoding."""
+        """Begins to measure: all is loaded and compiled by now, and nothing is decoding."""
         # Garbage, and freed memory that the C library keeps, would be filled before the process grows.
         gc.collect()
         with suppress(OSError, AttributeError):
@@ -68,7 +68,7 @@ class MemoryMeter:
             self._before = _resident_bytes("VmRSS")
 
     def peak_bytes(self, weight_bytes: int, device: Any = None) -> int | None:
-        """With the weights; None where the system does not tell.
+        """Peak memory in bytes, weights included; None where the system does not tell.
 
         Args:
             weight_bytes: bytes of all weights in memory.

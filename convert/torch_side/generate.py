@@ -21,7 +21,7 @@ def generate(model, *args, beta=1.0, alpha=0.1, anti_strength=1.0, renormalize=F
 
     Args:
         model: an IMAE model; the mode that it is set to does not matter.
-        args, kwargs: of `generate`.
+        args, kwargs: arguments of transformers' `generate`.
         beta: weight of the base term.
         alpha: tokens whose probability in base mode is below `alpha` times the largest one get -inf; 0 keeps
             all.

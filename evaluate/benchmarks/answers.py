@@ -107,7 +107,7 @@ class Answers(Benchmark):
 
     def add_arguments(self, parser):
         add_data_arguments(parser, SUPPORTED)
-        parser.add_argument("--max-new-tokens", type=at_least(1), default=50)
+        parser.add_argument("--max-new-tokens", type=at_least(1), default=50, help="default: 50")
         add_sampling_arguments(parser)
         parser.add_argument("--sampling-seed", type=int, default=0, help="seed of sampling")
         parser.add_argument(
@@ -237,7 +237,7 @@ def answers_page(title: str, records: Sequence[Mapping[str, Any]], count: int) -
     Args:
         title: heading of the page.
         records: records of the run.
-        count: how many questions.
+        count: number of questions.
     """
     page = [f"# {title}\n\nBehind each answer: ROUGE-1 diff × 100, and what is odd about it.\n"]
     for i, answers in enumerate(by_question(records)[:count], 1):

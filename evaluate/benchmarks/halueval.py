@@ -40,7 +40,7 @@ def preferences(right: float, hallucinated: float, tokens: tuple[int, int]) -> d
 
     Args:
         right, hallucinated: summed scores.
-        tokens: how many the right and the hallucinated answer have.
+        tokens: token counts of the right and of the hallucinated answer.
     """
     if not (math.isfinite(right) and math.isfinite(hallucinated)):
         return dict.fromkeys(HEADS, math.nan)

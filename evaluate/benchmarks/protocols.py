@@ -45,12 +45,12 @@ class Protocol:
     """How a question becomes a prompt, and what is measured.
 
     Attributes:
-        name: with version; any change of what follows gets a new one.
+        name: name with its version; any change of what follows gets a new one.
         format: `plain` or `chat` (the whole plain text as the user's message).
-        form: which answers are scored; see `questions.load_data`.
-        metrics: of `METRICS`.
-        num_questions: of the whole data set.
-        data_sha256: of the CSV as `Data.sha256`, or None where none is pinned.
+        form: form of the answers that are scored; see `questions.load_data`.
+        metrics: names of metrics, from `METRICS`.
+        num_questions: number of questions of the whole data set.
+        data_sha256: hash of the CSV as `Data.sha256`, or None where none is pinned.
         instruction: whether the instruction line comes before the six pairs.
         ties_win: whether MC1 counts a tie for the best answer, as the first of equals.
     """
@@ -143,7 +143,7 @@ class Primer:
 
     Attributes:
         text: instruction and demonstrations, ending in a blank line.
-        source: where it was read from.
+        source: file or package that it was read from.
         name: `standard` where its hash is the pinned one, `demo` for the shipped one, else `custom`.
     """
 

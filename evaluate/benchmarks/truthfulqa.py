@@ -95,8 +95,8 @@ class Inputs:
     """A protocol with its data.
 
     Attributes:
-        protocol, data, primer: what is asked, and how.
-        settings: what identifies data and primer, for `run.json` and `results.json`.
+        protocol, data, primer: the questions, and how they are asked.
+        settings: identity of data and primer, for `run.json` and `results.json`.
     """
 
     protocol: Protocol

@@ -32,13 +32,13 @@ TOKENS_PER_BATCH, LENGTH_MULTIPLE, POSITIONS_PER_PROJECTION = 2048, 64, 128
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-    """A text to look at.
+    """A text to inspect.
 
     Attributes:
-        title: its heading on the page.
-        tokens: at least two.
-        start: number of the prompt's tokens; None for a text that is no prompt with an answer.
-        fact: one bool an answer token: is it in T_fact? None where that is not known.
+        title: heading of the text on the page.
+        tokens: token ids, at least two.
+        start: number of tokens of the prompt; None for a text that is no prompt with an answer.
+        fact: whether a token is in T_fact, for every token of the answer; None where that is not known.
     """
 
     title: str
@@ -67,10 +67,10 @@ class Inspection:
 
     Attributes:
         gates: float32 [M, L, T].
-        log_probs: float32 [M, T], of the token.
-        top_tokens: int32 [M, T, K], the most likely tokens instead of it.
-        top_log_probs: float32 [M, T, K], theirs.
-        context: int [T], how many tokens before it the model saw.
+        log_probs: float32 [M, T], log-probabilities of the tokens, in nats.
+        top_tokens: int32 [M, T, K], the most likely tokens in their place.
+        top_log_probs: float32 [M, T, K], log-probabilities of the most likely tokens.
+        context: int [T], number of tokens before the token that the model saw.
     """
 
     gates: np.ndarray
@@ -107,9 +107,9 @@ def inspect(
     An excerpt that is longer than the window is run in windows that overlap by half (`decode.windows`).
 
     Args:
-        lm: with units; stacked layer weights compile faster.
-        excerpts: to look at.
-        window: in tokens; see `check_window`.
+        lm: model with units; stacked layer weights compile faster.
+        excerpts: texts to inspect.
+        window: tokens of a window; see `check_window`.
         quiet: no progress bar.
 
     Raises:

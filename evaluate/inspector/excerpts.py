@@ -65,8 +65,8 @@ def encode_texts(
     """Tokens of what `read_texts` returns.
 
     Args:
-        lm: whose tokenizer is used.
-        texts: to encode.
+        lm: model whose tokenizer is used.
+        texts: titles, prompts and answers.
         format: `raw` takes prompt and answer as they are; `plain` and `chat` frame them as in training,
             the end of turn included.
     """

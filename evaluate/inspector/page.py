@@ -67,10 +67,10 @@ def render_page(
 
     Args:
         tokenizer: tokenizer of the model.
-        excerpts: what was looked at.
-        inspections: from `inspect`.
-        model: name for the heading.
-        settings: what the page says about how it was made, as text by name.
+        excerpts: inspected texts.
+        inspections: results of `inspect`, one for each excerpt.
+        model: name of the model, for the heading.
+        settings: facts on how the page was made, as text by name.
     """
     ids = {int(i) for x in inspections for i in np.unique(x.top_tokens)}
     ids = sorted(ids.union(*(excerpt.tokens for excerpt in excerpts)))

@@ -18,8 +18,8 @@ class Picture:
 
     Attributes:
         name: name of the file.
-        caption: one line.
-        png: its bytes.
+        caption: caption, one line.
+        png: contents of the file.
     """
 
     name: str
@@ -64,10 +64,10 @@ class FinishedRun:
     """A run in a report.
 
     Attributes:
-        number: its number among the report's runs, from 1.
-        path: its directory.
-        kind: what it is a run of: a `Benchmark`, or `Comparison`, `Harness`, `Cost` or `Training`.
-        results: what it holds.
+        number: number among the runs of the report, from 1.
+        path: directory of the run.
+        kind: a `Benchmark`, or `Comparison`, `Harness`, `Cost` or `Training`.
+        results: contents of `results.json`, or what `kind.read` made of the directory.
     """
 
     number: int
@@ -76,11 +76,11 @@ class FinishedRun:
     results: Mapping[str, Any]
 
     def label(self) -> str:
-        """The heading of its rows."""
+        """The heading of the run's rows in tables."""
         return f"{self.results['model']} ({self.results['dtype']}), run {self.number}"
 
     def pictures(self) -> list[Picture]:
-        """Its plots."""
+        """The plots of the run."""
 
         def order(path: Path) -> tuple[int, Path]:
             return max((i + 1 for i, name in enumerate(LAST_PLOTS) if name in path.stem), default=0), path

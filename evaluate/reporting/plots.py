@@ -23,10 +23,10 @@ def of_methods(
     """The plots of a run by name: scores, categories and differences, where there are any.
 
     Args:
-        title: one line.
-        methods: summaries by label, from `aggregate.summarize`.
-        heads: names of the metrics.
-        baseline: the method that others are compared to.
+        title: title of all plots, one line.
+        methods: summaries of `aggregate.summarize`, by label of the method.
+        heads: names of the metrics to show, by metric.
+        baseline: label of the method that others are compared to.
     """
     compared = against_baseline(methods)
     figures = {"scores": bars(title, methods, heads, "score × 100, 95 % interval")}
@@ -133,7 +133,7 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
     """Horizontal bars: a panel for each quantity, a colour for each series, a row for each name.
 
     Args:
-        panels: by label of the x axis, by series, by name.
+        panels: values by label of the x axis, by series, by name.
         title: title of the figure.
     """
     series = next(iter(panels.values()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from imae_jax import __version__
 from imae_jax.errors import UserError
-from imae_jax.evaluate.benchmarks import by_results
+from imae_jax.evaluate.benchmarks import benchmark_named
 from imae_jax.evaluate.cost import Cost
 from imae_jax.evaluate.reporting.aggregate import sums_of
 from imae_jax.evaluate.reporting.compare import COMPARISON_FILE, Comparison
@@ -68,7 +68,7 @@ def read_evaluation(path: Path) -> tuple[Any, Mapping[str, Any]]:
     if file.is_file() and "batch_sizes" in read_json(file):
         return COST, COST.read(path)
     results = read_run(path)
-    benchmark = by_results(results["benchmark"])
+    benchmark = benchmark_named(results["benchmark"])
     if benchmark is None:
         raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: remove it")
     unknown = [metric for metric in results.get("metrics", ()) if metric not in benchmark.heads]
