@@ -23,5 +23,5 @@ def get_benchmark(name: str) -> Benchmark:
 
 
 def benchmark_named(name: str) -> Benchmark | None:
-    """The benchmark of the name that results have in their field `benchmark`; None where it does not exist."""
+    """The benchmark whose name results have in their field `benchmark`; None where it does not exist."""
     return next((each for each in benchmarks().values() if each.name == name), None)
