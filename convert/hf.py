@@ -47,8 +47,8 @@ class TensorSource(Protocol):
     """Tensors under HuggingFace's names and in its layout, read one at a time.
 
     Attributes:
-        location: for errors.
-        dtype: that a model of these tensors has.
+        location: place of the tensors, for errors.
+        dtype: dtype of a model of these tensors.
         shapes, dtypes: shapes and dtypes of every tensor.
     """
 
@@ -70,7 +70,7 @@ class SafetensorsSource(TensorFiles):
     """The safetensors files of a directory, single or sharded, one of them memory-mapped at a time.
 
     Attributes:
-        files: in which file every tensor is.
+        files: file of every tensor, by name.
 
     Raises:
         UserError: names a shard that is missing or damaged, an index that leaves the directory, or a
@@ -148,7 +148,7 @@ class WeightsSource:
 
     Args:
         weights, config: weights and configuration of the model.
-        rows: which weights.
+        rows: weights to read.
     """
 
     location = "the model"
@@ -172,9 +172,9 @@ class SelectedSource:
 
     Args:
         source: source of the tensors in `rows`.
-        rows: which of them.
-        num_layers: how many of the lowest layers.
-        dtype: to read them in; default: their own.
+        rows: weights to read.
+        num_layers: number of lowest layers.
+        dtype: dtype of the arrays; default: that of the tensors.
         more: another selection, whose tensors are taken as they are.
     """
 
@@ -264,7 +264,7 @@ def load_llama(
         stacked: see `Llama`.
         dtype: dtype of the base; default: the checkpoint's own.
         mesh: device mesh to shard over; default: the default device.
-        num_source_layers: how many layers the source has, where `config` takes the lowest ones only.
+        num_source_layers: number of layers of the source, where `config` takes the lowest ones only.
 
     Raises:
         UserError: lists every missing, unexpected and wrongly shaped tensor.
@@ -311,9 +311,9 @@ def fill(abstract: nnx.Module, rows: Mapping[str, tuple[Row, Blocks]], mesh: jax
     Every tensor is read once.
 
     Args:
-        abstract: from `nnx.eval_shape`.
+        abstract: model of `nnx.eval_shape`.
         rows: row and source of every parameter, by its path without layer numbers.
-        mesh: to shard over.
+        mesh: devices to shard over.
     """
     graphdef, state = nnx.split(abstract)
     leaves = []
@@ -489,12 +489,12 @@ def write_config(
     """Writes all of a HuggingFace directory but the weights.
 
     Args:
-        directory: to write into.
+        directory: directory to write into.
         hf: the model's part of `config.json`.
         dtype: dtype of the weights.
         tokenizer: tokenizer of the model.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
-        generation_config: what else `generation_config.json` holds: how transformers samples by default.
+        generation_config: further fields of `generation_config.json`, by which transformers samples.
     """
     write_tokenizer(tokenizer, directory)
     eos = list(eos_token_ids)

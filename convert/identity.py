@@ -1,4 +1,4 @@
-"""Whose weights these are: a digest over every tensor that is read, made while it is read.
+"""The fingerprint of weights: a digest over every tensor that is read, made while it is read.
 
 It covers names, types as stored, shapes and contents, so that it is the same however tensors are spread over
 files, and whatever lies beside them; for a base its config as well, since the same tensors compute something
@@ -34,7 +34,7 @@ class TensorFiles(abc.ABC):
     look the same.
 
     Attributes:
-        location, dtype, shapes, dtypes: as of `hf.TensorSource`.
+        location, dtype, shapes, dtypes: as in `hf.TensorSource`.
     """
 
     location: str

@@ -64,8 +64,8 @@ class Reference:
 
     Attributes:
         name: without the suffix `#layers=N`.
-        num_layers: that N; None without the suffix.
-        path: where the model lies on this machine; None for built-in models and those on the hub.
+        num_layers: N of the suffix; None without it.
+        path: place of the model on this machine; None for built-in models and those on the hub.
     """
 
     name: str
@@ -110,10 +110,10 @@ class OpenedModel:
     Attributes:
         config: configuration of the base.
         source: the base's tensors.
-        num_source_layers: how many layers `source` has, where `config` has the lowest ones only.
+        num_source_layers: number of layers of `source`, where `config` has the lowest ones only.
         base: where the base came from; its dtype is that of the files, or that an IMAE directory asks for.
             Its fingerprint is None: see `identified`.
-        directory: with the tokenizer, None for GGUF files.
+        directory: directory of the tokenizer, None for GGUF files.
         anti_expert, unit_source: sizes and tensors of the units, both or neither.
         imae: contents of `imae_config.json`; None without units.
         is_export: whether the files are those that `convert export` wrote of an IMAE model.
@@ -234,7 +234,7 @@ def load_model(
     """Loads a model by any reference that this module's docstring lists.
 
     Args:
-        reference: what to load.
+        reference: reference of the model.
         dtype: `float32`, `bfloat16` or `float16` for the base; default: the checkpoint's own
             (float32 for GGUF).
         stacked: layer weights as stacks for training; see `Llama`.
@@ -325,7 +325,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     """Opens a model's files without reading its tensors.
 
     Args:
-        reference: as of `load_model`, but no adapter.
+        reference: reference as for `load_model`, but no adapter.
         revision, base: see `load_model`.
 
     Raises:
@@ -430,7 +430,7 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     among `PUBLISHED_SIZES`.
 
     Args:
-        reference: as of `load_model`, but neither an IMAE directory nor an adapter.
+        reference: reference as for `load_model`, but neither an IMAE directory nor an adapter.
         revision: branch, tag or commit of a hub model.
 
     Returns:

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from imae_jax.cli import ArgumentParser, command, lock_outputs
-from imae_jax.errors import UserError
+from imae_jax.cli import ArgumentParser, at_least, command, lock_outputs
 from imae_jax.evaluate.reporting.compare import (
     compare_runs,
     comparison_tables,
@@ -14,7 +13,7 @@ from imae_jax.evaluate.reporting.compare import (
     write_comparison,
 )
 from imae_jax.evaluate.reporting.tables import show
-from imae_jax.evaluate.runner.identity import called, environment
+from imae_jax.evaluate.runner.identity import command_line, environment
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="methods to compare; may be given repeatedly (default: all that both have)",
     )
     parser.add_argument("--anyway", action="store_true", help="also runs of different protocols or data")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the bootstrap")
     parser.add_argument("--out", type=Path, help="directory to write, too")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give at least 0")
     lock_outputs(args.out)
     comparison = compare_runs(*args.runs, args.pair, anyway=args.anyway, seed=args.seed)
     for subset in missing_subsets(comparison):
         logger.warning("no item of both runs is among %s", subset)
-    comparison |= {"command": called(parser.prog, argv), **environment()}
+    comparison |= {"command": command_line(parser.prog, argv), **environment()}
     if args.out is not None:
         write_comparison(comparison, args.out, overwrite=args.overwrite)
     show(comparison_tables(comparison))

@@ -243,7 +243,7 @@ def test_controls_in_reports_and_on_neutral_text(controlled, tiny_imae, tmp_path
     [
         ("base,sled", ["--controls"], ["sled", "direction"]),
         ("expert,1", ["--controls"], ["add base"]),
-        ("base,expert", ["--controls", "-1"], ["--controls -1"]),
+        ("base,expert", ["--controls", "-1"], ["--controls", "-1"]),
         ("base,expert", ["--placebo", "expert=1"], ["--controls"]),
         ("base,expert", ["--controls", "--placebo", "dola=1"], ["--placebo dola=1", "LABEL=METHOD"]),
         ("base,expert", ["--controls", "--placebo", "expert=1", "--placebo", "expert=2"], ["given twice"]),

@@ -337,7 +337,7 @@ def test_runs_that_do_not_go_together_are_refused(scored, other, capfd):
         compare_runs(scored[1], other)
     assert compare_runs(scored[1], other, anyway=True)["differing"].keys() == {"protocol"}
     assert compare([str(scored[1]), str(other), "--anyway", "--seed", "-1"]) == 2
-    assert "--seed -1" in capfd.readouterr().err
+    assert "--seed: give at least 0, not -1" in capfd.readouterr().err
     with user_error("no method 'dola'"):
         compare_runs(scored[1], scored[1], [("base", "dola")])
     (other / "results.json").write_text(json.dumps(results | {"benchmark": "halueval"}))

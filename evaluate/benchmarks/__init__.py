@@ -22,6 +22,6 @@ def get_benchmark(name: str) -> Benchmark:
     return known[name]
 
 
-def by_results(name: str) -> Benchmark | None:
-    """The benchmark that results name in their field `benchmark`; None where it does not exist."""
+def benchmark_named(name: str) -> Benchmark | None:
+    """The benchmark whose name results have in their field `benchmark`; None where it does not exist."""
     return next((each for each in benchmarks().values() if each.name == name), None)

@@ -7,13 +7,21 @@ from typing import Any
 
 from imae_jax import stats
 from imae_jax.errors import UserError
-from imae_jax.evaluate.benchmarks import by_results
+from imae_jax.evaluate.benchmarks import benchmark_named
 from imae_jax.evaluate.reporting import plots
 from imae_jax.evaluate.reporting.aggregate import comparison_table, sums_of, values_of
+from imae_jax.evaluate.reporting.document import FinishedRun, Section
 from imae_jax.evaluate.reporting.tables import Table
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, markdown, read_records, read_run, write_plots
+from imae_jax.evaluate.runner.directory import (
+    MARKDOWN_FILE,
+    markdown,
+    read_records,
+    read_run,
+    with_file,
+    write_plots,
+)
 from imae_jax.evaluate.runner.identity import differences
-from imae_jax.files import dumps, new_directory
+from imae_jax.files import dumps, new_directory, read_json
 
 COMPARISON_FILE = "comparison.json"
 # What must be equal for items to mean the same.
@@ -42,7 +50,7 @@ def compare_runs(
         UserError: the runs do not go together, or have no item in common.
     """
     a, b = read_run(path_a), read_run(path_b)
-    benchmark = by_results(a["benchmark"])
+    benchmark = benchmark_named(a["benchmark"])
     if a["benchmark"] != b["benchmark"] or benchmark is None or not benchmark.heads:
         raise UserError(f"{path_a} is of {a['benchmark']}, {path_b} of {b['benchmark']}: nothing to compare")
     differing = [d for d in differences(a, b) if d[0] in MUST_AGREE]
@@ -133,7 +141,7 @@ def comparison_plots(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 def missing_subsets(comparison: Mapping[str, Any]) -> list[str]:
     """Titles of the subsets that no item of both runs is in."""
-    subsets = by_results(comparison["benchmark"]).subsets
+    subsets = benchmark_named(comparison["benchmark"]).subsets
     return [title for name, title in subsets.items() if name not in comparison["parts"]]
 
 
@@ -147,15 +155,36 @@ def write_comparison(comparison: Mapping[str, Any], out: Path, *, overwrite: boo
 
 
 def _heads(comparison: Mapping[str, Any]) -> dict[str, str]:
-    heads = by_results(comparison["benchmark"]).heads
+    heads = benchmark_named(comparison["benchmark"]).heads
     return {metric: heads[metric] for metric in comparison["metrics"]}
 
 
 def _title(comparison: Mapping[str, Any], subset: str) -> str:
     first, second = comparison["runs"]
-    subsets = by_results(comparison["benchmark"]).subsets
+    subsets = benchmark_named(comparison["benchmark"]).subsets
     items = subsets[subset] if len(comparison["parts"]) > 1 else "questions"
     title = f"{second} less {first}, on {items} that both have; {comparison['protocols'][0]}"
     if comparison["differing"]:
         title += f"; the runs differ in {', '.join(comparison['differing'])}"
     return title
+
+
+class Comparison:
+    """What `evaluate.compare --out` writes, in a report."""
+
+    title = "comparison"
+    note = (
+        "Two runs of evaluations, item by item: the second less the first, with 95 % percentile bootstrap "
+        "intervals of the differences and McNemar's exact test of the first metric."
+    )
+
+    def read(self, path: Path) -> dict[str, Any]:
+        comparison = with_file(read_json(path / COMPARISON_FILE), path / COMPARISON_FILE)
+        return comparison | {"model": " → ".join(dict.fromkeys(comparison["models"]))}
+
+    def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
+        sections = [Section("Comparisons of two runs", (self.note,))]
+        for run in runs:
+            blocks = (*comparison_tables(run.results), *run.pictures())
+            sections.append(Section(f"{run.path}, run {run.number}", blocks, level=3))
+        return sections

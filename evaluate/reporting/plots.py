@@ -23,10 +23,10 @@ def of_methods(
     """The plots of a run by name: scores, categories and differences, where there are any.
 
     Args:
-        title: one line.
-        methods: summaries by label, from `aggregate.summarize`.
-        heads: names of the metrics.
-        baseline: the method that others are compared to.
+        title: title of all plots, one line.
+        methods: summaries of `aggregate.summarize`, by label of the method.
+        heads: names of the metrics to show, by metric.
+        baseline: label of the method that others are compared to.
     """
     compared = against_baseline(methods)
     figures = {"scores": bars(title, methods, heads, "score × 100, 95 % interval")}
@@ -165,7 +165,7 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
     """Horizontal bars: a panel for each quantity, a colour for each series, a row for each name.
 
     Args:
-        panels: by label of the x axis, by series, by name.
+        panels: values by label of the x axis, by series, by name.
         title: title of the figure.
     """
     series = next(iter(panels.values()))
@@ -186,14 +186,9 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
             axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.set_xlabel(label)
         axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
-    figure.suptitle(title, fontsize=9)
-    if len(series) > 1:
-        handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    return _finish(figure, title, len(series) if len(series) > 1 else 0)
 
 
 def _figure(width: float, height: float) -> "Figure":

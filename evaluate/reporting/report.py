@@ -9,11 +9,12 @@ from typing import Any
 
 from imae_jax import __version__
 from imae_jax.errors import UserError
-from imae_jax.evaluate.benchmarks import by_results
+from imae_jax.evaluate.benchmarks import benchmark_named
+from imae_jax.evaluate.cost import Cost
 from imae_jax.evaluate.reporting.aggregate import sums_of
-from imae_jax.evaluate.reporting.compare import COMPARISON_FILE
-from imae_jax.evaluate.reporting.document import Picture, Section, facts
-from imae_jax.evaluate.reporting.kinds import HARNESS_FILE, Comparison, Cost, FinishedRun, Harness
+from imae_jax.evaluate.reporting.compare import COMPARISON_FILE, Comparison
+from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, facts
+from imae_jax.evaluate.reporting.harness import HARNESS_FILE, Harness
 from imae_jax.evaluate.reporting.tables import DASH, Table
 from imae_jax.evaluate.reporting.training import CONFIG_FILE, METRICS_FILE, STAGES, Training
 from imae_jax.evaluate.runner.directory import RESULTS_FILE, RUN_FILE, read_run
@@ -23,6 +24,15 @@ REPORT_FILE = "report.md"
 HARNESS, COMPARISON, COST, TRAINING = Harness(), Comparison(), Cost(), Training()
 # Kinds that come behind the benchmarks, in this order.
 LAST = (HARNESS, COMPARISON, COST, TRAINING)
+# What a run is recognized by, the first that is there; None: `read_evaluation` tells its kind.
+FILES = {
+    RESULTS_FILE: None,
+    COMPARISON_FILE: COMPARISON,
+    HARNESS_FILE: HARNESS,
+    **{str(Path(stage, METRICS_FILE)): TRAINING for stage in reversed(STAGES)},
+    RUN_FILE: None,
+    CONFIG_FILE: TRAINING,
+}
 # Result fields left out of the provenance section: tables show them, or they are too long.
 SHOWN_ELSEWHERE = ("methods", "controls", "parts", "length", "batch_sizes", "benchmark", "rows", "stages")
 SHOWN_ELSEWHERE += ("environment",)
@@ -30,10 +40,7 @@ LONGEST_LIST = 12
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """Runs of any kind.
-
-    Args:
-        paths: output directories of `imae_jax.train` and of evaluations.
+    """Runs of any kind, from output directories of `imae_jax.train` and of evaluations.
 
     Raises:
         UserError: a directory is no run, an evaluation is unfinished, a file is damaged, or two are the same
@@ -41,41 +48,28 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     """
     runs, seen = [], {}
     for number, path in enumerate(paths, 1):
-        evaluations = [path / name for name in (RESULTS_FILE, COMPARISON_FILE, HARNESS_FILE)]
-        files = [*evaluations, *(path / stage / METRICS_FILE for stage in STAGES)]
-        file = next(filter(Path.is_file, files), None)
-        if file is None and not (path / RUN_FILE).is_file() and not (path / CONFIG_FILE).is_file():
-            names = ", ".join(known.name for known in files[:4])
-            state = f"holds none of {names}" if path.exists() else "does not exist"
+        name = next((name for name in FILES if (path / name).is_file()), None)
+        if name is None:
+            state = f"holds none of {', '.join([*FILES][:4])}" if path.exists() else "does not exist"
             raise UserError(f"{path} {state}: give output directories of imae_jax.train or imae_jax.evaluate")
-        if file is not None:
-            # A copy of a run is the same run, too.
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            if digest in seen:
-                raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
-            seen[digest] = path
-        kind, results = read_results(path, file)
+        # A copy of a run is the same run, too.
+        digest = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        if digest in seen:
+            raise UserError(f"{path} is the same run as {seen[digest]}: name it once")
+        seen[digest] = path
+        kind = FILES[name]
+        kind, results = (kind, kind.read(path)) if kind else read_evaluation(path)
         runs.append(FinishedRun(number, path, kind, results))
     return runs
 
 
-def read_results(path: Path, file: Path | None) -> tuple[Any, Mapping[str, Any]]:
-    """The kind of a run and what it holds.
-
-    Args:
-        path: its directory.
-        file: the file by which it is recognized, where it has one.
-    """
-    name = file.name if file else ""
-    if name in (COMPARISON_FILE, HARNESS_FILE):
-        kind = COMPARISON if name == COMPARISON_FILE else HARNESS
-        return kind, kind.read(path)
-    if name == RESULTS_FILE and "batch_sizes" in read_json(path / RESULTS_FILE):
+def read_evaluation(path: Path) -> tuple[Any, Mapping[str, Any]]:
+    """A finished run of a benchmark or of `cost`: its kind and its results."""
+    file = path / RESULTS_FILE
+    if file.is_file() and "batch_sizes" in read_json(file):
         return COST, COST.read(path)
-    if name != RESULTS_FILE and not (path / RUN_FILE).is_file():
-        return TRAINING, TRAINING.read(path)
     results = read_run(path)
-    benchmark = by_results(results["benchmark"])
+    benchmark = benchmark_named(results["benchmark"])
     if benchmark is None:
         raise UserError(f"{path} is a run of {results['benchmark']}, which reports do not know: remove it")
     unknown = [metric for metric in results.get("metrics", ()) if metric not in benchmark.heads]
@@ -154,15 +148,7 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
-    """Writes `report.md` and its plots for training and evaluation runs.
-
-    Args:
-        paths: output directories of `imae_jax.train` and of evaluations.
-        out: an existing, empty directory.
-
-    Raises:
-        UserError: see `read_runs`.
-    """
+    """Writes `report.md` on runs, as `read_runs` takes them, and its plots into an existing directory."""
     sections = report_sections(read_runs(paths))
     lead = f"{len(paths)} run{'s' * (len(paths) > 1)}, gathered by imae_jax {__version__}."
     text = "\n".join([f"# Report\n\n{lead}\n", *(section.markdown() for section in sections)])

@@ -65,8 +65,6 @@ def with_controls(
         if args.placebo or args.twin:
             raise UserError("--placebo and --twin go together with --controls: pass it, too")
         return dict(methods), {}
-    if args.controls < 0:
-        raise UserError(f"--controls {args.controls}: give a number of random directions from 0 on")
     directed = {label: method.flipped() for label, method in methods.items() if method.flipped()}
     if not directed:
         raise UserError(f"--controls: none of {', '.join(methods)} acts along a direction: leave it out")

@@ -32,14 +32,14 @@ class Run:
     """The directory of a run, new or resumed.
 
     Attributes:
-        records: the records of `scores.jsonl` by (method, index).
-        resumed: how many were there before.
+        records: records of `scores.jsonl` by (method, index).
+        resumed: number of records that were there before.
 
     Args:
-        out: the directory.
-        settings: what the scores depend on.
-        resume: resume the run that is there.
-        overwrite: replace what is there.
+        out: directory of the run.
+        settings: everything that the scores depend on.
+        resume: whether to resume the run in the directory.
+        overwrite: whether to replace a run in the directory.
 
     Raises:
         UserError: OUT may not be replaced, belongs to other settings, or holds a damaged record.
@@ -93,9 +93,9 @@ class Run:
         """Writes everything that a finished run has, `results.json` last.
 
         Args:
-            results: for `results.json`.
-            texts: contents of text files by name.
-            plots: matplotlib figures by the name of their files.
+            results: contents of `results.json`.
+            texts: contents of text files, by name.
+            plots: matplotlib figures, by name of the file without its ending.
         """
         if is_main():
             for name, text in texts.items():

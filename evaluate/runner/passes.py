@@ -29,7 +29,7 @@ class Pass:
     """Methods whose outputs are computed together.
 
     Attributes:
-        models: what the method runs on.
+        models: weights and configs that the method runs on.
         method: one method, or a `Joint` of those that share streams.
         labels: names of the methods, in the order of the `Joint`'s.
         items: numbers of the items that the pass is for.

@@ -32,11 +32,6 @@ LONGEST_LABEL = 40  # characters
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) -> None:
     """Evaluates methods, writes the run's directory and shows its tables.
 
-    Args:
-        benchmark: what to run.
-        args: its command's arguments.
-        command: the command line, for the results.
-
     Raises:
         UserError: what is asked for cannot be run; says what to change.
     """
