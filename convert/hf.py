@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from imae_jax import layer_stack
+from imae_jax.anti_expert import declare_units
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
@@ -283,6 +285,24 @@ def load_llama(
     )
     by_path = {row.path: (row, sources.get(row.path.partition(".")[0], source)) for row in rows}
     return fill(abstract, by_path, mesh)
+
+
+def load_units(
+    config: LlamaConfig,
+    anti_expert: AntiExpertConfig,
+    source: TensorSource,
+    *,
+    stacked: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> Any:
+    """Anti-expert units without a base, as in `Weights.units`; see `load_llama`."""
+    if mesh is not None:
+        check_divisible(config, anti_expert, mesh.shape)
+    rows = unit_rows(config, anti_expert)
+    check_tensors(rows, config, source, config.num_layers)
+    abstract = nnx.eval_shape(lambda: declare_units(config, anti_expert, rngs=nnx.Rngs(0), stacked=stacked))
+    by_path = {row.path.removeprefix("units."): (row, source) for row in rows}
+    return layer_stack.arrays(fill(abstract, by_path, mesh))
 
 
 def fill(abstract: nnx.Module, rows: Mapping[str, tuple[Row, Blocks]], mesh: jax.sharding.Mesh | None) -> Any:

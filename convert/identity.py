@@ -22,7 +22,8 @@ UNUSED_FIELDS = ("initializer_range",)
 # Of a block, small enough for the processor's cache. They become columns in memory: whole cache lines.
 BLOCK_ROWS = 64
 # Settings that say where something lies, if a digest beside them says what it is.
-PLACES = ("model", "reference", "revision", "path", "source", "anti_expert", "amateur", "directions")
+PLACES = ("model", "reference", "revision", "path", "source")
+PLACES += ("anti_expert", "amateur", "directions", "units_from")  # those of methods
 DIGESTS = ("fingerprint", "sha256", "base_model")
 
 

@@ -29,6 +29,7 @@ from imae_jax.convert.hf import (
     SafetensorsSource,
     TensorSource,
     load_llama,
+    load_units,
     with_biases_of,
 )
 from imae_jax.convert.hf_tokenizer import read_tokenizer
@@ -146,6 +147,10 @@ class OpenedModel:
             mesh=mesh,
             num_source_layers=self.num_source_layers,
         )
+
+    def units(self, *, stacked: bool = False, mesh: jax.sharding.Mesh | None = None) -> Any:
+        """The units alone, as in `Weights.units`; see `load_model`."""
+        return load_units(self.config, self.anti_expert, self.unit_source, stacked=stacked, mesh=mesh)
 
     def identified(self) -> BaseReference:
         """`base` with the fingerprint of its tensors, which `load` may have read, and of its config.
@@ -391,6 +396,14 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
             return {"shifts": tuple(placed(layer, "heads", "head_dim") for layer in stack)}
 
         return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+    if resource.kind == "units":
+        opened = open_model(resource.reference)
+        if opened.unit_source is None:
+            raise UserError("it has no anti-expert units: give an IMAE directory")
+        if opened.identified().fingerprint != lm.base.fingerprint:
+            raise UserError(f"its units were trained on other weights than those of {lm.base.reference}")
+        units = opened.units(stacked=model.stacked, mesh=lm.mesh)
+        return LoadedResource(weights=lambda method: {"units": units}, fingerprint=opened.units_fingerprint())
     if resource.kind == "anti_expert_llm":
         path = adapter_of(resource.reference, lm.base)
         if path is not None:

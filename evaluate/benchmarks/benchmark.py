@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imae_jax import stats
-from imae_jax.evaluate.reporting import aggregate, plots
+from imae_jax.evaluate.reporting import aggregate, controls, plots
 from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table
 
@@ -165,6 +165,27 @@ class Benchmark(abc.ABC):
         methods, heads, title = results["methods"], self.shown_heads(results), self.heading(results)
         return plots.of_methods(title, methods, heads, results["baseline"])
 
+    def control_tables(self, results: Mapping[str, Any]) -> list[Table]:
+        """What methods' directions bring, of a `results.json` with controls."""
+        return [controls.table(results, self.shown_heads(results))] if results.get("controls") else []
+
+    def control_sentences(self, results: Mapping[str, Any]) -> list[str]:
+        """The same in words."""
+        return controls.sentences(results, self.shown_heads(results)) if results.get("controls") else []
+
+    def control_plots(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores over strength, of a `results.json` with controls."""
+        if not results.get("controls"):
+            return {}
+        return controls.dial(results, self.shown_heads(results), self.heading(results))
+
+    def control_blocks(self, run: FinishedRun) -> tuple[Table | str, ...]:
+        """Both in a report."""
+        if not run.results.get("controls"):
+            return ()
+        lines = (f"- {line}" for line in self.control_sentences(run.results))
+        return (*self.control_tables(run.results), controls.NOTE, "\n".join(lines))
+
     def texts(self, results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """More files of a finished run, by name."""
         return {}
@@ -186,4 +207,4 @@ class Benchmark(abc.ABC):
     def blocks(self, run: FinishedRun) -> tuple[Table | Picture | str, ...]:
         """Tables, warnings and plots of a run in a report."""
         notes = (warning(f"Run {run.number}: {note}.") for note in self.warnings(run.results))
-        return (*self.tables(run.results), *notes, *run.pictures())
+        return (*self.tables(run.results), *self.control_blocks(run), *notes, *run.pictures())

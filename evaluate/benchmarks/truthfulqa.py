@@ -219,6 +219,7 @@ class TruthfulQA(Benchmark):
             blocks.append(NOTE_HARM.format(", ".join(sources)))
         if compared:
             blocks.append(stack("Differences on the same questions [95 % interval]", compared))
+        blocks += [block for run in runs for block in self.control_blocks(run)]
         notes = (f"Run {run.number}: {note}." for run in runs for note in self.warnings(run.results))
         return [*blocks, *map(warning, notes)]
 

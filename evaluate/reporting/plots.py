@@ -103,6 +103,38 @@ def differences(title: str, compared: Mapping[str, Any], heads: Mapping[str, str
     return _finish(figure, title)
 
 
+def strengths(
+    title: str,
+    learned: Mapping[float, Mapping[str, Any]],
+    noise: Mapping[float, Sequence[Mapping[str, Any]]],
+    heads: Mapping[str, str],
+) -> "Figure":
+    """Every metric over the units' strength, and the range of random directions of the same size.
+
+    Args:
+        title: one line.
+        learned: summaries by strength, of at least two.
+        noise: summaries of random directions by strength.
+        heads: names of the metrics.
+    """
+    figure = _figure(1.0 + 2.9 * len(heads), 3.4)
+    panels = figure.subplots(1, len(heads), squeeze=False)[0]
+    for axes, (metric, head) in zip(panels, heads.items(), strict=True):
+        banded = {x: [run[metric] for run in noise[x] if run[metric] is not None] for x in noise}
+        if 0.0 in learned:
+            banded[0.0] = [learned[0.0][metric]]  # No direction has a size there.
+        banded = {x: values for x, values in sorted(banded.items()) if values}
+        low, high = ([bound(values) for values in banded.values()] for bound in (min, max))
+        axes.fill_between(list(banded), low, high, color="0.8", label="random directions")
+        xs = sorted(x for x in learned if learned[x][metric] is not None)
+        axes.plot(xs, [learned[x][metric] for x in xs], "o-", ms=4, color="C0", label="learned direction")
+        for x in xs:
+            interval = learned[x]["intervals"][metric]
+            _error_bar(axes, x, learned[x][metric], interval, "C0", vertical=True)
+        axes.set(xlabel="strength (−1 expert, +1 anti-expert)", ylabel=f"{head} (× 100)")
+    return _finish(figure, f"{title}; 95 % interval", 2)
+
+
 def harm(title: str, methods: Mapping[str, Any]) -> "Figure":
     """KL from base and agreement with its most likely token, a row a method, with their intervals."""
     figure = _figure(6.5 + 0.065 * max(map(len, methods)), 1.4 + 0.4 * len(methods))

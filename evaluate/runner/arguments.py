@@ -14,6 +14,7 @@ from imae_jax.files import check_new_directory, read_text
 if TYPE_CHECKING:
     from imae_jax.decode import Method
 
+NUM_DRAWS = 5
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
 
 
@@ -38,9 +39,34 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, questions: bool) -> No
         parser.add_argument(
             "--baseline", help="method that others are compared to (default: base, else the first)"
         )
+    add_control_arguments(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the bootstrap")
     parser.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds which controls are run; `controls.with_controls` reads them."""
+    parser.add_argument(
+        "--controls",
+        type=at_least(0),
+        nargs="?",
+        const=NUM_DRAWS,
+        metavar="DRAWS",
+        help="also run every method with its sign reversed, and with so many random directions "
+        f"(default: {NUM_DRAWS}): says how much of a gain is the direction's",
+    )
+    for name, about in (
+        ("placebo", "learned from data without the signal, such as imae:units_from=DIR"),
+        ("twin", "another training seed, instead of random directions; repeatable"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="LABEL=METHOD",
+            help=f"with --controls, a control of the method LABEL: {about}",
+        )
 
 
 def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:
