@@ -13,7 +13,7 @@ from imae_jax.cli import (
     join_processes,
 )
 from imae_jax.errors import UserError
-from imae_jax.evaluate.benchmarks import benchmarks, get_benchmark
+from imae_jax.evaluate.benchmarks import benchmarks
 
 PROGRAM = "python -m imae_jax.evaluate"
 
@@ -31,7 +31,7 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
         from imae_jax.evaluate.runner.arguments import add_run_arguments
         from imae_jax.evaluate.runner.identity import command_line
 
-        benchmark = get_benchmark(name)
+        benchmark = benchmarks()[name]
         about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
         parser = ArgumentParser(prog=program, description=about)
         add_model_arguments(parser)

@@ -32,10 +32,10 @@ from imae_jax.evaluate.reporting import paper, plots
 from imae_jax.evaluate.reporting.document import FinishedRun, Section
 from imae_jax.evaluate.reporting.tables import Table, number, show, stack
 from imae_jax.evaluate.runner.arguments import parse_methods
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, with_file
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, read_fields
 from imae_jax.evaluate.runner.identity import command_line
 from imae_jax.evaluate.timing import Workload, in_own_process
-from imae_jax.files import new_directory, read_json
+from imae_jax.files import new_directory
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
@@ -98,7 +98,7 @@ class Cost:
     )
 
     def read(self, path: Path) -> dict[str, Any]:
-        return with_file(read_json(path / RESULTS_FILE), path / RESULTS_FILE)
+        return read_fields(path / RESULTS_FILE)
 
     def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
         """Memory and time of decoding beside the paper's."""

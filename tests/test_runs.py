@@ -16,9 +16,9 @@ from imae_jax.convert import load_model
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
+from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.reporting.aggregate import values_of
-from imae_jax.evaluate.reporting.compare import compare_runs
 from imae_jax.evaluate.reporting.tables import Estimate, Table
 from imae_jax.evaluate.runner.directory import read_run
 from imae_jax.evaluate.runner.identity import same_model

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 
-from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark
 
 
@@ -12,14 +11,6 @@ def benchmarks() -> dict[str, Benchmark]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
-
-
-def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of a file."""
-    known = benchmarks()
-    if name not in known:
-        raise UserError(f"benchmark {name!r} does not exist: use one of {', '.join(known)}")
-    return known[name]
 
 
 def benchmark_named(name: str) -> Benchmark | None:

@@ -23,7 +23,7 @@ from imae_jax.evaluate.benchmarks.answer_metrics import (
     repetition,
 )
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
-from imae_jax.evaluate.benchmarks.protocols import Protocol, get_protocol
+from imae_jax.evaluate.benchmarks.protocols import get_protocol
 from imae_jax.evaluate.benchmarks.truthfulqa import add_data_arguments, read_inputs
 from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.document import facts
@@ -85,18 +85,6 @@ def trimmed(text: str) -> str:
     return text.strip().removeprefix("A:").strip()
 
 
-def answering(name: str) -> Protocol:
-    """A protocol whose questions can be answered.
-
-    Raises:
-        UserError: it does not exist, or its questions cannot be.
-    """
-    protocol = get_protocol(name)
-    if name not in SUPPORTED:
-        raise UserError(f"protocol {name} is multiple choice alone: use one of {', '.join(SUPPORTED)}")
-    return protocol
-
-
 class Answers(Benchmark):
     name = "truthfulqa-answers"
     title = "Answers to TruthfulQA's questions"
@@ -118,7 +106,11 @@ class Answers(Benchmark):
         )
 
     def load(self, args, methods):
-        protocol = answering(args.protocol)
+        protocol = get_protocol(args.protocol)
+        if protocol.name not in SUPPORTED:
+            raise UserError(
+                f"protocol {protocol.name} is multiple choice alone: use one of {', '.join(SUPPORTED)}"
+            )
         if not 0 <= args.sampling_seed < 2**31:
             raise UserError(f"--sampling-seed {args.sampling_seed}: give a number from 0 to {2**31 - 1}")
         check_installed()

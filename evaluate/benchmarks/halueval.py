@@ -48,11 +48,6 @@ def preferences(right: float, hallucinated: float, tokens: tuple[int, int]) -> d
     return {"raw": float(right > hallucinated), "per_token": float(per_token)}
 
 
-def is_matched(tokens: Sequence[int], ratio: float) -> bool:
-    """Whether a pair's numbers of tokens differ by at most a factor."""
-    return max(tokens) / min(tokens) <= ratio
-
-
 def trained_questions(run: Path, tokenizer: Any) -> set[str]:
     """The questions of the rows that a training run uses in any of its stages.
 
@@ -184,7 +179,8 @@ class HaluEval(Benchmark):
         }
 
     def in_subset(self, subset, record, results):
-        return subset == "all" or is_matched(record["tokens"], float(results["length"]["ratio"]))
+        tokens = record["tokens"]
+        return subset == "all" or max(tokens) / min(tokens) <= _ratio(results)
 
     def aggregate(self, args, task, records, baseline):
         """Summaries of all pairs and of matched ones, beside what length alone tells of them."""

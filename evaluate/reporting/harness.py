@@ -6,8 +6,7 @@ from typing import Any
 
 from imae_jax.evaluate.reporting.document import FinishedRun, Section
 from imae_jax.evaluate.reporting.tables import DASH, Table, stack
-from imae_jax.evaluate.runner.directory import with_file
-from imae_jax.files import read_json
+from imae_jax.evaluate.runner.directory import read_fields
 
 HARNESS_FILE = "lm_eval.json"
 HARNESS_COLUMNS = ("task", "filter", "metric", "value", "± standard error")
@@ -24,7 +23,7 @@ class Harness:
     )
 
     def read(self, path: Path) -> dict[str, Any]:
-        harness = with_file(read_json(path / HARNESS_FILE), path / HARNESS_FILE)
+        harness = read_fields(path / HARNESS_FILE)
         ours, kept = harness["config"]["imae_jax"], ("n-samples", "n-shot", "date", "lm_eval_version")
         arguments = ours["arguments"]
         return {

@@ -8,7 +8,7 @@ from typing import Any
 from imae_jax.errors import UserError
 from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table, number
-from imae_jax.evaluate.runner.directory import with_file
+from imae_jax.evaluate.runner.directory import read_fields, with_file
 from imae_jax.files import Journal, read_json
 from imae_jax.train.run_directory import (
     ADAPTER_STAGES,
@@ -39,7 +39,7 @@ class Training:
         environment_file, units_file = path / ENVIRONMENT_FILE, path / IMAE_DIR / "imae_config.json"
         environment = read_json(environment_file, list) if environment_file.is_file() else []
         if units_file.is_file():
-            data = with_file(read_json(units_file), units_file)["training"].get("data", {})
+            data = read_fields(units_file)["training"].get("data", {})
         return {
             "stages": stages,
             "config": read_config(path / CONFIG_FILE),

@@ -150,6 +150,11 @@ def with_file(value: Any, file: Path, name: str = "it") -> Any:
     return [with_file(item, file, name) for item in value] if isinstance(value, list) else value
 
 
+def read_fields(file: Path) -> Fields:
+    """The object of a JSON file."""
+    return with_file(read_json(file), file)
+
+
 def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     """A finished run's `results.json`.
 
@@ -161,13 +166,13 @@ def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
         unfinished = (path / RUN_FILE).is_file()
         state = "its run is unfinished: resume it with --resume" if unfinished else "give a finished run"
         raise UserError(f"{path} holds no {RESULTS_FILE}: {state}")
-    results = read_json(file)
+    results = read_fields(file)
     missing = [key for key in REQUIRED if key not in results]
     if missing or not results["methods"]:
         raise UserError(f"{file} lacks {', '.join(missing) or 'methods'}: evaluate again")
     if benchmark not in (None, results["benchmark"]):
         raise UserError(f"{path} is a run of {results['benchmark']}, not of {benchmark}: give another")
-    return with_file(results, file)
+    return results
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
