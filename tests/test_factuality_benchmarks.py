@@ -9,8 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import error_of, output_of, user_error
+from conftest import TINY, error_of, output_of, user_error, word_tokenizer
 
+from imae_jax.convert.hf_tokenizer import write_tokenizer
+from imae_jax.errors import UserError
 from imae_jax.evaluate.__main__ import main as evaluate
 from imae_jax.evaluate.benchmarks import benchmarks, gsm8k, ifeval, nq_context, short_answers, strategyqa
 from imae_jax.evaluate.benchmarks.choices import choose
@@ -287,6 +289,15 @@ def test_answers_are_swapped_for_others_of_their_type():
     assert draws == {"Bob Ray", "Cy Ode"}
 
 
+def test_another_seed_of_swaps_is_another_protocol(asked, tmp_path):
+    rows = [{"question": f"t3 t{i}", "answers": [f"{i}"], "ctxs": passage(f"t4 {i} t6")} for i in range(4, 8)]
+    command = asked("nq_context", "--protocol", "nq-context-v1/swap", "--swap-seed", "3", rows=rows)
+    assert evaluate(command) == 0
+    assert read_run(tmp_path / "out")["protocol"].endswith("+swap-seed-3")
+    for record, row in zip(read_records(tmp_path / "out"), rows, strict=True):
+        assert record["expected"] in "4567" and record["expected"] not in row["answers"]
+
+
 def test_conflicts_are_asked_with_their_passage(asked, tiny_imae, tmp_path, capfd):
     rows = [
         {
@@ -318,7 +329,8 @@ def test_chains_of_thought_are_read():
 
 
 def test_chat_protocols_need_a_template_and_gsm8k_its_numbers(asked, capfd):
-    assert "chat template" in error_of(capfd, evaluate, *asked("gsm8k", "--protocol", "gsm8k-v1/chat"))
+    error = error_of(capfd, evaluate, *asked("gsm8k", "--protocol", "gsm8k-v1/chat"))
+    assert "no chat template" in error and "another --protocol" in error
     rows = [{"question": "t3", "answer": "t4"}]
     error = error_of(capfd, evaluate, *asked("gsm8k", rows=rows))
     assert "line 1: the answer has no number behind ####" in error
@@ -331,6 +343,36 @@ def test_ifeval_names_what_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval", None)
     with user_error("IFEval's checker", "pip install 'imae_jax[ifeval]'"):
         ifeval.load_checker()
+
+
+@pytest.fixture
+def checker():
+    """Skips where the harness's checker, which needs packages and data of its own, cannot be loaded."""
+    try:
+        return ifeval.load_checker()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_ifeval_checks_instructions_and_names_bad_rows(checker, tmp_path, capfd, checkpoint):
+    model = shutil.copytree(checkpoint.directory, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    write_tokenizer(word_tokenizer(TINY.vocab_size, template), model)
+    row = {"key": 1, "prompt": "t3", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    words = {"relation": "at least", "num_words": 500}
+    both = {"instruction_id_list": [*row["instruction_id_list"], "length_constraints:number_words"]}
+    out, data = tmp_path / "out", tmp_path / "ifeval.jsonl"
+    command = ["ifeval", "--model", model, "--data", data, "--out", out, "--any-data"]
+    command += ["--max-new-tokens", "4", "--quiet"]
+    for change in ({"kwargs": []}, {"kwargs": ["x"]}, {"instruction_id_list": ["no:such"]}):
+        write(data, [row, row | change])
+        assert "line 2" in error_of(capfd, evaluate, *command)
+    write(data, [row, row | both | {"kwargs": [{}, words]}])
+    output_of(capfd, evaluate, *command)
+    base = read_run(out)["methods"]["base"]
+    assert (base["prompt_strict"], base["prompt_loose"]) == (50.0, 50.0)
+    assert base["instructions"]["strict"]["value"] == pytest.approx(200 / 3)
+    assert [record["strict"] for record in read_records(out)] == [[True], [True, False]]
 
 
 def test_shares_of_instructions_weigh_each_the_same():

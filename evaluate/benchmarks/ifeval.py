@@ -14,7 +14,6 @@ import numpy as np
 from imae_jax import stats
 from imae_jax.errors import UserError, first_line
 from imae_jax.evaluate.benchmarks.benchmark import Item
-from imae_jax.evaluate.benchmarks.published import KINDS
 from imae_jax.evaluate.benchmarks.written import CUT_OFF, Written, WrittenBenchmark
 from imae_jax.evaluate.reporting.tables import Estimate, Table
 
@@ -29,6 +28,7 @@ def load_checker() -> Any:
         UserError: it, or what it needs, is not installed.
     """
     try:
+        import langdetect
         import nltk
         from lm_eval.tasks.ifeval import utils
     except ImportError as error:
@@ -39,6 +39,7 @@ def load_checker() -> Any:
         raise UserError(
             "IFEval's checker needs nltk's punkt_tab: python -m nltk.downloader punkt_tab"
         ) from error
+    langdetect.DetectorFactory.seed = 0  # It draws; equal texts are to get equal results.
     return utils
 
 
@@ -69,10 +70,14 @@ class IFEval(WrittenBenchmark):
         return super().load(args, methods)
 
     def items(self, protocol, rows, args):
+        known = load_checker().instructions_registry.INSTRUCTION_DICT
         for place, row in rows:
-            kwargs = row.get("kwargs")
-            if not isinstance(kwargs, list) or len(kwargs) != len(row["instruction_id_list"]):
-                raise UserError(f"{place}: 'kwargs' must be {KINDS[list]} as long as 'instruction_id_list'")
+            kwargs, names = row.get("kwargs"), row["instruction_id_list"]
+            are_settings = isinstance(kwargs, list) and all(isinstance(each, dict) for each in kwargs)
+            if not are_settings or len(kwargs) != len(names):
+                raise UserError(f"{place}: 'kwargs' must be a list with an object for every instruction")
+            for name in set(names) - known.keys():
+                raise UserError(f"{place}: instruction {name!r} is unknown to the checker: remove the row")
         return [Item(i, row["prompt"], row["prompt"], data=row) for i, (_, row) in enumerate(rows)]
 
     def measure(self, item, answer):

@@ -116,14 +116,17 @@ class NQContext(WrittenBenchmark):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument("--swap-seed", type=int, default=0, help="seed of the answers of …/swap")
+        parser.add_argument(
+            "--swap-seed", type=int, default=0, help="seed of the draw of …/swap (default: 0)"
+        )
 
     def load(self, args, methods):
         if args.swap_seed < 0:
             raise UserError(f"--swap-seed {args.swap_seed}: give at least 0")
         inputs = super().load(args, methods)
-        swap = {"swap_seed": args.swap_seed} if inputs.protocol.form == "swap" else {}
-        return dataclasses.replace(inputs, settings={**inputs.settings, **swap})
+        if inputs.protocol.form == "swap" and args.swap_seed:
+            inputs = dataclasses.replace(inputs, label=f"{inputs.label}+swap-seed-{args.swap_seed}")
+        return inputs
 
     def read(self, path):
         """Rows with the text of their first passage as `passage`."""

@@ -45,6 +45,14 @@ class WrittenBenchmark(PublishedBenchmark):
         options = {**self.options(inputs.protocol, args)}
         return dataclasses.replace(inputs, settings={**inputs.settings, "generation": options})
 
+    def task(self, args, inputs, lm):
+        if inputs.protocol.format == "chat" and not lm.tokenizer.chat_templates:
+            raise UserError(
+                f"{inputs.protocol.name} asks in a chat, and {args.model} has no chat template: use a chat "
+                "model, or another --protocol"
+            )
+        return super().task(args, inputs, lm)
+
     def options(self, protocol, args):
         return {
             "format": protocol.format,
