@@ -140,8 +140,18 @@ def batch_size(rows: int | None = None) -> int:
     return round_up(rows, shards)
 
 
-def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
-    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context."""
+def check_groups(
+    models: Models,
+    groups: Sequence[Sequence[Continuation]],
+    name: Callable[[int], str] = "group {}".format,
+) -> None:
+    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context.
+
+    Args:
+        models: what scores.
+        groups: see `score`.
+        name: names a group in errors.
+    """
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
     limit = models.max_positions
     for i, group in enumerate(groups):
@@ -151,7 +161,7 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
         # A sequence's last token predicts nothing, so that it needs no place in the context.
         if longest > limit + 1:
             raise UserError(
-                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
+                f"{name(i)} has a sequence of {longest} tokens, over the model's context of {limit}: "
                 "shorten the prompt or the answer"
             )
 
