@@ -59,6 +59,7 @@ class WrittenBenchmark(PublishedBenchmark):
             "stop": protocol.stop,
             "max_new_tokens": args.max_new_tokens or protocol.max_new_tokens,
             "batch_size": args.batch_size,
+            "confidence": True,
         }
 
     def parted(self, protocol: Written, rows: Rows) -> tuple[Rows, Rows]:
@@ -84,4 +85,4 @@ class WrittenBenchmark(PublishedBenchmark):
 
     def record(self, item, output, tokenizer):
         measured = self.measure(item, output.text)
-        return {"answer": output.text, **measured, "cut_off": float(not output.finished)}
+        return {"answer": output.text, **measured, "cut_off": float(not output.finished)} | output.confidence
