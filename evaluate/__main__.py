@@ -13,7 +13,7 @@ from imae_jax.cli import (
     join_processes,
 )
 from imae_jax.errors import UserError
-from imae_jax.evaluate.benchmarks import benchmarks, get_benchmark
+from imae_jax.evaluate.benchmarks import benchmarks
 
 PROGRAM = "python -m imae_jax.evaluate"
 
@@ -22,16 +22,16 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
     """The command of a benchmark.
 
     Args:
-        name: name of its file in `evaluate/benchmarks/`.
-        program: how it is called.
+        name: name of the file in `evaluate/benchmarks/`.
+        program: name of the command in help and results.
     """
 
     @command
     def main(argv: Sequence[str] | None = None) -> None:
         from imae_jax.evaluate.runner.arguments import add_run_arguments
-        from imae_jax.evaluate.runner.identity import called
+        from imae_jax.evaluate.runner.identity import command_line
 
-        benchmark = get_benchmark(name)
+        benchmark = benchmarks()[name]
         about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
         parser = ArgumentParser(prog=program, description=about)
         add_model_arguments(parser)
@@ -42,7 +42,7 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
         join_processes(args)
         from imae_jax.evaluate.runner.run import run_benchmark
 
-        run_benchmark(benchmark, args, called(parser.prog, argv))
+        run_benchmark(benchmark, args, command_line(parser.prog, argv))
 
     return main
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +307,13 @@ class Journal:
         """
         return [self._record(line, number) for number, line in enumerate(self._lines(), 1)]
 
-    def resume(self) -> list[dict[str, Any]]:
-        """As `read`; also removes a cut-off last line from the file, so that records can be appended."""
-        records = self.read()
-        write_text(self.path, "".join(f"{line}\n" for line in self._lines()))
-        return records
+    def resume(self, keep: Callable[[dict[str, Any]], bool] = lambda record: True) -> list[dict[str, Any]]:
+        """The records to keep; removes all else from the file, so that records can be appended."""
+        kept = [
+            (line, record) for line, record in zip(self._lines(), self.read(), strict=True) if keep(record)
+        ]
+        write_text(self.path, "".join(f"{line}\n" for line, _ in kept))
+        return [record for _, record in kept]
 
     def _lines(self) -> list[str]:
         try:

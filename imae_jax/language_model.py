@@ -11,10 +11,11 @@ from imae_jax.config import LlamaConfig
 from imae_jax.continuation import encode, windows
 from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
+from imae_jax.decode.noise import with_noise
 from imae_jax.decode.scoring import score
 from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama
+from imae_jax.llama import Llama, Weights
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.sharding import mesh_of
 from imae_jax.tokenizer import Tokenizer
@@ -91,6 +92,7 @@ class LanguageModel:
     load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
     units_fingerprint: str | None = None
     _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(default_factory=dict, compare=False)
+    _noise: dict[Any, Weights] = dataclasses.field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         parts = [self.base.reference, f"{self.config.num_layers} layers", self.base.dtype]
@@ -138,7 +140,23 @@ class LanguageModel:
             method = method.with_resource(shared=loaded.second is None)
         method = method.resolve(self.config, generating=generating)
         check(models, method)
-        return models, method
+        return self._with_noise(models, method), method
+
+    def _with_noise(self, models: Models, method: Method) -> Models:
+        """The models, with random signs in what the method does to the first one if it asks for them."""
+        seed = getattr(method, "noise", None)
+        if seed is None:
+            return models
+        streams = [stream for stream in method.streams if stream.model == 0]
+        # The shifts are of as many heads as the method says.
+        acts = tuple(any(getattr(s, name) for s in streams) for name in ("strength", "adapter", "shift"))
+        key = seed, method.noise_scale, acts, method if acts[-1] else method.resource
+        if key not in self._noise:
+            try:
+                self._noise[key] = with_noise(models.weights[0], streams, seed, method.noise_scale)
+            except UserError as error:
+                raise UserError(f"{method.name}: {error}") from error
+        return dataclasses.replace(models, weights=(self._noise[key], *models.weights[1:]))
 
     def resource_fingerprint(self, method: Method) -> str | None:
         """Of what `prepare` has loaded for a method; None for methods that need nothing besides the model."""

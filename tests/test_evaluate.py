@@ -376,7 +376,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     assert "nowhere.csv" in error_of(capfd, main, *base, "--data", "nowhere.csv", *demo_primer)
     assert "nowhere.txt" in error_of(capfd, main, *base, "--primer", "nowhere.txt")
     assert "protocol 'tqa-v9'" in error_of(capfd, main, *base, "--protocol", "tqa-v9")
-    assert "--limit 0" in error_of(capfd, main, *base, "--limit", "0")
+    assert "--limit: give at least 1, not 0" in error_of(capfd, main, *base, "--limit", "0")
     assert "--dev-share 1.0" in error_of(capfd, main, *base, "--dev-share", "1")
     assert "--baseline icd" in error_of(capfd, main, *base, "--baseline", "icd")
     write()

@@ -31,6 +31,7 @@ from imae_jax.evaluate.reporting import aggregate, paper
 from imae_jax.evaluate.reporting.document import Section, warning
 from imae_jax.evaluate.reporting.tables import DASH, Table, figure, stack
 from imae_jax.evaluate.runner.identity import same_model
+from imae_jax.prompts import resolve_format
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class Inputs:
     """A protocol with its data.
 
     Attributes:
-        protocol, data, primer: what is asked, and how.
-        settings: what identifies data and primer, for `run.json` and `results.json`.
+        protocol, data, primer: the questions, and how they are asked.
+        settings: identity of data and primer, for `run.json` and `results.json`.
     """
 
     protocol: Protocol
@@ -157,7 +158,7 @@ class TruthfulQA(Benchmark):
 
     def task(self, args, inputs, lm):
         protocol, tokenizer = inputs.protocol, lm.tokenizer
-        protocol.check(tokenizer)
+        resolve_format(tokenizer, protocol.format)
         items = [
             Item(
                 question.index,
@@ -229,6 +230,7 @@ class TruthfulQA(Benchmark):
             blocks.append(NOTE_HARM.format(", ".join(sources)))
         if compared:
             blocks.append(stack("Differences on the same questions [95 % interval]", compared))
+        blocks += [block for run in runs for block in self.control_blocks(run)]
         notes = (f"Run {run.number}: {note}." for run in runs for note in self.warnings(run.results))
         return [*blocks, *map(warning, notes)]
 

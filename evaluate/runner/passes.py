@@ -29,7 +29,7 @@ class Pass:
     """Methods whose outputs are computed together.
 
     Attributes:
-        models: what the method runs on.
+        models: weights and configs that the method runs on.
         method: one method, or a `Joint` of those that share streams.
         labels: names of the methods, in the order of the `Joint`'s.
         items: numbers of the items that the pass is for.
@@ -51,7 +51,7 @@ def prepare(
     """
     settings, passes = {}, []
     for label, method in methods.items():
-        folds = _folds(method, items)
+        folds = split_folds(method, items)
         resolved = [lm.prepare(fold, generating=generating) for fold, _ in folds]
         settings[label] = method_settings(lm, folds[0][0], resolved[0][1])
         if len(folds) > 1:
@@ -68,7 +68,7 @@ def prepare(
     return settings, passes
 
 
-def _folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
+def split_folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
     """A method with the numbers of its items; ITI with a directory of folds is one method for each fold."""
     if not isinstance(method, ITI) or not Path(method.directions).is_dir():
         return [(method, range(len(items)))]
