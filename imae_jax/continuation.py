@@ -68,7 +68,7 @@ def encode(
         if start <= 0:
             raise UserError("a prompt without tokens: give a prompt, or a tokenizer that adds BOS")
         if len(tokens) <= start:
-            raise UserError(f"the continuation {continuation!r} has no tokens of its own")
+            raise UserError(f"the continuation {continuation!r} has no tokens of its own: give another")
         merged = own != (tokens[:start] if count == "prompt" else tokens[start:])
         encoded.append(Continuation(tuple(tokens), start, merged))
     return encoded

@@ -117,9 +117,7 @@ class NQContext(WrittenBenchmark):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument(
-            "--swap-seed", type=int, default=0, help="seed of the draw of …/swap (default: 0)"
-        )
+        parser.add_argument("--swap-seed", type=int, default=0, help="seed of …/swap (default: 0)")
 
     def load(self, args, methods):
         if args.swap_seed < 0:

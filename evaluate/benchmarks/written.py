@@ -11,6 +11,8 @@ from imae_jax.evaluate.benchmarks.published import Published, PublishedBenchmark
 CUT_OFF = {"cut_off": "cut off"}
 """Share of answers that neither ended nor met a stop string within the limit of tokens."""
 
+CHUNK_SIZE = 8  # tokens between looks for stop strings: many answers are short
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written(Published):
@@ -51,7 +53,8 @@ class WrittenBenchmark(PublishedBenchmark):
                 f"{inputs.protocol.name} asks in a chat, and {args.model} has no chat template: use a chat "
                 "model, or another --protocol"
             )
-        return super().task(args, inputs, lm)
+        task = super().task(args, inputs, lm)
+        return dataclasses.replace(task, options={**task.options, "chunk_size": CHUNK_SIZE})
 
     def options(self, protocol, args):
         return {
