@@ -14,6 +14,8 @@ from imae_jax.cli import (
 )
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import benchmarks
+from imae_jax.evaluate.runner.arguments import add_run_arguments
+from imae_jax.evaluate.runner.identity import command_line
 
 PROGRAM = "python -m imae_jax.evaluate"
 
@@ -28,9 +30,6 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
 
     @command
     def main(argv: Sequence[str] | None = None) -> None:
-        from imae_jax.evaluate.runner.arguments import add_run_arguments
-        from imae_jax.evaluate.runner.identity import command_line
-
         benchmark = benchmarks()[name]
         about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
         parser = ArgumentParser(prog=program, description=about)
