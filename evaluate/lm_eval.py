@@ -246,7 +246,7 @@ class IMAEJaxLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.quiet) as bar:
             for group, scored in results:
-                for i, s, g in zip(indices[group], *scored, strict=True):
+                for i, s, g in zip(indices[group], scored.scores, scored.is_greedy, strict=True):
                     answers[i] = float(np.sum(s, dtype=np.float64)), bool(g.all())
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])

@@ -87,11 +87,8 @@ def test_noise_of_a_method(tiny_imae):
     assert methods[0] == methods[1], "one compiled program"
     assert methods[0].settings() != methods[1].settings()
     assert "noise" not in parse_method("expert").settings()
-    for wrong in (
-        "imae:noise=-1",
-        "imae:strength=0,noise=1",
-        f"icd:anti_expert={tiny_imae.directory},noise=1",
-    ):
+    second_model = f"icd:anti_expert={lm.base.reference}#layers=1,noise=1"
+    for wrong in ("imae:noise=-1", "imae:strength=0,noise=1", second_model):
         with user_error("noise="):
             score(wrong)
 

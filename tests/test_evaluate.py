@@ -160,7 +160,12 @@ def test_other_data_are_objected_to(shared):
     assert "816 questions, tqa-v1/qa-primer is of 817" in protocol.objection(fewer)
     other = Data((fewer.questions[0], *fewer.questions), "x.csv", "csv")
     assert f"is of {protocols.CSV_SHA256[:8]}" in protocol.objection(other)
-    assert "790" in protocols.PROTOCOLS["tqa-v2025/binary"].objection(published)
+    binary = protocols.PROTOCOLS["tqa-v2025/binary"]
+    assert "790" in binary.objection(published)
+    newer = load_data(str(shared / "data" / "TruthfulQA_2025.csv"), "binary")
+    assert binary.objection(newer) is None
+    changed = (newer.questions[1], *newer.questions[1:])
+    assert f"is of {newer.sha256[:8]}" in binary.objection(Data(changed, "x.csv", "csv"))
 
 
 def test_splits_share_no_question_and_do_not_depend_on_order():

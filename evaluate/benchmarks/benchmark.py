@@ -52,7 +52,7 @@ class Task:
         details: further fields of `results.json`.
         metrics: names of fields of the records, to be averaged; the first is McNemar's.
         excluded: questions to leave out.
-        options: settings of the kind of output. Scores: `add_special_tokens`. Texts: those of
+        options: settings of the kind of output. Scores: those of `encode`. Texts: those of
             `LanguageModel.generate`, and `batch_size`, all with defaults. Distributions: `length` and
             `generating`.
     """
@@ -117,6 +117,10 @@ class Benchmark(abc.ABC):
         """Whether an item of a run with these results belongs to a subset."""
         return True
 
+    def chance(self, item: Item) -> dict[str, float]:
+        """What a draw among an item's answers scores on average, in 0..1, of the metrics that have this."""
+        return {}
+
     def aggregate(
         self, args: argparse.Namespace, task: Task, records: Mapping[str, Any], baseline: str
     ) -> dict[str, Any]:
@@ -136,6 +140,7 @@ class Benchmark(abc.ABC):
         return {
             "metrics": list(task.metrics),
             "n_questions": len(task.items),
+            "chance": aggregate.mean_chance(task.metrics, [*map(self.chance, task.items)]),
             "baseline": baseline,
             "statistics": stats.describe(args.seed),
         }
@@ -156,7 +161,8 @@ class Benchmark(abc.ABC):
     def tables(self, results: Mapping[str, Any]) -> list[Table]:
         """The tables of a `results.json`: scores and differences."""
         methods, heads = results["methods"], self.shown_heads(results)
-        scores = aggregate.scores_table(f"{self.heading(results)}, [95 % interval]", methods, heads)
+        title = f"{self.heading(results)}, [95 % interval]"
+        scores = aggregate.scores_table(title, methods, heads, results.get("chance"))
         against = f"Against {results['baseline']}, on the same questions"
         return [scores, *aggregate.differences_tables(against, methods, heads)]
 

@@ -1,8 +1,8 @@
 """HaluEval QA: is the right answer preferred to the hallucinated one?
 
 Hallucinated answers are longer than right ones, so much that length alone tells them apart: a sum of
-log-probabilities prefers the shorter answer anyway. Preferences are therefore reported raw and per token, on
-all pairs and on those whose answers have about the same length, beside what length alone gives.
+log-probabilities prefers the shorter answer anyway. Preferences are therefore reported raw and per token,
+on all pairs and on those whose answers have about the same length, beside what length alone gives.
 
 Source: Li et al., "HaluEval", EMNLP 2023 (arXiv 2305.11747); its qa_data.json has the pairs.
 """
@@ -168,6 +168,9 @@ class HaluEval(Benchmark):
             options={"add_special_tokens": adds_special_tokens(format)},
         )
 
+    def chance(self, item):
+        return dict.fromkeys(HEADS, 0.5)
+
     def record(self, item, output, tokenizer):
         right, hallucinated = (float(np.sum(scores, dtype=np.float64)) for scores in output)
         tokens = tuple(map(len, output))
@@ -210,6 +213,7 @@ class HaluEval(Benchmark):
                 f"{title}; AUC of length alone {length['auc']:.3f}",
                 {k: row | {"settings": results["methods"][k]["settings"]} for k, row in methods.items()},
                 HEADS,
+                results.get("chance"),
             )
             shorter = ("the shorter answer", "length", length["n"], f"{length['shorter']:.2f}", DASH)
             tables.append(Table(table.title, table.columns, (*table.rows, shorter)))

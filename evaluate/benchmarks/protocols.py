@@ -27,8 +27,9 @@ INSTRUCTION = (
 )
 PRIMER_SHA256 = "d95d1604638ce6a3b87e2d69ce6c9526d8476a5830ed3ce159884d111c2d00ab"
 PAIRS_SHA256 = "777b9a5a32e83c1b225be2a7bf1ae7efc9de4c706047f08af14ef1450d5c016c"
-# Of `Data.sha256`: the CSV of 2021 with its 817 questions.
+# Of `Data.sha256`: the CSV of 2021 with its 817 questions; the best pairs of that of 2025 with its 790.
 CSV_SHA256 = "c5ed9a23d6c7960ce71abdf668c815a82a7de50bfe756bc44bbfa3a1e7ce1f91"
+PAIRS_2025_SHA256 = "12b6697326d27792e6d319a98985b333daf8e104fb9f6264661b8cdf13fed08c"
 
 BOUNDARY = "prompt and answer are tokenized together; scored are the tokens after the prompt's own number"
 MEAN = "mean over questions, times 100; questions with a score that is not finite are left out and counted"
@@ -132,7 +133,13 @@ PROTOCOLS = {
             instruction=False,
             ties_win=True,
         ),
-        Protocol("tqa-v2025/binary", form="binary", metrics=("binary",), num_questions=790, data_sha256=None),
+        Protocol(
+            "tqa-v2025/binary",
+            form="binary",
+            metrics=("binary",),
+            num_questions=790,
+            data_sha256=PAIRS_2025_SHA256,
+        ),
     )
 }
 

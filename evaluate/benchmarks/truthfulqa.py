@@ -178,6 +178,17 @@ class TruthfulQA(Benchmark):
             options={"add_special_tokens": protocol.add_special_tokens},
         )
 
+    def chance(self, item):
+        """MC1 and MC3 of an order drawn at random, MC2 of equal scores."""
+        protocol, question = item.data
+        true, false = len(question.true), len(question.false)
+        compared = false if question.mc1_false is None else len(question.mc1_false)
+        counted = true if question.mc2_true is None else question.mc2_true
+        first = 1 / (1 + compared)
+        share = counted / (counted + (false if question.mc2_false is None else question.mc2_false))
+        levels = {"mc1": first, "mc2": share, "mc3": 1 / (1 + false), "binary": first}
+        return {name: levels[name] for name in protocol.metrics}
+
     def record(self, item, output, tokenizer):
         protocol, question = item.data
         sums = [float(np.sum(scores, dtype=np.float64)) for scores in output]
@@ -206,7 +217,7 @@ class TruthfulQA(Benchmark):
         harm = {run.number: harm_of(run, others) for run in runs}
         for run in runs:
             methods = run.results["methods"]
-            table = aggregate.scores_table("", methods, heads)
+            table = aggregate.scores_table("", methods, heads, run.results.get("chance"))
             if any(harm.values()):
                 table = with_harm(table, harm[run.number])
             scores[run.label()] = table

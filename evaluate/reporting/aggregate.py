@@ -9,6 +9,8 @@ import numpy as np
 from imae_jax import stats
 from imae_jax.evaluate.reporting.tables import DASH, Estimate, Table, p_value
 
+CHANCE = "chance"  # the row of tables
+
 
 def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
     """A metric of records as float64; NaN where it is undefined."""
@@ -84,8 +86,31 @@ def _by_category(
     return means
 
 
-def scores_table(title: str, methods: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
-    """Means with their intervals, from the summaries of methods, with `settings`, by label."""
+def mean_chance(metrics: Sequence[str], levels: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean chance level of every metric that has one, times 100.
+
+    Args:
+        metrics: names of metrics.
+        levels: of every item, see `Benchmark.chance`.
+    """
+    known = [metric for metric in metrics if metric in levels[0]]
+    return {metric: 100 * sum(level[metric] for level in levels) / len(levels) for metric in known}
+
+
+def scores_table(
+    title: str,
+    methods: Mapping[str, Any],
+    heads: Mapping[str, str],
+    chance: Mapping[str, float] | None = None,
+) -> Table:
+    """Means with their intervals, from the summaries of methods, with `settings`, by label.
+
+    Args:
+        title: title of the table.
+        methods: summaries of methods.
+        heads: names of the metrics.
+        chance: chance levels, in a last row, of the metrics that have one.
+    """
     rows = [
         (
             label,
@@ -95,6 +120,8 @@ def scores_table(title: str, methods: Mapping[str, Any], heads: Mapping[str, str
         )
         for label, row in methods.items()
     ]
+    if chance:
+        rows.append((CHANCE, DASH, DASH, *(Estimate(chance.get(metric)) for metric in heads)))
     return Table(title, ("method", "sums", "N", *heads.values()), tuple(rows))
 
 

@@ -97,7 +97,10 @@ class Scores:
         pairs = [(item.prompt, answer) for item in task.items for answer in item.answers]
         prompts, answers = zip(*pairs, strict=True)
         encoded = encode(
-            lm.tokenizer, prompts, answers, add_special_tokens=task.options.get("add_special_tokens", True)
+            lm.tokenizer,
+            prompts,
+            answers,
+            **{"add_special_tokens": True, "count": "prompt"} | dict(task.options),
         )
         self.facts = {
             "n_answers": len(encoded),
@@ -109,7 +112,7 @@ class Scores:
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
         passes = share(passes, len(self._items))
         for each in passes:
-            check_groups(each.models, self._groups)
+            check_groups(each.models, self._groups, lambda i: f"question {self._items[i].index}")
         return passes
 
     def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
@@ -133,17 +136,19 @@ class Texts:
 
     def __init__(self, lm: LanguageModel, task: Task):
         self._lm, self._prompts = lm, [item.prompt for item in task.items]
+        self._index = [item.index for item in task.items]
         defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
         self._options = {"format": "raw"} | defaults | task.options
         self._batch_size = self._options.pop("batch_size")
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
-        longest = max(map(len, self._lm.encode_prompts(self._prompts, self._options["format"])))
+        lengths = [len(ids) for ids in self._lm.encode_prompts(self._prompts, self._options["format"])]
+        longest, index = max(zip(lengths, self._index, strict=True))
         context, new = min(each.models.context_length for each in passes), self._options["max_new_tokens"]
         if longest + new > context:
             raise UserError(
-                f"the longest prompt has {longest} tokens, with {new} new ones over the model's context of "
-                f"{context}: lower --max-new-tokens, or give shorter prompts (--primer)"
+                f"the longest prompt (question {index}) has {longest} tokens, with {new} new ones over the "
+                f"model's context of {context}: lower --max-new-tokens, or give shorter prompts"
             )
         return list(passes)
 

@@ -1,0 +1,87 @@
+"""Benchmarks on published files whose answers are written by the methods, greedily."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.benchmark import Item
+from imae_jax.evaluate.benchmarks.published import Published, PublishedBenchmark, Rows
+
+CUT_OFF = {"cut_off": "cut off"}
+"""Share of answers that neither ended nor met a stop string within the limit of tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written(Published):
+    """A protocol of written answers.
+
+    Attributes:
+        format: `raw`, or `chat` where the prompt is the user's turn of the model's chat template.
+        stop: texts that end an answer, and are not part of it.
+        max_new_tokens: the limit, unless --max-new-tokens gives another.
+        shots: how many of the data's last rows are demonstrations in front of every question, and not asked.
+    """
+
+    format: str = "raw"
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    shots: int = 0
+
+
+class WrittenBenchmark(PublishedBenchmark):
+    output = "texts"
+    protocols: ClassVar[tuple[Written, ...]]
+
+    def add_arguments(self, parser):
+        super().add_arguments(parser)
+        parser.add_argument("--max-new-tokens", type=int, help="(default: the protocol's)")
+        parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
+
+    def load(self, args, methods):
+        if args.batch_size < 1 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
+            raise UserError("--max-new-tokens and --batch-size must be at least 1")
+        inputs = super().load(args, methods)
+        options = {**self.options(inputs.protocol, args)}
+        return dataclasses.replace(inputs, settings={**inputs.settings, "generation": options})
+
+    def task(self, args, inputs, lm):
+        if inputs.protocol.format == "chat" and not lm.tokenizer.chat_templates:
+            raise UserError(
+                f"{inputs.protocol.name} asks in a chat, and {args.model} has no chat template: use a chat "
+                "model, or another --protocol"
+            )
+        return super().task(args, inputs, lm)
+
+    def options(self, protocol, args):
+        return {
+            "format": protocol.format,
+            "stop": protocol.stop,
+            "max_new_tokens": args.max_new_tokens or protocol.max_new_tokens,
+            "batch_size": args.batch_size,
+        }
+
+    def parted(self, protocol: Written, rows: Rows) -> tuple[Rows, Rows]:
+        """The rows that are asked, and those that are demonstrations.
+
+        Raises:
+            UserError: nothing is left to ask.
+        """
+        asked = len(rows) - protocol.shots
+        if asked < 1:
+            raise UserError(
+                f"{protocol.name} takes {protocol.shots} of {len(rows)} rows as demonstrations, and nothing "
+                "is left to ask: give more rows"
+            )
+        return rows[:asked], rows[asked:]
+
+    def heading(self, results):
+        return f"{super().heading(results)}, at most {results['generation']['max_new_tokens']} tokens"
+
+    @abc.abstractmethod
+    def measure(self, item: Item, answer: str) -> dict[str, Any]:
+        """What is recorded of an answer: metrics in 0..1, and what they rest on."""
+
+    def record(self, item, output, tokenizer):
+        measured = self.measure(item, output.text)
+        return {"answer": output.text, **measured, "cut_off": float(not output.finished)}
