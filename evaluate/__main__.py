@@ -8,6 +8,8 @@ from imae_jax.__main__ import COMMANDS
 from imae_jax.cli import command, join_processes
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import benchmarks
+from imae_jax.evaluate.runner.arguments import benchmark_parser
+from imae_jax.evaluate.runner.identity import command_line
 
 PROGRAM = "python -m imae_jax.evaluate"
 
@@ -22,9 +24,6 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
 
     @command
     def main(argv: Sequence[str] | None = None) -> None:
-        from imae_jax.evaluate.runner.arguments import benchmark_parser
-        from imae_jax.evaluate.runner.identity import command_line
-
         benchmark = benchmarks()[name]
         parser = benchmark_parser(benchmark, program)
         args = parser.parse_args(argv)

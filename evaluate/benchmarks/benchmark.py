@@ -180,11 +180,11 @@ class Benchmark(abc.ABC):
         return plots.of_methods(title, methods, heads, results["baseline"])
 
     def control_tables(self, results: Mapping[str, Any]) -> list[Table]:
-        """What methods' directions bring, of a `results.json` with controls."""
+        """What the directions of methods bring, of a `results.json` with controls."""
         return [controls.table(results, self.shown_heads(results))] if results.get("controls") else []
 
     def control_sentences(self, results: Mapping[str, Any]) -> list[str]:
-        """The same in words."""
+        """What the directions of methods bring, in words."""
         return controls.sentences(results, self.shown_heads(results)) if results.get("controls") else []
 
     def control_plots(self, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Benchmark(abc.ABC):
         return controls.dial(results, self.shown_heads(results), self.heading(results))
 
     def control_blocks(self, run: FinishedRun) -> tuple[Table | str, ...]:
-        """Both in a report."""
+        """Tables and sentences on controls in a report."""
         if not run.results.get("controls"):
             return ()
         lines = (f"- {line}" for line in self.control_sentences(run.results))

@@ -21,7 +21,7 @@ def choose(
 
     Args:
         sums: summed scores of the answers.
-        tokens, characters: how many of them every answer has.
+        tokens, characters: numbers of tokens and characters of the answers.
         right: index of the right answer.
     """
     if not all(map(math.isfinite, sums)):

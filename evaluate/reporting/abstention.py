@@ -23,8 +23,8 @@ HEADS = {
 }
 NOTE = (
     "Area under the ROC curve × 100 of a method's confidence, its right answers against its wrong ones [95 % "
-    "interval]; 50 is chance. Confidence is a mean over a written answer's tokens, or that of the choice among "
-    "given ones: the largest probability, its margin over the second, and the entropy."
+    "interval]; 50 is chance. Confidence is a mean over a written answer's tokens, or that of a choice among "
+    "answers: the largest probability, its margin over the second, and the entropy."
 )
 
 
