@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imae_jax import runtime
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    at_least,
+    command,
+    lock_outputs,
+    model_arguments,
+)
 from imae_jax.errors import UserError
 from imae_jax.files import new_directory
 
@@ -22,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("export", help="write a HuggingFace directory (safetensors)")
     _add_export_arguments(export)
-    verify = commands.add_parser("verify", help="compare an export in transformers with its source")
-    verify.add_argument("--model", required=True, help="what was exported")
+    verify = commands.add_parser("verify", help="compare logits of an export in transformers with its source")
+    verify.add_argument("--model", required=True, help="reference of the exported model")
     verify.add_argument("--revision", help="branch, tag or commit of a hub model")
     verify.add_argument("--base", help="where the base of an IMAE directory is now")
     verify.add_argument("--export", required=True, metavar="DIR", help="what `convert export` wrote of MODEL")
@@ -59,7 +66,9 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--iti", metavar="FILE", help="bake ITI's directions into the biases of o_proj")
     parser.add_argument("--iti-alpha", type=float, default=15.0, help="strength of ITI (default: 15)")
-    parser.add_argument("--iti-heads", type=int, default=48, help="number of ITI's heads (default: 48)")
+    parser.add_argument(
+        "--iti-heads", type=at_least(1), default=48, help="heads that ITI shifts (default: 48)"
+    )
     parser.add_argument(
         "--mode", default="expert", help="IMAE models: mode in which transformers runs it (default: expert)"
     )
@@ -76,8 +85,6 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"--max-shard-gb {args.max_shard_gb} must be a number above 0")
     if not math.isfinite(args.iti_alpha):
         raise UserError(f"--iti-alpha {args.iti_alpha} must be a number")
-    if args.iti_heads < 1:
-        raise UserError(f"--iti-heads {args.iti_heads} must be at least 1")
     max_shard_bytes = None if args.max_shard_gb is None else max(1, int(args.max_shard_gb * 1e9))
 
     runtime.set_up()
@@ -145,8 +152,8 @@ def _keep_sources(out: str, *paths: str | Path | None, models: Sequence[tuple[st
     """Raises a `UserError` where `out` would replace something that is read.
 
     Args:
-        out: to be written.
-        paths: that are read; a None is no path.
+        out: path to be written.
+        paths: paths that are read; a None is no path.
         models: references that are read, each with the base that it has moved to, or None.
     """
     from imae_jax.convert.references import local_paths

@@ -109,9 +109,9 @@ def export_imae(
 
     Args:
         opened: a model with units.
-        directory, tokenizer: as of `export_plain`.
+        directory, tokenizer: as for `export_plain`.
         name: name of the model on its card.
-        mode: in which transformers runs it by default.
+        mode: mode in which transformers runs it by default.
         base_model: hub id of the base; default: the base's reference, where that is one.
         dtype: dtype of the base; default: every tensor's own, bit for bit. Units stay float32.
         max_shard_bytes: size at which a new file is begun; default: 5 GB.

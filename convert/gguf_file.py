@@ -40,10 +40,10 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        name: in the file.
+        name: name in the file.
         path: path of the file.
-        shape: as the file has it, the fastest axis first; every other order here is NumPy's.
-        type: how its values are quantized.
+        shape: shape in the order of the file, the fastest axis first; every other order here is NumPy's.
+        type: quantization of the values.
         offset: offset of its first byte.
     """
 

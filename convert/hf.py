@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from imae_jax import layer_stack
+from imae_jax.anti_expert import declare_units
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.identity import BLOCK_ROWS, TensorFiles
@@ -45,8 +47,8 @@ class TensorSource(Protocol):
     """Tensors under HuggingFace's names and in its layout, read one at a time.
 
     Attributes:
-        location: for errors.
-        dtype: that a model of these tensors has.
+        location: place of the tensors, for errors.
+        dtype: dtype of a model of these tensors.
         shapes, dtypes: shapes and dtypes of every tensor.
     """
 
@@ -68,7 +70,7 @@ class SafetensorsSource(TensorFiles):
     """The safetensors files of a directory, single or sharded, one of them memory-mapped at a time.
 
     Attributes:
-        files: in which file every tensor is.
+        files: file of every tensor, by name.
 
     Raises:
         UserError: names a shard that is missing or damaged, an index that leaves the directory, or a
@@ -146,7 +148,7 @@ class WeightsSource:
 
     Args:
         weights, config: weights and configuration of the model.
-        rows: which weights.
+        rows: weights to read.
     """
 
     location = "the model"
@@ -170,9 +172,9 @@ class SelectedSource:
 
     Args:
         source: source of the tensors in `rows`.
-        rows: which of them.
-        num_layers: how many of the lowest layers.
-        dtype: to read them in; default: their own.
+        rows: weights to read.
+        num_layers: number of lowest layers.
+        dtype: dtype of the arrays; default: that of the tensors.
         more: another selection, whose tensors are taken as they are.
     """
 
@@ -262,7 +264,7 @@ def load_llama(
         stacked: see `Llama`.
         dtype: dtype of the base; default: the checkpoint's own.
         mesh: device mesh to shard over; default: the default device.
-        num_source_layers: how many layers the source has, where `config` takes the lowest ones only.
+        num_source_layers: number of layers of the source, where `config` takes the lowest ones only.
 
     Raises:
         UserError: lists every missing, unexpected and wrongly shaped tensor.
@@ -285,15 +287,33 @@ def load_llama(
     return fill(abstract, by_path, mesh)
 
 
+def load_units(
+    config: LlamaConfig,
+    anti_expert: AntiExpertConfig,
+    source: TensorSource,
+    *,
+    stacked: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> Any:
+    """Anti-expert units without a base, as in `Weights.units`; see `load_llama`."""
+    if mesh is not None:
+        check_divisible(config, anti_expert, mesh.shape)
+    rows = unit_rows(config, anti_expert)
+    check_tensors(rows, config, source, config.num_layers)
+    abstract = nnx.eval_shape(lambda: declare_units(config, anti_expert, rngs=nnx.Rngs(0), stacked=stacked))
+    by_path = {row.path.removeprefix("units."): (row, source) for row in rows}
+    return layer_stack.arrays(fill(abstract, by_path, mesh))
+
+
 def fill(abstract: nnx.Module, rows: Mapping[str, tuple[Row, Blocks]], mesh: jax.sharding.Mesh | None) -> Any:
     """The module with every parameter read from its source, straight onto its devices.
 
     Every tensor is read once.
 
     Args:
-        abstract: from `nnx.eval_shape`.
+        abstract: model of `nnx.eval_shape`.
         rows: row and source of every parameter, by its path without layer numbers.
-        mesh: to shard over.
+        mesh: devices to shard over.
     """
     graphdef, state = nnx.split(abstract)
     leaves = []
@@ -469,12 +489,12 @@ def write_config(
     """Writes all of a HuggingFace directory but the weights.
 
     Args:
-        directory: to write into.
+        directory: directory to write into.
         hf: the model's part of `config.json`.
         dtype: dtype of the weights.
         tokenizer: tokenizer of the model.
         eos_token_ids: tokens that end a text; default: the tokenizer's.
-        generation_config: what else `generation_config.json` holds: how transformers samples by default.
+        generation_config: further fields of `generation_config.json`, by which transformers samples.
     """
     write_tokenizer(tokenizer, directory)
     eos = list(eos_token_ids)

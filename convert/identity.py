@@ -1,4 +1,4 @@
-"""Whose weights these are: a digest over every tensor that is read, made while it is read.
+"""The fingerprint of weights: a digest over every tensor that is read, made while it is read.
 
 It covers names, types as stored, shapes and contents, so that it is the same however tensors are spread over
 files, and whatever lies beside them; for a base its config as well, since the same tensors compute something
@@ -22,7 +22,8 @@ UNUSED_FIELDS = ("initializer_range",)
 # Of a block, small enough for the processor's cache. They become columns in memory: whole cache lines.
 BLOCK_ROWS = 64
 # Settings that say where something lies, if a digest beside them says what it is.
-PLACES = ("model", "reference", "revision", "path", "source", "anti_expert", "amateur", "directions")
+PLACES = ("model", "reference", "revision", "path", "source")
+PLACES += ("anti_expert", "amateur", "directions", "units_from")  # those of methods
 DIGESTS = ("fingerprint", "sha256", "base_model")
 
 
@@ -33,7 +34,7 @@ class TensorFiles(abc.ABC):
     look the same.
 
     Attributes:
-        location, dtype, shapes, dtypes: as of `hf.TensorSource`.
+        location, dtype, shapes, dtypes: as in `hf.TensorSource`.
     """
 
     location: str

@@ -65,7 +65,7 @@ def write_imae_dir(
 
     Args:
         path: the new directory.
-        weights: with units; or the units' tensors.
+        weights: weights with units, or tensors of the units.
         config: configuration of the base.
         anti_expert: configuration of the units.
         base: the fields of `references.BaseReference`.

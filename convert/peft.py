@@ -71,10 +71,10 @@ class Adapter:
     Attributes:
         config: configuration of the base.
         lora: the largest of its ranks, the scale of its deltas, and which projections have any.
-        source: its tensors.
+        source: tensors of the adapter.
         shapes: shapes of the tensors of `lora` in every layer.
-        factors: what values are multiplied by where a projection has a scale of its own, by tensor.
-        settings: what the deltas depend on besides.
+        factors: factors of the tensors whose projections have a scale of their own, by name.
+        settings: everything else that the deltas depend on.
     """
 
     config: LlamaConfig
@@ -89,7 +89,7 @@ class Adapter:
 
         Args:
             stacked: layout of the deltas; that of the base's layers.
-            mesh: to shard over.
+            mesh: devices to shard over.
         """
         rows = lora_rows(self.config, self.lora)
         module = fill(
@@ -108,7 +108,7 @@ class Adapter:
         yield whole
 
     def fingerprint(self, base: str) -> str:
-        """Of everything that the adapted model computes with.
+        """Fingerprint of everything that the adapted model computes with.
 
         Args:
             base: the fingerprint of the adapter's base.

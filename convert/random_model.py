@@ -33,10 +33,11 @@ def random_model(
     model of any reference's sizes.
 
     Args:
-        reference: as of `convert.references.model_config`; published sizes need no network.
+        reference: reference of the sizes, see `convert.references.model_config`; published sizes need no
+            network.
         dtype: dtype of the base; default: the checkpoint's own.
-        units: with anti-expert units of the paper's ratio.
-        mesh: as of `load_model`.
+        units: whether to add anti-expert units of the paper's ratio.
+        mesh: devices, as for `load_model`.
     """
 
     def drawn(declare: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:

@@ -29,6 +29,7 @@ from imae_jax.convert.hf import (
     SafetensorsSource,
     TensorSource,
     load_llama,
+    load_units,
     with_biases_of,
 )
 from imae_jax.convert.hf_tokenizer import read_tokenizer
@@ -63,8 +64,8 @@ class Reference:
 
     Attributes:
         name: without the suffix `#layers=N`.
-        num_layers: that N; None without the suffix.
-        path: where the model lies on this machine; None for built-in models and those on the hub.
+        num_layers: N of the suffix; None without it.
+        path: place of the model on this machine; None for built-in models and those on the hub.
     """
 
     name: str
@@ -109,10 +110,10 @@ class OpenedModel:
     Attributes:
         config: configuration of the base.
         source: the base's tensors.
-        num_source_layers: how many layers `source` has, where `config` has the lowest ones only.
+        num_source_layers: number of layers of `source`, where `config` has the lowest ones only.
         base: where the base came from; its dtype is that of the files, or that an IMAE directory asks for.
             Its fingerprint is None: see `identified`.
-        directory: with the tokenizer, None for GGUF files.
+        directory: directory of the tokenizer, None for GGUF files.
         anti_expert, unit_source: sizes and tensors of the units, both or neither.
         imae: contents of `imae_config.json`; None without units.
         is_export: whether the files are those that `convert export` wrote of an IMAE model.
@@ -146,6 +147,10 @@ class OpenedModel:
             mesh=mesh,
             num_source_layers=self.num_source_layers,
         )
+
+    def units(self, *, stacked: bool = False, mesh: jax.sharding.Mesh | None = None) -> Any:
+        """The units alone, as in `Weights.units`; see `load_model`."""
+        return load_units(self.config, self.anti_expert, self.unit_source, stacked=stacked, mesh=mesh)
 
     def identified(self) -> BaseReference:
         """`base` with the fingerprint of its tensors, which `load` may have read, and of its config.
@@ -229,7 +234,7 @@ def load_model(
     """Loads a model by any reference that this module's docstring lists.
 
     Args:
-        reference: what to load.
+        reference: reference of the model.
         dtype: `float32`, `bfloat16` or `float16` for the base; default: the checkpoint's own
             (float32 for GGUF).
         stacked: layer weights as stacks for training; see `Llama`.
@@ -320,7 +325,7 @@ def open_model(reference: str, *, revision: str | None = None, base: str | None 
     """Opens a model's files without reading its tensors.
 
     Args:
-        reference: as of `load_model`, but no adapter.
+        reference: reference as for `load_model`, but no adapter.
         revision, base: see `load_model`.
 
     Raises:
@@ -391,6 +396,14 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
             return {"shifts": tuple(placed(layer, "heads", "head_dim") for layer in stack)}
 
         return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+    if resource.kind == "units":
+        opened = open_model(resource.reference)
+        if opened.unit_source is None:
+            raise UserError("it has no anti-expert units: give an IMAE directory")
+        if opened.identified().fingerprint != lm.base.fingerprint:
+            raise UserError(f"its units were trained on other weights than those of {lm.base.reference}")
+        units = opened.units(stacked=model.stacked, mesh=lm.mesh)
+        return LoadedResource(weights=lambda method: {"units": units}, fingerprint=opened.units_fingerprint())
     if resource.kind == "anti_expert_llm":
         path = adapter_of(resource.reference, lm.base)
         if path is not None:
@@ -417,7 +430,7 @@ def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConf
     among `PUBLISHED_SIZES`.
 
     Args:
-        reference: as of `load_model`, but neither an IMAE directory nor an adapter.
+        reference: reference as for `load_model`, but neither an IMAE directory nor an adapter.
         revision: branch, tag or commit of a hub model.
 
     Returns:

@@ -37,11 +37,11 @@ def build(
     """A tokenizer that writes spaces as `▁` and unknown characters as bytes.
 
     Args:
-        model: with the pieces.
+        model: tokenizer model with the pieces.
         prefix: whether a text gets a space at its beginning, and loses one when it is decoded.
         special: tokens that are found as they are written.
         prefix_once: whether what follows a special token gets no such space.
-        clean: what is done to a text before.
+        clean: normalization of a text before it is split.
     """
     tokenizer = tokenizers.Tokenizer(model)
     steps = [*clean, normalizers.Replace(" ", SPACE)]
@@ -67,7 +67,7 @@ def read_model(path: Path, *, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[
     """The tokenizer of a SentencePiece file, and what its special tokens are named.
 
     Args:
-        path: to read.
+        path: file to read.
         legacy: whether text after a special token gets a space, too, as `tokenizer_config.json` says.
 
     Raises:

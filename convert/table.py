@@ -18,11 +18,11 @@ class Row:
     """One weight (of every layer, where `hf` holds `{layer}`).
 
     Attributes:
-        path: where it is in `imae_jax.llama.Weights`, dotted.
-        hf: its name in a HuggingFace checkpoint.
-        gguf: its name in a GGUF file, None where that format has none.
-        shape: its shape in this library, without a `layers` axis.
-        outputs: how many leading axes of the HuggingFace matrix's *output* dimension `shape` ends
+        path: dotted path in `imae_jax.llama.Weights`.
+        hf: name in a HuggingFace checkpoint.
+        gguf: name in a GGUF file, None where that format has none.
+        shape: shape in this library, without a `layers` axis.
+        outputs: number of leading axes of the HuggingFace matrix's *output* dimension `shape` ends
             with; 0 for what is stored alike on both sides.
     """
 

@@ -34,9 +34,9 @@ class Verification:
 
     Attributes:
         dtype: dtype of the exported base.
-        difference: by mode, the largest difference of two logits, computed in float64.
-        kl: by mode, the mean KL divergence in nats, computed in `dtype`; None for float32.
-        num_layers: how many of the lowest layers were compared.
+        difference: largest difference of two logits, computed in float64, by mode.
+        kl: mean KL divergence in nats, computed in `dtype`, by mode; None for float32.
+        num_layers: number of lowest layers that were compared.
         versions: versions of torch and transformers.
     """
 
@@ -71,7 +71,7 @@ def verify(opened: OpenedModel, directory: Path, num_layers: int | None = None) 
     too. One model at a time is in memory.
 
     Args:
-        opened: what was exported.
+        opened: model that was exported.
         directory: the export.
         num_layers: compare the lowest ones alone; default: all.
 

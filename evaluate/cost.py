@@ -16,15 +16,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from imae_jax import targets
-from imae_jax.cli import ArgumentParser, add_model_arguments, command, lock_outputs, model_arguments
+from imae_jax.cli import (
+    ArgumentParser,
+    add_model_arguments,
+    at_least,
+    command,
+    lock_outputs,
+    model_arguments,
+)
 from imae_jax.distributed import is_started_with_others
 from imae_jax.errors import UserError
-from imae_jax.evaluate.reporting import plots
-from imae_jax.evaluate.reporting.tables import Table, number, show
+from imae_jax.evaluate.reporting import paper, plots
+from imae_jax.evaluate.reporting.document import FinishedRun, Section
+from imae_jax.evaluate.reporting.tables import Table, number, show, stack
 from imae_jax.evaluate.runner.arguments import parse_methods
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE
-from imae_jax.evaluate.runner.identity import called
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, read_fields
+from imae_jax.evaluate.runner.identity import command_line
 from imae_jax.evaluate.timing import Workload, in_own_process
 from imae_jax.files import new_directory
 
@@ -79,15 +89,30 @@ def cost_plot(results: Mapping[str, Any]) -> Any:
     return plots.bar_panels(series, f"{results['model']}, {results['dtype']}")
 
 
-def parse_batch_sizes(text: str) -> list[int]:
-    """`1,8` as numbers."""
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"batch sizes {text!r}: give numbers like 1,8") from error
-    if len(set(sizes)) < len(sizes):
-        raise UserError(f"batch sizes {text!r}: each counts once")
-    return sizes
+class Cost:
+    """What this command writes, in a report."""
+
+    title = "cost"
+    note = (
+        "Memory: {}. ms/token is the time of a decoding step, without the prompt and without compiling; "
+        "× base is against base in the same run and batch size."
+    )
+
+    def read(self, path: Path) -> dict[str, Any]:
+        return read_fields(path / RESULTS_FILE)
+
+    def report(self, runs: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> list[Section]:
+        """Memory and time of decoding beside the paper's."""
+        memory = "; ".join(dict.fromkeys(run.results["memory"] for run in runs))
+        tables = {}
+        for run in runs:
+            device = run.results["environment"]["versions"]["device"]
+            drawn = ", random weights" if run.results["random_weights"] else ""
+            for table in cost_tables(run.results):
+                tables[f"{table.title}, {device}{drawn}, run {run.number}"] = table
+        pictures = (picture for run in runs for picture in run.pictures())
+        blocks = (self.note.format(memory), stack("Measured", tables), *pictures)
+        return [Section("Cost of decoding", blocks), paper.cost_section()]
 
 
 def with_base(methods: "Mapping[str, Method]") -> "dict[str, Method]":
@@ -111,17 +136,15 @@ def measure_all(
     """Measures every method at every batch size, each in a process of its own.
 
     Args:
-        source: of the model.
-        methods: by label; see `with_base`.
-        workloads: which differ in their batch size alone.
-        profile: an existing directory for traces, or None.
+        source: source of the model.
+        methods: methods by label; see `with_base`.
+        workloads: workloads that differ in their batch size alone.
+        profile: existing directory for traces, or None.
         quiet: no progress bar.
 
     Returns:
         What to write as `results.json`: `batch_sizes` has `measure`'s figures by batch size and label.
     """
-    from tqdm import tqdm
-
     from imae_jax.evaluate.measurement import measure
 
     figures: dict[str, dict[str, Any]] = {str(workload.batch_size): {} for workload in workloads}
@@ -147,16 +170,20 @@ def measure_all(
 
 def add_cost_arguments(parser: ArgumentParser, *, batch_sizes: str) -> None:
     """What measurements of decoding share."""
-    parser.add_argument("--batch-sizes", default=batch_sizes, help="with commas between them")
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="tokens of every prompt")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate for every prompt")
-    parser.add_argument("--repeats", type=int, default=5, help="runs; figures are medians")
+    parser.add_argument("--batch-sizes", default=batch_sizes, help="comma-separated numbers of rows")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=32, help="tokens of every prompt")
+    parser.add_argument(
+        "--new-tokens", type=at_least(2), default=64, help="tokens to generate for every prompt"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="runs; figures are their medians")
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
     """One a batch size, from the arguments of `add_cost_arguments`."""
-    sizes = parse_batch_sizes(args.batch_sizes)
-    return [Workload(size, args.prompt_tokens, args.new_tokens, args.repeats) for size in sizes]
+    sizes = args.batch_sizes.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes) or len(set(map(int, sizes))) < len(sizes):
+        raise UserError(f"--batch-sizes {args.batch_sizes}: give different numbers from 1 on, such as 1,8")
+    return [Workload(int(size), args.prompt_tokens, args.new_tokens, args.repeats) for size in sizes]
 
 
 def _print_bounds(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
@@ -235,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in (args.out, args.profile)
         )
         figures = measure_all(source, methods, workloads, profile=profile, quiet=args.quiet)
-        results = {"command": called(parser.prog, argv), **figures}
+        results = {"command": command_line(parser.prog, argv), **figures}
         tables = cost_tables(results)
         for directory in filter(None, (out, profile)):
             (directory / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")

@@ -20,6 +20,7 @@ from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
     add_process_arguments,
+    at_least,
     command,
     join_processes,
     lock_outputs,
@@ -69,12 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="demo", help="TruthfulQA.csv, demo (embedded questions) or hub")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--folds", type=int, default=2, help="number of folds (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of folds and validation splits")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of folds and validation splits")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     join_processes(args)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give at least 0")
     questions = load_data(args.data).questions
     if not 2 <= args.folds <= len(questions) // 2:
         raise UserError(f"--folds {args.folds} of {len(questions)} questions: give 2 to half their number")
@@ -86,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _fit(args: argparse.Namespace, questions: Sequence[Question], out: Path) -> str:
     """Writes the files of all folds; returns the mean validation accuracy of the best heads in each."""
-    from tqdm import tqdm
-
     from imae_jax.convert import load_model
     from imae_jax.convert.iti import write_directions
     from imae_jax.evaluate import probes
@@ -95,9 +92,7 @@ def _fit(args: argparse.Namespace, questions: Sequence[Question], out: Path) -> 
     lm = load_model(args.model, **model_arguments(args))
     answers = [(i, a, a in q.true) for i, q in enumerate(questions) for a in (*q.true, *q.false)]
     texts = [f"Q: {questions[i].text} A: {answer}" for i, answer, _ in answers]
-    heads = probes.collect_heads(
-        lm, texts, progress=lambda x: tqdm(x, desc="heads", unit="batch", disable=args.quiet)
-    )
+    heads = probes.collect_heads(lm, texts, quiet=args.quiet)
     question_of, labels = (np.array([answer[k] for answer in answers]) for k in (0, 2))
     folds = assign_folds(questions, args.folds, args.seed)
     fold_of = np.array([folds[questions[i].text] for i in question_of])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from imae_jax import runtime
 from imae_jax.chat_template import ChatTemplateError
@@ -26,6 +27,7 @@ from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
     add_process_arguments,
+    at_least,
     command,
     join_processes,
     lock_outputs,
@@ -33,7 +35,7 @@ from imae_jax.cli import (
 )
 from imae_jax.distributed import is_main
 from imae_jax.errors import UserError, first_line
-from imae_jax.evaluate.reporting.kinds import HARNESS_COLUMNS, HARNESS_FILE, harness_rows
+from imae_jax.evaluate.reporting.harness import HARNESS_COLUMNS, HARNESS_FILE, harness_rows
 from imae_jax.evaluate.reporting.tables import Table, show
 from imae_jax.files import new_directory
 from imae_jax.prompts import resolve_format
@@ -46,25 +48,11 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from imae_jax.decode import Continuation, Method, Sampler
+    from imae_jax.decode import Continuation, Method
+    from imae_jax.decode.loop import GenerationOptions
     from imae_jax.language_model import LanguageModel
 
 BATCH_SIZE, MAX_NEW_TOKENS = 8, 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """How a request's text is to be continued; requests with equal ones share batches.
-
-    Attributes:
-        sampler: how a token is drawn.
-        max_new_tokens: upper bound.
-        stop: strings that end the text; they are not part of it.
-    """
-
-    sampler: "Sampler"
-    max_new_tokens: int
-    stop: tuple[str, ...]
 
 
 class IMAEJaxLM(TemplateLM):
@@ -73,15 +61,19 @@ class IMAEJaxLM(TemplateLM):
     A log-likelihood is the sum of the method's scores, which are log-probabilities for the modes of a model
     alone: what a task makes of it as a probability (perplexities, MC2) holds for those only.
 
-    Attributes:
-        lm: from `imae_jax.convert.load_model`.
-        tokenizer: its.
-        method: as in `LanguageModel.generate`.
-        batch_size: texts that are generated together, and rows that are scored together.
-        max_length: tokens that a context may have; longer ones lose their beginning.
+    Args:
+        lm: model of `imae_jax.convert.load_model`.
+        method: mode or decoding method, as in `LanguageModel.generate`.
+        batch_size: texts that are generated together (default: 8), and rows that are scored together
+            (default: by platform).
+        max_length: the most tokens of a context; longer ones lose their beginning. Default: what the model,
+            and a method's second one, were trained for.
         add_bos_token: whether texts begin with BOS; default: as the tokenizer does.
-        seed: of the sampler.
+        seed: seed of the sampler.
         quiet: no progress bars.
+
+    Raises:
+        UserError: a method that the model cannot run, or a setting out of its range.
     """
 
     def __init__(
@@ -95,15 +87,6 @@ class IMAEJaxLM(TemplateLM):
         seed: int = 0,
         quiet: bool = False,
     ):
-        """See the class.
-
-        Args:
-            batch_size: default: 8 texts; rows by platform.
-            max_length: default: the context of the model, or of a second model where that is shorter.
-
-        Raises:
-            UserError: a method that the model cannot run, or a setting out of its range.
-        """
         check_packages()
         super().__init__()
         self.lm, self.tokenizer, self.method = lm, lm.tokenizer, method
@@ -111,7 +94,7 @@ class IMAEJaxLM(TemplateLM):
         self._generated = lm.prepare(method, generating=True)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size {batch_size}: give at least 1")
-        limit = min(config.max_position_embeddings for config in self._scored[0].configs)
+        limit = self._scored[0].max_positions
         if max_length is not None and not 1 <= max_length <= limit:
             raise UserError(f"max length {max_length}: the context of the model is {limit}")
         self.batch_size, self.max_length = batch_size, max_length or limit
@@ -128,7 +111,7 @@ class IMAEJaxLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Of requests that the harness caches: they hold what the chat template made of a task."""
+        """Name of the harness's cache of requests, which hold what the chat template made of a task."""
         name = self.lm.base.reference
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
         return f"{Path(name).name}-{template[:16]}"
@@ -213,23 +196,24 @@ class IMAEJaxLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
-        from tqdm import tqdm
-
         groups = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self._generation(request.args[1])].append(i)
+            groups[self._settings(request.args[1])].append(i)
         batches = []
-        for generation, indices in groups.items():
-            prompts = {i: self._prompt(requests[i].args[0], generation) for i in indices}
+        for settings, indices in groups.items():
+            room = self.max_length - settings[0].max_new_tokens
+            prompts = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices}
+            prompts = {i: tokens[-room:] for i, tokens in prompts.items()}
             # Longest first: rows of a batch are alike, and what exceeds the memory does so at once.
             indices = sorted(indices, key=lambda i: -len(prompts[i]))
             size = self.batch_size or BATCH_SIZE
             for start in range(0, len(indices), size):
-                batches.append((generation, {i: prompts[i] for i in indices[start : start + size]}))
+                batches.append((settings, {i: prompts[i] for i in indices[start : start + size]}))
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.quiet) as bar:
-            for number, (generation, prompts) in enumerate(batches):
-                continued = self._continue(list(prompts.values()), generation, (self.seed + number) % 2**31)
+            for number, ((options, stop), prompts) in enumerate(batches):
+                options = dataclasses.replace(options, seed=(self.seed + number) % 2**31)
+                continued = self._continue(list(prompts.values()), options, stop)
                 for i, text in zip(prompts, continued, strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -242,8 +226,6 @@ class IMAEJaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        from tqdm import tqdm
-
         from imae_jax.decode import score
 
         items, groups = [], defaultdict(list)
@@ -264,7 +246,7 @@ class IMAEJaxLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.quiet) as bar:
             for group, scored in results:
-                for i, s, g in zip(indices[group], *scored, strict=True):
+                for i, s, g in zip(indices[group], scored.scores, scored.is_greedy, strict=True):
                     answers[i] = float(np.sum(s, dtype=np.float64)), bool(g.all())
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
@@ -287,8 +269,8 @@ class IMAEJaxLM(TemplateLM):
         tokens = (context + continuation)[-(self.max_length + 1) :]
         return Continuation(tuple(tokens), len(tokens) - len(continuation))
 
-    def _generation(self, kwargs: dict[str, Any]) -> Generation:
-        """A task's `generation_kwargs`, by the harness's own rules.
+    def _settings(self, kwargs: dict[str, Any]) -> "tuple[GenerationOptions, tuple[str, ...]]":
+        """A task's `generation_kwargs`, by the harness's own rules: options, and strings that end a text.
 
         Raises:
             UserError: a setting that does not exist here, or contradicts another.
@@ -296,6 +278,7 @@ class IMAEJaxLM(TemplateLM):
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         from imae_jax.decode import Sampler
+        from imae_jax.decode.loop import GenerationOptions
 
         try:
             settings = dict(normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS))
@@ -321,31 +304,28 @@ class IMAEJaxLM(TemplateLM):
                 f"{self.max_length}: lower it with --gen-kwargs max_gen_toks=N"
             )
         sampler = Sampler(temperature, top_k, top_p, penalty) if sampled else Sampler(0.0, 0, 1.0, penalty)
-        return Generation(sampler, max_new_tokens, tuple(string for string in stop if string))
+        return GenerationOptions(sampler, max_new_tokens), tuple(filter(None, stop))
 
-    def _prompt(self, context: str, generation: Generation) -> list[int]:
-        tokens = self.tok_encode(context) or [self.prefix_token_id]
-        return tokens[-(self.max_length - generation.max_new_tokens) :]
-
-    def _continue(self, prompts: list[list[int]], generation: Generation, seed: int) -> list[str]:
+    def _continue(
+        self, prompts: list[list[int]], options: "GenerationOptions", stop: tuple[str, ...]
+    ) -> list[str]:
         from lm_eval.models.utils import postprocess_generated_text
 
-        from imae_jax.decode.loop import GenerationOptions, stream_tokens
+        from imae_jax.decode.loop import stream_tokens
 
         models, method = self._generated
         # Special tokens do not appear in the text: they are looked for by their ids.
         special = self.tokenizer.special_ids
-        stop_ids = {special[string] for string in generation.stop if string in special}
+        stop_ids = {special[string] for string in stop if string in special}
         rows: list[list[int]] = [[] for _ in prompts]
         texts, closed = [""] * len(prompts), [False] * len(prompts)
-        options = GenerationOptions(generation.sampler, generation.max_new_tokens, seed)
         ends = sorted(stop_ids | set(self.lm.eos_token_ids))
         for tokens in stream_tokens(models, prompts, method, options, eos_token_ids=ends, closed=closed):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            closed[:] = [any(string in text for string in generation.stop) for text in texts]
-        return [postprocess_generated_text(text, list(generation.stop), None) for text in texts]
+            closed[:] = [any(string in text for string in stop) for text in texts]
+        return [postprocess_generated_text(text, list(stop), None) for text in texts]
 
 
 def check_packages() -> None:
@@ -370,15 +350,15 @@ def check_packages() -> None:
 def load_tasks(
     names: Sequence[str], include_path: Path | None = None, *, unsafe: bool = False
 ) -> tuple[Any, list[Any]]:
-    """Tasks and groups of the harness with their data.
+    """Tasks, groups and tags of the harness by name, with their data.
 
     Args:
-        names: of tasks, groups or tags.
+        names: names of tasks, groups or tags.
         include_path: directory with further task files.
-        unsafe: allow tasks that run generated code.
+        unsafe: whether tasks may run generated code.
 
     Returns:
-        The harness's `TaskManager`, and what `simple_evaluate` takes as tasks.
+        The harness's `TaskManager`, and the tasks that `simple_evaluate` takes.
 
     Raises:
         UserError: a name that does not exist, data that cannot be loaded, or a task that may not run.
@@ -412,10 +392,6 @@ def load_tasks(
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     join_processes(args)
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     names = [name for name in args.tasks.split(",") if name]
     if not names:
         raise UserError("--tasks names no task: give names of tasks, groups or tags of lm-eval")
@@ -487,15 +463,15 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", required=True, help="comma-separated tasks, groups or tags of lm-eval")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--include-path", type=Path, help="directory with further task files")
-    parser.add_argument("--limit", type=int, help="use the first N documents of every task")
-    parser.add_argument("--num-fewshot", type=int, help="examples in a prompt (default: the task's)")
-    parser.add_argument("--batch-size", type=int, help="texts generated and rows scored together")
+    parser.add_argument("--limit", type=at_least(1), help="use the first N documents of every task")
+    parser.add_argument("--num-fewshot", type=at_least(0), help="examples in a prompt (default: the task's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="texts generated, or rows scored, together")
     parser.add_argument("--max-length", type=int, help="cut contexts to N tokens (default: the model's)")
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as chats")
-    parser.add_argument("--gen-kwargs", help="key=value,… over a task's generation settings")
+    parser.add_argument("--gen-kwargs", help="key=value,… to override generation settings of the tasks")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
-    parser.add_argument("--log-samples", action="store_true", help="write every request and answer as well")
-    parser.add_argument("--cache-requests", action="store_true", help="keep tasks' prompts for the next run")
+    parser.add_argument("--log-samples", action="store_true", help="also write every request and answer")
+    parser.add_argument("--cache-requests", action="store_true", help="keep all prompts for the next run")
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run generated code"
     )

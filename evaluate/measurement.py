@@ -30,7 +30,7 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        reference: the model's reference, as for `load_model`.
+        reference: reference of the model, as for `load_model`.
         options: keyword arguments of `load_model`.
         random_weights: whether to draw weights of the model's sizes instead of loading them.
     """
@@ -72,10 +72,10 @@ def measure(
     """Decodes greedily with one method; to be called in a fresh process.
 
     Args:
-        source: where the model comes from.
-        method: the method, not resolved.
-        workload: what to decode.
-        profile: a directory for a trace of one run and the device's memory at its end.
+        source: source of the model.
+        method: method, not resolved.
+        workload: numbers of rows and tokens to decode.
+        profile: directory for a trace of one run and the device's memory at its end.
 
     Returns:
         `time_runs`'s figures; `memory_bytes`, or None where it cannot be measured; `weight_bytes` of all

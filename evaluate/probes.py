@@ -5,11 +5,11 @@ Source: Li et al., arXiv 2306.03341, section 3 and their code's defaults.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from imae_jax.batching import run_by_length
 from imae_jax.config import LlamaConfig
@@ -27,7 +27,7 @@ INVERSE_PENALTY = 1.0
 NEWTON_STEPS = 30
 
 
-def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = lambda x: x) -> np.ndarray:
+def collect_heads(lm: LanguageModel, texts: Sequence[str], *, quiet: bool = True) -> np.ndarray:
     """Every attention head's output, before `o_proj`, at the last token of texts: float32 [n, L, N, H]."""
     rows = lm.tokenizer(list(texts), add_special_tokens=adds_special_tokens("plain"))["input_ids"]
     config = lm.config
@@ -38,9 +38,8 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, progress: Any = la
         tokens_per_batch=TOKENS_PER_BATCH,
         length_multiple=LENGTH_MULTIPLE,
         mesh=lm.mesh,
-        progress=progress,
     )
-    for i, head_outputs in values:
+    for i, head_outputs in tqdm(values, total=len(rows), desc="heads", unit="text", disable=quiet):
         heads[i] = head_outputs
         if not np.isfinite(heads[i]).all():
             models, method = lm.prepare("base", generating=False)
@@ -107,7 +106,7 @@ def find_directions(
         heads: float32 [n, L, N, H] of answers.
         labels: bool [n], is the answer true?
         question_of: int [n], number of each answer's question: probes are validated on other questions.
-        seed: of the split.
+        seed: seed of the split.
     """
     n, L, N, H = heads.shape
     questions = np.random.default_rng(seed).permutation(np.unique(question_of))

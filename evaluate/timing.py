@@ -32,12 +32,6 @@ class Workload:
     new_tokens: int = 64
     repeats: int = 5
 
-    def __post_init__(self):
-        least = {"batch_size": 1, "prompt_tokens": 1, "new_tokens": 2, "repeats": 1}
-        for name, limit in least.items():
-            if getattr(self, name) < limit:
-                raise UserError(f"{name} {getattr(self, name)}: give at least {limit}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -64,7 +58,7 @@ class MemoryMeter:
         self._before: int | None = None
 
     def start(self) -> None:
-        """To be called when all is loaded and compiled, and nothing is decoding."""
+        """Begins to measure: all is loaded and compiled by now, and nothing is decoding."""
         # Garbage, and freed memory that the C library keeps, would be filled before the process grows.
         gc.collect()
         with suppress(OSError, AttributeError):
@@ -74,7 +68,7 @@ class MemoryMeter:
             self._before = _resident_bytes("VmRSS")
 
     def peak_bytes(self, weight_bytes: int, device: Any = None) -> int | None:
-        """With the weights; None where the system does not tell.
+        """Peak memory in bytes, weights included; None where the system does not tell.
 
         Args:
             weight_bytes: bytes of all weights in memory.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from imae_jax import layer_stack
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
 from imae_jax.layers import gated, matmul
@@ -56,6 +57,17 @@ class AntiExpertUnits(nnx.Module):
         self.w_gate = weight(rngs, (D, A), ("embed", "anti_mlp"), init, **kwargs)
         self.w_up = weight(rngs, (D, A), ("embed", "anti_mlp"), init, **kwargs)
         self.w_down = weight(rngs, (A, D), ("anti_mlp", "embed"), zeros, **kwargs)
+
+
+def declare_units(
+    config: LlamaConfig, anti_expert: AntiExpertConfig, *, rngs: nnx.Rngs, stacked: bool
+) -> nnx.Module | nnx.List:
+    """The units of all layers, in either layout of `layer_stack`."""
+
+    def layers(stack: int | None) -> AntiExpertUnits:
+        return AntiExpertUnits(config, anti_expert, rngs=rngs, stack=stack)
+
+    return layer_stack.declare(layers, config.num_layers, stacked=stacked)
 
 
 def unit_forward(

@@ -1,6 +1,6 @@
 """Token sequences of any lengths as batches of few shapes, so that few programs are compiled."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ def run_by_length(
     tokens_per_batch: int,
     length_multiple: int,
     mesh: jax.sharding.Mesh | None = None,
-    progress: Callable[[Sequence], Iterable] = lambda batches: batches,
 ) -> Iterator[tuple[int, Any]]:
     """Runs a function over rows of about equal length at a time.
 
@@ -33,7 +32,6 @@ def run_by_length(
         tokens_per_batch: B · T is at most this, but B is at least 1; over a mesh, what it divides.
         length_multiple: T is a multiple of it.
         mesh: on which the function runs.
-        progress: wraps the list of batches to show how far it is.
 
     Yields:
         `(i, values)` for every row, the shortest first: its slices [...] of the arrays, on the host.
@@ -44,7 +42,7 @@ def run_by_length(
         if not batches or (len(batches[-1]) + 1) * length > tokens_per_batch:
             batches.append([])
         batches[-1].append(i)
-    for batch in progress(batches):
+    for batch in batches:
         length = round_up(len(rows[batch[-1]]), length_multiple)
         size = min(max(1, tokens_per_batch // length), len(rows))
         with use_mesh(mesh):

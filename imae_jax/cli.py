@@ -215,6 +215,19 @@ def _sigterm_unwinds() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """The argparse `type` of numbers from `least` on, which are of its type."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"give at least {least}, not {text}")
+        return value
+
+    number.__name__ = type(least).__name__  # `invalid int value`
+    return number
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, with_mesh: bool = True) -> None:
     """Adds `--model` and what goes with it; `model_arguments` reads them.
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
+
+CONFIDENCE = ("entropy", "max_probability", "margin")
+"""How sure a distribution is: entropy in nats, the largest probability, that less the second one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ def encode(
     continuations: Sequence[str],
     *,
     add_special_tokens: bool = True,
+    count: Literal["prompt", "continuation"] = "prompt",
 ) -> list[Continuation]:
     """Tokenizes every prompt together with its continuation.
 
@@ -44,23 +49,27 @@ def encode(
         prompts, continuations: texts of equal length.
         add_special_tokens: whether the tokenizer may add its own (BOS); off for chat templates, which
             hold them already.
+        count: which of the two is tokenized alone, to count where the scored part begins: after the
+            prompt's own number of tokens, or the continuation's own number before the end.
 
     Raises:
         UserError: a continuation adds no token to its prompt.
     """
     texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
-    unique = list(dict.fromkeys(prompts))
+    counted = prompts if count == "prompt" else continuations
+    unique = list(dict.fromkeys(counted))
     alone = tokenizer(unique, add_special_tokens=add_special_tokens)["input_ids"]
     alone = dict(zip(unique, alone, strict=True))
     together = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
     encoded = []
-    for prompt, continuation, tokens in zip(prompts, continuations, together, strict=True):
-        start = len(alone[prompt])
-        if start == 0:
+    for text, continuation, tokens in zip(counted, continuations, together, strict=True):
+        own = alone[text]
+        start = len(own) if count == "prompt" else len(tokens) - len(own)
+        if start <= 0:
             raise UserError("a prompt without tokens: give a prompt, or a tokenizer that adds BOS")
         if len(tokens) <= start:
-            raise UserError(f"the continuation {continuation!r} has no tokens of its own")
-        merged = tokens[:start] != alone[prompt]
+            raise UserError(f"the continuation {continuation!r} has no tokens of its own: give another")
+        merged = own != (tokens[:start] if count == "prompt" else tokens[start:])
         encoded.append(Continuation(tuple(tokens), start, merged))
     return encoded
 

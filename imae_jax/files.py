@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
+import gzip
 import io
 import json
 import logging
@@ -11,7 +12,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +145,19 @@ def read_text(path: str | os.PathLike, name: str) -> str:
     """The contents of a UTF-8 text file, without a byte-order mark.
 
     Args:
-        path: path of the file.
+        path: path of the file, compressed by gzip where it ends in `.gz`.
         name: what it is, for the error.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
+        if Path(path).suffix == ".gz":
+            return gzip.decompress(Path(path).read_bytes()).decode("utf-8-sig")
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{name} {path} cannot be read ({error.strerror or error}): give a text file"
+            f"{name} {path} cannot be read ({getattr(error, 'strerror', None) or error}): give a text file"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} {path} cannot be read as UTF-8: give a text file in UTF-8") from error
@@ -303,11 +307,13 @@ class Journal:
         """
         return [self._record(line, number) for number, line in enumerate(self._lines(), 1)]
 
-    def resume(self) -> list[dict[str, Any]]:
-        """As `read`; also removes a cut-off last line from the file, so that records can be appended."""
-        records = self.read()
-        write_text(self.path, "".join(f"{line}\n" for line in self._lines()))
-        return records
+    def resume(self, keep: Callable[[dict[str, Any]], bool] = lambda record: True) -> list[dict[str, Any]]:
+        """The records to keep; removes all else from the file, so that records can be appended."""
+        kept = [
+            (line, record) for line, record in zip(self._lines(), self.read(), strict=True) if keep(record)
+        ]
+        write_text(self.path, "".join(f"{line}\n" for line, _ in kept))
+        return [record for _, record in kept]
 
     def _lines(self) -> list[str]:
         try:

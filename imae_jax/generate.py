@@ -19,6 +19,7 @@ from imae_jax.cli import (
     add_model_arguments,
     add_process_arguments,
     add_sampling_arguments,
+    at_least,
     command,
     join_processes,
     lock_outputs,
@@ -82,7 +83,9 @@ def _parser() -> ArgumentParser:
         "--prompts", type=Path, metavar="FILE", help='JSONL file of {"prompt": …}, with --out'
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write, or to resume")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts of FILE at a time (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=8, help="prompts of FILE at a time (default: 8)"
+    )
     parser.add_argument(
         "--mode",
         "--method",
@@ -122,8 +125,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--compare goes neither with --stream nor with --out")
     if args.stream and (args.out or len(args.prompt) > 1):
         raise UserError("--stream goes with one --prompt")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: give at least 1")
 
 
 def _print_stream(

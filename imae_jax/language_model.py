@@ -1,5 +1,6 @@
 """A loaded model with its tokenizer: text in, text or scores out."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,10 +12,11 @@ from imae_jax.config import LlamaConfig
 from imae_jax.continuation import encode, windows
 from imae_jax.decode.loop import GenerationOptions, stream_tokens
 from imae_jax.decode.methods import Method, Resource, parse_method
+from imae_jax.decode.noise import with_noise
 from imae_jax.decode.scoring import score
 from imae_jax.decode.streams import Models, check
 from imae_jax.errors import UserError
-from imae_jax.llama import Llama
+from imae_jax.llama import Llama, Weights
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.sharding import mesh_of
 from imae_jax.tokenizer import Tokenizer
@@ -63,10 +65,12 @@ class Completion:
     Attributes:
         text: without special tokens and stop strings.
         finished: whether an end-of-text token or a stop string ended it, and not the number of tokens.
+        tokens: the drawn tokens that `text` comes from, without those behind it.
     """
 
     text: str
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -91,6 +95,7 @@ class LanguageModel:
     load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
     units_fingerprint: str | None = None
     _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(default_factory=dict, compare=False)
+    _noise: dict[Any, Weights] = dataclasses.field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         parts = [self.base.reference, f"{self.config.num_layers} layers", self.base.dtype]
@@ -139,7 +144,23 @@ class LanguageModel:
             method = method.with_resource(shared=loaded.second is None)
         method = method.resolve(self.config, generating=generating)
         check(models, method)
-        return models, method
+        return self._with_noise(models, method), method
+
+    def _with_noise(self, models: Models, method: Method) -> Models:
+        """The models, with random signs in what the method does to the first one if it asks for them."""
+        seed = getattr(method, "noise", None)
+        if seed is None:
+            return models
+        streams = [stream for stream in method.streams if stream.model == 0]
+        # The shifts are of as many heads as the method says.
+        acts = tuple(any(getattr(s, name) for s in streams) for name in ("strength", "adapter", "shift"))
+        key = seed, method.noise_scale, acts, method if acts[-1] else method.resource
+        if key not in self._noise:
+            try:
+                self._noise[key] = with_noise(models.weights[0], streams, seed, method.noise_scale)
+            except UserError as error:
+                raise UserError(f"{method.name}: {error}") from error
+        return dataclasses.replace(models, weights=(self._noise[key], *models.weights[1:]))
 
     def resource_fingerprint(self, method: Method) -> str | None:
         """Of what `prepare` has loaded for a method; None for methods that need nothing besides the model."""
@@ -169,11 +190,17 @@ class LanguageModel:
         self, prompts: Sequence[str], method: str | Method = "base", **options: Any
     ) -> list[Completion]:
         """As `generate`, but also says of every text what ended it."""
-        texts, finished = [""] * len(prompts), [False] * len(prompts)
-        for completions in self._pieces(prompts, method, **options):
-            finished = [completion.finished for completion in completions]
-            texts = [text + completion.text for text, completion in zip(texts, completions, strict=True)]
-        return [Completion(text, end) for text, end in zip(texts, finished, strict=True)]
+        whole = [Completion("", False)] * len(prompts)
+        for pieces in self._pieces(prompts, method, **options):
+            whole = [
+                dataclasses.replace(piece, text=before.text + piece.text)
+                for before, piece in zip(whole, pieces, strict=True)
+            ]
+        ids = self.encode_prompts(prompts, options.get("format", "raw"))
+        return [
+            dataclasses.replace(each, tokens=_tokens_of(self.tokenizer, prompt, each))
+            for prompt, each in zip(ids, whole, strict=True)
+        ]
 
     def stream(
         self, prompts: Sequence[str], method: str | Method = "base", **options: Any
@@ -191,7 +218,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[list[Completion]]:
-        """Every prompt's next piece of text, and whether it is the last one."""
+        """Every prompt's next piece of text, whether it is the last one, and all tokens drawn so far."""
         ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
         ids = self.encode_prompts(prompts, format)
@@ -205,7 +232,7 @@ class LanguageModel:
                 text = ""
                 if not closed[i]:
                     text, closed[i] = text_so_far(self.tokenizer, ids[i], row, stop, finished=last or ended)
-                new.append(Completion(text[emitted[i] :], ended or closed[i]))
+                new.append(Completion(text[emitted[i] :], ended or closed[i], tuple(row)))
                 emitted[i] = max(emitted[i], len(text))
             return new
 
@@ -329,6 +356,18 @@ def text_so_far(
         held_back = max(map(len, stop), default=1) - 1
         text = text[: max(len(text) - held_back, 0)]
     return text, False
+
+
+def _tokens_of(tokenizer: Tokenizer, prompt: Sequence[int], completion: Completion) -> tuple[int, ...]:
+    """The fewest of the drawn tokens that hold a text, found by bisection."""
+    tokens = completion.tokens
+    lengths = range(len(tokens) + 1)
+    count = bisect.bisect_left(
+        lengths,
+        len(completion.text),
+        key=lambda n: len(tokenizer.continuation(prompt, tokens[:n], finished=True)),
+    )
+    return tokens[:count]
 
 
 def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:

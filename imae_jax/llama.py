@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from imae_jax import layer_stack
-from imae_jax.anti_expert import AntiExpertUnits, unit_forward
+from imae_jax.anti_expert import declare_units, unit_forward
 from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
@@ -154,13 +154,10 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.unembed = weight(rngs, (D, V), ("embed", "vocab"), init, dtype=dtype)
 
-        def declare(kind, *sizes, **options):
-            layers = functools.partial(kind, config, *sizes, rngs=rngs, **options)
-            return layer_stack.declare(lambda n: layers(stack=n), L, stacked=stacked)
-
-        self.layers = declare(DecoderLayers, dtype=dtype)
+        layers = functools.partial(DecoderLayers, config, rngs=rngs, dtype=dtype)
+        self.layers = layer_stack.declare(lambda n: layers(stack=n), L, stacked=stacked)
         if anti_expert is not None:
-            self.units = declare(AntiExpertUnits, anti_expert)
+            self.units = declare_units(config, anti_expert, rngs=rngs, stacked=stacked)
 
     def weights(self) -> Weights:
         """The arrays of this model (not copied)."""

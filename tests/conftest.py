@@ -135,7 +135,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
-TIERS = ("slow", "docs", "browser", "multiprocess")
+TIERS = ("slow", "compile", "docs", "browser", "multiprocess")
 # Tests that use these fixtures are of these tiers.
 FIXTURE_TIERS = {"browser": "browser", "hf_smollm2": "slow"}
 

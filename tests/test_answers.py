@@ -269,7 +269,7 @@ def test_what_cannot_be_answered_is_refused(answered, tmp_path, capfd, monkeypat
         "protocol tqa-v1/lm-eval is multiple choice alone": [*command, "--protocol", "tqa-v1/lm-eval"],
         "protocol 'mc9' does not exist": [*command, "--protocol", "mc9"],
         "the tokenizer has no chat template": [*command, "--protocol", "tqa-v1/chat"],
-        "--max-new-tokens and --batch-size": with_out(command, tmp_path / "new", max_new_tokens=0),
+        "--max-new-tokens: give at least 1, not 0": with_out(command, tmp_path / "new", max_new_tokens=0),
         "--sampling-seed -1": [*command, "--sampling-seed", -1],
         "temperature -1.0": with_out(command, tmp_path / "new", temperature=-1),
         "over the model's context of 512: lower --max-new-tokens": with_out(

@@ -183,7 +183,7 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
         "convert/model_card.md.jinja",
         *(f"convert/torch_side/{name}" for name in SHIPPED),
         *(f"evaluate/inspector/page.{kind}" for kind in ("html", "css", "js")),
-        *(f"evaluate/{name}" for name in ("page.css", "data/paper_results.json", "benchmarks/harm.py")),
+        *(f"evaluate/{name}" for name in ("data/paper_results.json", "benchmarks/harm.py")),
     ]
     for file in files:
         assert (site / "imae_jax" / file).is_file()

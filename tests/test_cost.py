@@ -104,8 +104,9 @@ def test_a_report_shows_the_figures_beside_the_papers(measured, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     base, dola = json.loads((measured / "out" / "results.json").read_text())["batch_sizes"]["2"].values()
     ratios = [dola[key] / base[key] for key in ("memory_bytes", "ms_per_token")]
-    cells = [dola["memory_bytes"] / 1e9, ratios[0], dola["ms_per_token"], ratios[1]]
-    assert f"| dola | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in text
+    gigabytes = [dola[key] / 1e9 for key in ("memory_bytes", "weight_bytes")]
+    cells = [gigabytes[0], ratios[0], gigabytes[1], dola["ms_per_token"], ratios[1]]
+    assert f"| dola | {' | '.join(f'{cell:.2f}' for cell in cells)} | " in text
     assert "| IMAE | 18.4 | 1.4 | 2.60 | 1.2 |" in text
     assert (tmp_path / "report" / "1-cost.png").exists()
 
@@ -133,13 +134,13 @@ def test_traces_hold_the_names_of_steps_and_layers(measured):
 
 BAD = {
     "unknown method": (["--methods", "truth"], "'truth' does not exist"),
-    "no new token": (["--new-tokens", "0"], "new_tokens 0: give at least 2"),
-    "no step": (["--new-tokens", "1"], "new_tokens 1: give at least 2"),
-    "no prompt": (["--prompt-tokens", "0"], "prompt_tokens 0"),
-    "no run": (["--repeats", "0"], "repeats 0"),
-    "no row": (["--batch-sizes", "1,0"], "batch_size 0"),
-    "no number": (["--batch-sizes", "1,many"], "'1,many'"),
-    "twice": (["--batch-sizes", "2,2"], "each counts once"),
+    "no new token": (["--new-tokens", "0"], "--new-tokens: give at least 2, not 0"),
+    "no step": (["--new-tokens", "1"], "--new-tokens: give at least 2, not 1"),
+    "no prompt": (["--prompt-tokens", "0"], "--prompt-tokens: give at least 1"),
+    "no run": (["--repeats", "0"], "--repeats: give at least 1"),
+    "no row": (["--batch-sizes", "1,0"], "different numbers from 1 on"),
+    "no number": (["--batch-sizes", "1,many"], "--batch-sizes 1,many"),
+    "twice": (["--batch-sizes", "2,2"], "different numbers"),
 }
 
 

@@ -160,7 +160,12 @@ def test_other_data_are_objected_to(shared):
     assert "816 questions, tqa-v1/qa-primer is of 817" in protocol.objection(fewer)
     other = Data((fewer.questions[0], *fewer.questions), "x.csv", "csv")
     assert f"is of {protocols.CSV_SHA256[:8]}" in protocol.objection(other)
-    assert "790" in protocols.PROTOCOLS["tqa-v2025/binary"].objection(published)
+    binary = protocols.PROTOCOLS["tqa-v2025/binary"]
+    assert "790" in binary.objection(published)
+    newer = load_data(str(shared / "data" / "TruthfulQA_2025.csv"), "binary")
+    assert binary.objection(newer) is None
+    changed = (newer.questions[1], *newer.questions[1:])
+    assert f"is of {newer.sha256[:8]}" in binary.objection(Data(changed, "x.csv", "csv"))
 
 
 def test_splits_share_no_question_and_do_not_depend_on_order():
@@ -371,7 +376,7 @@ def test_bad_input_ends_in_one_line(tmp_path, capfd):
     assert "nowhere.csv" in error_of(capfd, main, *base, "--data", "nowhere.csv", *demo_primer)
     assert "nowhere.txt" in error_of(capfd, main, *base, "--primer", "nowhere.txt")
     assert "protocol 'tqa-v9'" in error_of(capfd, main, *base, "--protocol", "tqa-v9")
-    assert "--limit 0" in error_of(capfd, main, *base, "--limit", "0")
+    assert "--limit: give at least 1, not 0" in error_of(capfd, main, *base, "--limit", "0")
     assert "--dev-share 1.0" in error_of(capfd, main, *base, "--dev-share", "1")
     assert "--baseline icd" in error_of(capfd, main, *base, "--baseline", "icd")
     write()

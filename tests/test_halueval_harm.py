@@ -23,11 +23,6 @@ from imae_jax.train.data import batch_rows, load_rows, tokenize
 # HaluEval QA
 
 
-@pytest.fixture
-def rows(tmp_path):
-    return write_rows(tmp_path / "rows.jsonl", 12)
-
-
 def test_preferences():
     # -3 over 1 token against -4 over 4: the sum prefers the first, the mean the second.
     assert preferences(-3.0, -4.0, (1, 4)) == {"raw": 1.0, "per_token": 0.0}
@@ -42,14 +37,26 @@ def test_what_length_alone_tells():
     assert length_statistics([])["n"] == 0
 
 
-def test_answers_are_compared_raw_per_token_and_matched(tiny_imae, rows, tmp_path, capfd):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def compared(tiny_imae, tmp_path_factory):
+    """A finished run of two methods: its directory, the pairs' file and the command, which lacks --out."""
+    path = tmp_path_factory.mktemp("halueval")
+    rows = write_rows(path / "rows.jsonl", 12)
     command = ["--model", tiny_imae.directory, "--methods", "base,in-model-contrast", "--data", rows]
     command = [*map(str, command), "--quiet", "--length-ratio", "1.4"]
-    assert halueval([*command, "--out", str(out)]) == 0
-    assert "AUC of length alone" in capfd.readouterr().out
-    results = json.loads((out / "results.json").read_text())
+    assert halueval([*command, "--out", str(path / "out")]) == 0
+    return path / "out", rows, command
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_answers_are_compared_raw_per_token_and_matched(compared, tiny_imae):
+    out, rows, _ = compared
+    results = results_of(out)
     assert results["protocol"] == "halueval-qa-v1/plain"
+    assert "AUC of length alone" in (out / "table.md").read_text()
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     lm = tiny_imae.load()
@@ -74,8 +81,10 @@ def test_answers_are_compared_raw_per_token_and_matched(tiny_imae, rows, tmp_pat
     assert results["length"]["all"]["shorter"] == pytest.approx(100 * (9 + 3 / 2) / 12)
     assert "matched-preferences.png" in {path.name for path in out.iterdir()}
 
-    # Two runs are compared on the same parts.
-    comparison = tmp_path / "comparison"
+
+def test_two_runs_are_compared_on_the_same_parts(compared, tmp_path, capfd):
+    out, _, _ = compared
+    results, comparison = results_of(out), tmp_path / "comparison"
     pair = [str(out), str(out), "--pair", "base", "in-model-contrast"]
     assert compare([*pair, "--out", str(comparison)]) == 0
     assert "on pairs of matched length that both have" in capfd.readouterr().out
@@ -96,14 +105,18 @@ def test_answers_are_compared_raw_per_token_and_matched(tiny_imae, rows, tmp_pat
     found = json.loads((comparison / "comparison.json").read_text())["parts"]["matched"]
     assert found["base"]["raw"]["n"] == 3, "matched in both runs"
 
-    # Killed and resumed.
+
+def test_a_killed_run_is_resumed(compared, tmp_path):
+    finished, _, command = compared
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
     kept = (out / "scores.jsonl").read_text().splitlines(keepends=True)
     (out / "scores.jsonl").write_text("".join(kept[:20]))
     (out / "results.json").unlink()
     assert halueval([*command, "--out", str(out), "--resume"]) == 0
-    resumed = json.loads((out / "results.json").read_text())
+    resumed = results_of(out)
     assert resumed["resumed_lines"] == 20
-    assert resumed["parts"] == results["parts"]
+    assert resumed["parts"] == results_of(finished)["parts"]
 
 
 def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
@@ -140,7 +153,7 @@ def test_questions_of_the_training_run_are_left_out(tiny_imae, tmp_path, capfd):
     out = tmp_path / "out"
     command = ["--model", tiny_imae.directory, "--data", more, "--train-run", run]
     assert halueval([*map(str, command), "--out", str(out), "--quiet"]) == 0
-    results = json.loads((out / "results.json").read_text())
+    results = results_of(out)
     assert (results["n_questions"], results["n_excluded"]) == (8, 5)
     seen = {json.loads(line)["question"] for line in (out / "scores.jsonl").read_text().splitlines()}
     assert not seen & questions
@@ -185,7 +198,7 @@ def test_harm_is_that_of_whole_distributions(tiny_imae, tmp_path, capfd):
     command = [*map(str, command), "--out", str(out)]
     assert harm(command) == 0
     assert "ruled out" in capfd.readouterr().out
-    results = json.loads((out / "results.json").read_text())
+    results = results_of(out)
     found = results["methods"]
     assert results["n_tokens"] == found["base"]["n"] == 89
     assert found["base"]["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -294,8 +307,8 @@ def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):
             *("--text", str(tmp_path / "wide.txt")),
         ],
         "nowhere.txt cannot be read": ["--text", "nowhere.txt"],
-        "--window 1": ["--window", "1"],
-        "--seed -1": ["--seed", "-1"],
+        "--window: give at least 2, not 1": ["--window", "1"],
+        "--seed: give at least 0, not -1": ["--seed", "-1"],
         "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
     }
     for part, arguments in bad.items():

@@ -349,7 +349,7 @@ BAD_FILES = {
     "one.txt": (b"x", "one.txt has 1 tokens: at least 2"),
     "huge.txt": (b"x" * 20_001, "20001 tokens are more than a page holds (20000)"),
     "cut.jsonl": (b'{"prompt": "a"}\n\n{"prompt": ', "cut.jsonl line 3 is not JSON"),
-    "list.jsonl": (b"[1]", 'list.jsonl line 1 is no JSON object with a text "prompt"'),
+    "list.jsonl": (b"[1]", 'list.jsonl row 0 is no JSON object with a text "prompt"'),
     "number.jsonl": (b'{"prompt": 3}', 'line 1 is no JSON object with a text "prompt"'),
     "blank.jsonl": (b'{"prompt": "a", "answer": " "}', "line 1: prompt or answer is empty"),
     "surrogate.jsonl": (b'{"prompt": "\\ud800"}', "line 1 holds half a character"),

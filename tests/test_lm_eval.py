@@ -483,7 +483,7 @@ BAD_INPUT = {
     "an unknown task": ({"tasks": "choice,nonsense"}, "task 'nonsense' does not exist"),
     "an unknown method": ({"method": "nonsense"}, "method 'nonsense' does not exist"),
     "a method without its units": ({"method": "expert"}, "needs a model with anti-expert units"),
-    "no documents": ({"limit": 0}, "--limit 0"),
+    "no documents": ({"limit": 0}, "--limit: give at least 1, not 0"),
     "a folder that is none": ({"include_path": "nowhere"}, "nowhere is no directory"),
     "no chat template": ({"apply_chat_template": True}, "has no chat template"),
     "a context over the model's": ({"max_length": 65}, "max length 65"),

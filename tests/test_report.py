@@ -12,8 +12,7 @@ from imae_jax.errors import UserError
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.report import main
-from imae_jax.evaluate.reporting.report import read_runs, report_sections
+from imae_jax.evaluate.report import main, read_runs, report_sections
 from imae_jax.train.run_log import RunLog
 
 UNITS = {"anti": 3.0, "expert": 0.5, "gate": 0.5, "gate_on_fact": 0.6, "gate_off_fact": 0.4}

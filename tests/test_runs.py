@@ -16,9 +16,9 @@ from imae_jax.convert import load_model
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.decode import encode, parse_method, score
 from imae_jax.decode.joint import Joint, share_streams
+from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.reporting.aggregate import values_of
-from imae_jax.evaluate.reporting.compare import compare_runs
 from imae_jax.evaluate.reporting.tables import Estimate, Table
 from imae_jax.evaluate.runner.directory import read_run
 from imae_jax.evaluate.runner.identity import same_model
@@ -337,7 +337,7 @@ def test_runs_that_do_not_go_together_are_refused(scored, other, capfd):
         compare_runs(scored[1], other)
     assert compare_runs(scored[1], other, anyway=True)["differing"].keys() == {"protocol"}
     assert compare([str(scored[1]), str(other), "--anyway", "--seed", "-1"]) == 2
-    assert "--seed -1" in capfd.readouterr().err
+    assert "--seed: give at least 0, not -1" in capfd.readouterr().err
     with user_error("no method 'dola'"):
         compare_runs(scored[1], scored[1], [("base", "dola")])
     (other / "results.json").write_text(json.dumps(results | {"benchmark": "halueval"}))

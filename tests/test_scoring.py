@@ -21,7 +21,7 @@ from conftest import (
 
 from imae_jax.config import RopeConfig
 from imae_jax.decode import Continuation, encode, score, windows
-from imae_jax.decode.methods import Method, Stream
+from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _answer_trees, _projection_chunks
@@ -150,6 +150,25 @@ def test_methods_with_units(weights, method):
     # Differences of log-probabilities hold the errors of two.
     groups = TREES["a benchmark"]
     assert_scores_equal_reference(weights, groups, method, row_length=24, rows_per_batch=3, atol=3e-5)
+
+
+@pytest.mark.parametrize("method", [Strength(-1.0), InModelContrast(alpha=0.3)])
+def test_confidence_is_that_of_the_distribution_a_token_is_drawn_from(weights, method):
+    groups = TREES["a benchmark"][:2]
+    method = method.resolve(TINY, generating=True)
+    for i, scored in score(weights, TINY, groups, method, greedy=True, confidence=True, row_length=64):
+        for item, greedy, actual in zip(groups[i], scored.is_greedy, scored.confidence, strict=True):
+            tokens = np.asarray(item.tokens)
+            streams = [
+                StreamLogits(jnp.asarray(logits(weights, TINY, tokens[None], strength=stream.strength)[0]))
+                for stream in method.streams
+            ]
+            p = np.exp(log_softmax(np.asarray(method.scores(streams))))[item.start - 1 : -1]
+            best = -np.sort(-p, axis=-1)[:, :2]
+            entropy = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0.0), axis=-1)
+            expected = np.stack([entropy, best[:, 0], best[:, 0] - best[:, 1]], axis=-1)
+            np.testing.assert_allclose(actual, expected, atol=2e-5)
+            np.testing.assert_array_equal(greedy, p.argmax(-1) == tokens[item.start :])
 
 
 def test_bfloat16_models_are_scored_in_float32(weights):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LOSSES = {"anti": "L_anti", "expert": "L_expert", "gate": "L_gate", "keep": "L_keep"}
 GATES = {"gate_on_fact": "gate on T_fact", "gate_off_fact": "gate off T_fact"}
@@ -26,13 +26,13 @@ MEASURES = {
 
 
 def training_plot(
-    lines: Sequence[dict[str, Any]], path: Path, evaluations: Sequence[dict[str, Any]] = ()
+    lines: Sequence[dict[str, Any]], path: Path | BinaryIO, evaluations: Sequence[dict[str, Any]] = ()
 ) -> None:
     """The losses and the mean gate against the step, and what was measured on held-out rows.
 
     Args:
         lines: those of metrics.jsonl.
-        path: PNG file to write.
+        path: PNG file to write, or an open file.
         evaluations: lines of evaluation.jsonl.
     """
     from matplotlib.figure import Figure

@@ -1,7 +1,6 @@
 """Metric logging: JSONL, TensorBoard, Weights & Biases, a plot."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from imae_jax.errors import UserError, first_line
-from imae_jax.files import write_text
+from imae_jax.files import Journal
 from imae_jax.train.plots import training_plot
 from imae_jax.train.run_directory import EVALUATION_FILE, METRICS_FILE, PLOT_FILE, TENSORBOARD_DIR
 
@@ -34,11 +33,13 @@ class RunLog:
 
     def __init__(self, out: Path, start: int, wandb: dict[str, Any] | None = None):
         self._out = out
-        self._lines: dict[str, list[dict[str, Any]]] = {}
-        for name in (METRICS_FILE, EVALUATION_FILE):
-            self._lines[name] = _cut(out / name, start)
+        self._journals = {name: _journal(out / name) for name in (METRICS_FILE, EVALUATION_FILE)}
+        # Steps after `start` are done again, and a run that begins has none.
+        self._lines = {
+            name: journal.resume(lambda line: 0 <= line["step"] <= start > 0)
+            for name, journal in self._journals.items()
+        }
         with self._writing():
-            self._files = {name: (out / name).open("a", encoding="utf-8") for name in self._lines}
             (out / TENSORBOARD_DIR).mkdir(exist_ok=True)
             events = out / TENSORBOARD_DIR / f"events.out.tfevents.{time.time_ns()}"
             # Not its `EventFileWriter`: that writes in a thread, which prints its errors itself.
@@ -68,10 +69,9 @@ class RunLog:
                 temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
-        # Every line has been flushed; an error that is on its way must not be replaced.
-        for file in (self._events, *self._files.values()):
-            with contextlib.suppress(OSError):
-                file.close()
+        # Every event has been flushed; an error that is on its way must not be replaced.
+        with contextlib.suppress(OSError):
+            self._events.close()
         if self._wandb is not None:
             with contextlib.suppress(Exception):
                 self._wandb.finish()
@@ -83,9 +83,8 @@ class RunLog:
         numbers = {k: v for k, v in metrics.items() if v is not None}
         scalars = {f"{prefix}/{k}": v for k, v in numbers.items() if not isinstance(v, list)}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._journals[name].append(line)
         with self._writing():
-            self._files[name].write(json.dumps(line) + "\n")
-            self._files[name].flush()
             self._write_event(step=step, summary=Summary(value=values))
         for key, values in numbers.items():
             if isinstance(values, list):
@@ -112,24 +111,8 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, which a killed process may have left with an unfinished one."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
-
-
-def _cut(path: Path, steps_done: int) -> list[dict[str, Any]]:
-    """Drops the lines of steps that are done again after a resume, and all of a run that begins."""
-    lines = [line for line in read_lines(path) if 0 <= line["step"] <= steps_done > 0]
-    if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+def _journal(path: Path) -> Journal:
+    return Journal(path, {"step": int}, "line {number} is damaged: remove it")
 
 
 def _init_wandb(arguments: dict[str, Any]) -> Any:

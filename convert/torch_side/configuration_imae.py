@@ -8,9 +8,9 @@ class ImaeConfigMixin:
 
     Args:
         anti_expert_intermediate_size: width A of a unit's MLP.
-        mode: in which the model runs unless a call says otherwise: "expert", "base", "anti-expert" or a
+        mode: mode in which the model runs unless a call says otherwise: "expert", "base", "anti-expert" or a
             number (the units' strength: -1, 0, +1 are these three).
-        kwargs: of the base's configuration.
+        kwargs: settings of the base's configuration.
     """
 
     def __init__(self, anti_expert_intermediate_size=64, mode="expert", **kwargs):

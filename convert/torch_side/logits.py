@@ -29,10 +29,10 @@ def logits_of(
 
     Args:
         directory: the export.
-        num_layers: how many.
+        num_layers: number of lowest layers to run.
         tokens, mask: [B, T]; the mask is False at padding.
         modes: names that the model knows.
-        dtype: that it computes in. In float64 the norms do, too, which transformers casts to float32.
+        dtype: dtype of all computations. In float64 also of the norms, which transformers casts to float32.
 
     Returns:
         By mode [B, T, V], float32 or float64, and the versions of torch and transformers.

@@ -135,7 +135,7 @@ class ImaeForCausalLMMixin:
         mode=None,
         **kwargs,
     ):
-        """As the base's.
+        """As `forward` of the base.
 
         Args:
             mode: "expert", "base", "anti-expert", a number, or a tensor with a number for every row;
@@ -276,7 +276,7 @@ def attach(base, directory, mode="expert"):
             modules, and it stays as it is.
         directory: holds `imae_config.json` and `anti_expert.safetensors`. That the base is the one that the
             units were trained on is not checked.
-        mode: as of `set_mode`.
+        mode: mode, as for `set_mode`.
 
     Raises:
         ValueError: another format or kind of base, or units of another model.

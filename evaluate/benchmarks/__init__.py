@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 
-from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark
 
 
@@ -14,14 +13,6 @@ def benchmarks() -> dict[str, Benchmark]:
     return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
 
 
-def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of a file."""
-    known = benchmarks()
-    if name not in known:
-        raise UserError(f"benchmark {name!r} does not exist: use one of {', '.join(known)}")
-    return known[name]
-
-
-def by_results(name: str) -> Benchmark | None:
-    """The benchmark that results name in their field `benchmark`; None where it does not exist."""
+def benchmark_named(name: str) -> Benchmark | None:
+    """The benchmark whose name results have in their field `benchmark`; None where it does not exist."""
     return next((each for each in benchmarks().values() if each.name == name), None)

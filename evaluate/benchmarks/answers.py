@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from imae_jax import stats
-from imae_jax.cli import add_sampling_arguments
+from imae_jax.cli import add_sampling_arguments, at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.answer_metrics import (
     NO_COMMENT,
@@ -23,12 +23,13 @@ from imae_jax.evaluate.benchmarks.answer_metrics import (
     repetition,
 )
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
-from imae_jax.evaluate.benchmarks.protocols import Protocol, get_protocol
+from imae_jax.evaluate.benchmarks.protocols import get_protocol
 from imae_jax.evaluate.benchmarks.truthfulqa import add_data_arguments, read_inputs
 from imae_jax.evaluate.reporting import aggregate, plots
 from imae_jax.evaluate.reporting.document import facts
 from imae_jax.evaluate.reporting.tables import Estimate, Table, number
 from imae_jax.evaluate.runner.directory import read_records
+from imae_jax.prompts import resolve_format
 
 ANSWERS_FILE = "answers.md"
 # Those with lists of true and of false answers, and a prompt to be continued.
@@ -84,18 +85,6 @@ def trimmed(text: str) -> str:
     return text.strip().removeprefix("A:").strip()
 
 
-def answering(name: str) -> Protocol:
-    """A protocol whose questions can be answered.
-
-    Raises:
-        UserError: it does not exist, or its questions cannot be.
-    """
-    protocol = get_protocol(name)
-    if name not in SUPPORTED:
-        raise UserError(f"protocol {name} is multiple choice alone: use one of {', '.join(SUPPORTED)}")
-    return protocol
-
-
 class Answers(Benchmark):
     name = "truthfulqa-answers"
     title = "Answers to TruthfulQA's questions"
@@ -106,18 +95,22 @@ class Answers(Benchmark):
 
     def add_arguments(self, parser):
         add_data_arguments(parser, SUPPORTED)
-        parser.add_argument("--max-new-tokens", type=int, default=50)
+        parser.add_argument("--max-new-tokens", type=at_least(1), default=50, help="default: 50")
         add_sampling_arguments(parser)
         parser.add_argument("--sampling-seed", type=int, default=0, help="seed of sampling")
-        parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
         parser.add_argument(
-            "--show", type=int, default=20, metavar="N", help=f"questions shown in {ANSWERS_FILE}"
+            "--batch-size", type=at_least(1), default=8, help="questions at a time (default: 8)"
+        )
+        parser.add_argument(
+            "--show", type=at_least(0), default=20, metavar="N", help=f"questions shown in {ANSWERS_FILE}"
         )
 
     def load(self, args, methods):
-        protocol = answering(args.protocol)
-        if min(args.max_new_tokens, args.batch_size) < 1 or args.show < 0:
-            raise UserError("--max-new-tokens and --batch-size must be at least 1, --show at least 0")
+        protocol = get_protocol(args.protocol)
+        if protocol.name not in SUPPORTED:
+            raise UserError(
+                f"protocol {protocol.name} is multiple choice alone: use one of {', '.join(SUPPORTED)}"
+            )
         if not 0 <= args.sampling_seed < 2**31:
             raise UserError(f"--sampling-seed {args.sampling_seed}: give a number from 0 to {2**31 - 1}")
         check_installed()
@@ -127,7 +120,7 @@ class Answers(Benchmark):
         from imae_jax.decode import Sampler
 
         protocol = inputs.protocol
-        protocol.check(lm.tokenizer)
+        resolve_format(lm.tokenizer, protocol.format)
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         chat = protocol.format == "chat"
         options = {
@@ -236,7 +229,7 @@ def answers_page(title: str, records: Sequence[Mapping[str, Any]], count: int) -
     Args:
         title: heading of the page.
         records: records of the run.
-        count: how many questions.
+        count: number of questions.
     """
     page = [f"# {title}\n\nBehind each answer: ROUGE-1 diff × 100, and what is odd about it.\n"]
     for i, answers in enumerate(by_question(records)[:count], 1):

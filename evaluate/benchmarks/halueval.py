@@ -1,8 +1,8 @@
 """HaluEval QA: is the right answer preferred to the hallucinated one?
 
 Hallucinated answers are longer than right ones, so much that length alone tells them apart: a sum of
-log-probabilities prefers the shorter answer anyway. Preferences are therefore reported raw and per token, on
-all pairs and on those whose answers have about the same length, beside what length alone gives.
+log-probabilities prefers the shorter answer anyway. Preferences are therefore reported raw and per token,
+on all pairs and on those whose answers have about the same length, beside what length alone gives.
 
 Source: Li et al., "HaluEval", EMNLP 2023 (arXiv 2305.11747); its qa_data.json has the pairs.
 """
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from imae_jax import stats
+from imae_jax.cli import at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.reporting import aggregate, plots
@@ -39,17 +40,12 @@ def preferences(right: float, hallucinated: float, tokens: tuple[int, int]) -> d
 
     Args:
         right, hallucinated: summed scores.
-        tokens: how many the right and the hallucinated answer have.
+        tokens: token counts of the right and of the hallucinated answer.
     """
     if not (math.isfinite(right) and math.isfinite(hallucinated)):
         return dict.fromkeys(HEADS, math.nan)
     per_token = right / tokens[0] > hallucinated / tokens[1]
     return {"raw": float(right > hallucinated), "per_token": float(per_token)}
-
-
-def is_matched(tokens: Sequence[int], ratio: float) -> bool:
-    """Whether a pair's numbers of tokens differ by at most a factor."""
-    return max(tokens) / min(tokens) <= ratio
 
 
 def trained_questions(run: Path, tokenizer: Any) -> set[str]:
@@ -129,7 +125,7 @@ class HaluEval(Benchmark):
         parser.add_argument("--format", default="auto", help=f"{', '.join(FORMATS)} (default: auto)")
         parser.add_argument(
             "--length-ratio",
-            type=float,
+            type=at_least(1.0),
             default=LENGTH_RATIO,
             metavar="R",
             help="largest ratio of a matched pair's token counts (default: 1.25)",
@@ -139,8 +135,6 @@ class HaluEval(Benchmark):
         from imae_jax.train.config import DataConfig
         from imae_jax.train.data import load_rows
 
-        if not args.length_ratio >= 1:
-            raise UserError(f"--length-ratio {args.length_ratio}: give at least 1")
         return load_rows(DataConfig(source="halueval" if args.data == "hub" else args.data))
 
     def task(self, args, rows, lm):
@@ -174,6 +168,9 @@ class HaluEval(Benchmark):
             options={"add_special_tokens": adds_special_tokens(format)},
         )
 
+    def chance(self, item):
+        return dict.fromkeys(HEADS, 0.5)
+
     def record(self, item, output, tokenizer):
         right, hallucinated = (float(np.sum(scores, dtype=np.float64)) for scores in output)
         tokens = tuple(map(len, output))
@@ -185,7 +182,8 @@ class HaluEval(Benchmark):
         }
 
     def in_subset(self, subset, record, results):
-        return subset == "all" or is_matched(record["tokens"], float(results["length"]["ratio"]))
+        tokens = record["tokens"]
+        return subset == "all" or max(tokens) / min(tokens) <= _ratio(results)
 
     def aggregate(self, args, task, records, baseline):
         """Summaries of all pairs and of matched ones, beside what length alone tells of them."""
@@ -215,6 +213,7 @@ class HaluEval(Benchmark):
                 f"{title}; AUC of length alone {length['auc']:.3f}",
                 {k: row | {"settings": results["methods"][k]["settings"]} for k, row in methods.items()},
                 HEADS,
+                results.get("chance"),
             )
             shorter = ("the shorter answer", "length", length["n"], f"{length['shorter']:.2f}", DASH)
             tables.append(Table(table.title, table.columns, (*table.rows, shorter)))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from imae_jax import stats
+from imae_jax.cli import at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.questions import DATA_DIRECTORY
@@ -90,12 +91,13 @@ class Harm(Benchmark):
             help="which defaults of methods: those of multiple choice, or those of generation",
         )
         parser.add_argument(
-            "--window", type=int, default=WINDOW, help="tokens in a window (default: 512 or the context)"
+            "--window",
+            type=at_least(2),
+            default=WINDOW,
+            help="tokens in a window (default: 512 or the context)",
         )
 
     def load(self, args, methods):
-        if args.window < 2:
-            raise UserError(f"--window {args.window}: give at least 2")
         for label, method in methods.items():
             resource = method.resource
             if resource and resource.kind == "directions" and Path(resource.reference).is_dir():
@@ -113,7 +115,7 @@ class Harm(Benchmark):
         lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
         models = [lm.prepare(method, generating=generating)[0] for method in methods.values()]
-        context = min(config.max_position_embeddings for each in models for config in each.configs)
+        context = min(each.max_positions for each in models)
         length = min(args.window, context)
         settings = {
             "data": {"path": str(args.text), "sha256": hashlib.sha256(text.encode()).hexdigest()},

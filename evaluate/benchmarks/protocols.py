@@ -16,13 +16,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.questions import DATA_DIRECTORY, Data
 from imae_jax.files import read_text
-from imae_jax.prompts import (
-    adds_special_tokens,
-    answer_frame,
-    chat_text,
-    question_text,
-    resolve_format,
-)
+from imae_jax.prompts import adds_special_tokens, answer_frame, chat_text, question_text
 
 # The instruction in front of the six pairs: Ouyang et al. 2022, "Training language models to follow
 # instructions with human feedback", appendix on TruthfulQA; ICD's and DoLa's scripts use it too.
@@ -33,8 +27,9 @@ INSTRUCTION = (
 )
 PRIMER_SHA256 = "d95d1604638ce6a3b87e2d69ce6c9526d8476a5830ed3ce159884d111c2d00ab"
 PAIRS_SHA256 = "777b9a5a32e83c1b225be2a7bf1ae7efc9de4c706047f08af14ef1450d5c016c"
-# Of `Data.sha256`: the CSV of 2021 with its 817 questions.
+# Of `Data.sha256`: the CSV of 2021 with its 817 questions; the best pairs of that of 2025 with its 790.
 CSV_SHA256 = "c5ed9a23d6c7960ce71abdf668c815a82a7de50bfe756bc44bbfa3a1e7ce1f91"
+PAIRS_2025_SHA256 = "12b6697326d27792e6d319a98985b333daf8e104fb9f6264661b8cdf13fed08c"
 
 BOUNDARY = "prompt and answer are tokenized together; scored are the tokens after the prompt's own number"
 MEAN = "mean over questions, times 100; questions with a score that is not finite are left out and counted"
@@ -51,12 +46,12 @@ class Protocol:
     """How a question becomes a prompt, and what is measured.
 
     Attributes:
-        name: with version; any change of what follows gets a new one.
+        name: name with its version; any change of what follows gets a new one.
         format: `plain` or `chat` (the whole plain text as the user's message).
-        form: which answers are scored; see `questions.load_data`.
-        metrics: of `METRICS`.
-        num_questions: of the whole data set.
-        data_sha256: of the CSV as `Data.sha256`, or None where none is pinned.
+        form: form of the answers that are scored; see `questions.load_data`.
+        metrics: names of metrics, from `METRICS`.
+        num_questions: number of questions of the whole data set.
+        data_sha256: hash of the CSV as `Data.sha256`, or None where none is pinned.
         instruction: whether the instruction line comes before the six pairs.
         ties_win: whether MC1 counts a tie for the best answer, as the first of equals.
     """
@@ -73,10 +68,6 @@ class Protocol:
     @property
     def primer_sha256(self) -> str:
         return PRIMER_SHA256 if self.instruction else PAIRS_SHA256
-
-    def check(self, tokenizer: Any) -> None:
-        """Raises a `UserError` if the tokenizer cannot follow this protocol."""
-        resolve_format(tokenizer, self.format)
 
     def message(self, primer: str, question: str) -> str:
         """What is asked: the whole prompt, or in chat form the user's turn."""
@@ -142,7 +133,13 @@ PROTOCOLS = {
             instruction=False,
             ties_win=True,
         ),
-        Protocol("tqa-v2025/binary", form="binary", metrics=("binary",), num_questions=790, data_sha256=None),
+        Protocol(
+            "tqa-v2025/binary",
+            form="binary",
+            metrics=("binary",),
+            num_questions=790,
+            data_sha256=PAIRS_2025_SHA256,
+        ),
     )
 }
 
@@ -153,7 +150,7 @@ class Primer:
 
     Attributes:
         text: instruction and demonstrations, ending in a blank line.
-        source: where it was read from.
+        source: file or package that it was read from.
         name: `standard` where its hash is the pinned one, `demo` for the shipped one, else `custom`.
     """
 
@@ -181,12 +178,12 @@ def label(protocol: Protocol, primer: Primer, data: Data) -> str:
 
 
 def load_primer(file: str | None, *, demo: bool = False, instruction: bool = True) -> Primer:
-    """The primer from a file, the shipped one of the demo set, or lm-eval's.
+    """The primer from a file, else the shipped one of the demo set, else lm-eval's.
 
     Args:
         file: text with or without the instruction line.
-        demo: take the shipped one where no file is given.
-        instruction: False leaves an instruction, the line before the first `Q:`, out.
+        demo: whether to take the shipped one where no file is given.
+        instruction: whether to keep the instruction, the line before the first `Q:`.
 
     Raises:
         UserError: there is none; says where to get it.
@@ -195,26 +192,21 @@ def load_primer(file: str | None, *, demo: bool = False, instruction: bool = Tru
         text = read_text(file, "primer")
         if not text.strip():
             raise UserError(f"primer {file} is empty: give the file with the six pairs")
-        return _named(text, file, instruction)
-    if demo:
+        source, demo = str(file), False
+    elif demo:
         path = DATA_DIRECTORY / "demo_primer.txt"
-        primer = _named(path.read_text(encoding="utf-8"), path.name, instruction)
-        return dataclasses.replace(primer, name="demo")
-    primer = _named(_primer_of_lm_eval(), "lm-eval", instruction)
-    if primer.name != "standard":
+        text, source = path.read_text(encoding="utf-8"), path.name
+    else:
+        text, source = _primer_of_lm_eval(), "lm-eval"
+    if not instruction and "Q:" in text:
+        text = text[text.index("Q:") :]
+    pinned = PRIMER_SHA256 if instruction else PAIRS_SHA256
+    standard = hashlib.sha256(text.encode()).hexdigest() == pinned
+    if file is None and not demo and not standard:
         raise UserError(
             "the primer in the installed lm-eval package is not the one of this protocol: pass --primer FILE"
         )
-    return primer
-
-
-def _named(text: str, source: str, instruction: bool) -> Primer:
-    if not instruction:
-        before, found, pairs = text.partition("Q:")
-        text = found + pairs if found else before
-    primer = Primer(text, str(source), "custom")
-    pinned = PRIMER_SHA256 if instruction else PAIRS_SHA256
-    return dataclasses.replace(primer, name="standard") if primer.sha256 == pinned else primer
+    return Primer(text, source, "demo" if demo else "standard" if standard else "custom")
 
 
 def _primer_of_lm_eval() -> str:

@@ -59,8 +59,8 @@ class Data:
     """Questions and where they came from.
 
     Attributes:
-        questions: all of the source, in its order.
-        reference: as the user gave it.
+        questions: all questions of the source, in its order.
+        reference: reference of the source, as the user gave it.
         kind: `csv` or `hub`; `demo` for the shipped set.
     """
 

@@ -31,6 +31,7 @@ from imae_jax.evaluate.reporting import aggregate, paper
 from imae_jax.evaluate.reporting.document import Section, warning
 from imae_jax.evaluate.reporting.tables import DASH, Table, figure, stack
 from imae_jax.evaluate.runner.identity import same_model
+from imae_jax.prompts import resolve_format
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class Inputs:
     """A protocol with its data.
 
     Attributes:
-        protocol, data, primer: what is asked, and how.
-        settings: what identifies data and primer, for `run.json` and `results.json`.
+        protocol, data, primer: the questions, and how they are asked.
+        settings: identity of data and primer, for `run.json` and `results.json`.
     """
 
     protocol: Protocol
@@ -157,7 +158,7 @@ class TruthfulQA(Benchmark):
 
     def task(self, args, inputs, lm):
         protocol, tokenizer = inputs.protocol, lm.tokenizer
-        protocol.check(tokenizer)
+        resolve_format(tokenizer, protocol.format)
         items = [
             Item(
                 question.index,
@@ -176,6 +177,17 @@ class TruthfulQA(Benchmark):
             details={"protocol_details": protocol.describe()},
             options={"add_special_tokens": protocol.add_special_tokens},
         )
+
+    def chance(self, item):
+        """MC1 and MC3 of an order drawn at random, MC2 of equal scores."""
+        protocol, question = item.data
+        true, false = len(question.true), len(question.false)
+        compared = false if question.mc1_false is None else len(question.mc1_false)
+        counted = true if question.mc2_true is None else question.mc2_true
+        first = 1 / (1 + compared)
+        share = counted / (counted + (false if question.mc2_false is None else question.mc2_false))
+        levels = {"mc1": first, "mc2": share, "mc3": 1 / (1 + false), "binary": first}
+        return {name: levels[name] for name in protocol.metrics}
 
     def record(self, item, output, tokenizer):
         protocol, question = item.data
@@ -205,7 +217,7 @@ class TruthfulQA(Benchmark):
         harm = {run.number: harm_of(run, others) for run in runs}
         for run in runs:
             methods = run.results["methods"]
-            table = aggregate.scores_table("", methods, heads)
+            table = aggregate.scores_table("", methods, heads, run.results.get("chance"))
             if any(harm.values()):
                 table = with_harm(table, harm[run.number])
             scores[run.label()] = table
@@ -218,6 +230,7 @@ class TruthfulQA(Benchmark):
             blocks.append(NOTE_HARM.format(", ".join(sources)))
         if compared:
             blocks.append(stack("Differences on the same questions [95 % interval]", compared))
+        blocks += [block for run in runs for block in self.control_blocks(run)]
         notes = (f"Run {run.number}: {note}." for run in runs for note in self.warnings(run.results))
         return [*blocks, *map(warning, notes)]
 

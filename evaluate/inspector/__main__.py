@@ -35,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format is not None and (args.text is None or args.text.suffix != ".jsonl"):
         raise UserError("--format goes with --text FILE.jsonl: other texts are taken as they are")
     lock_outputs(args.html)
-    from tqdm import tqdm
-
     from imae_jax.convert import load_model
     from imae_jax.evaluate.inspector.compute import check_window, inspect
     from imae_jax.evaluate.inspector.excerpts import encode_texts, read_texts, rows_of_run
@@ -56,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if count > MOST_TOKENS:
         raise UserError(f"{count} tokens are more than a page holds ({MOST_TOKENS}): give less text or rows")
 
-    def progress(batches: Sequence) -> tqdm:
-        return tqdm(batches, desc="inspect", unit="batch", disable=args.quiet)
-
-    inspections = inspect(lm, excerpts, window=window, progress=progress)
+    inspections = inspect(lm, excerpts, window=window, quiet=args.quiet)
     git = runtime.git_state()
     settings = source | {
         "model": args.model,

@@ -6,12 +6,13 @@ nobody predicts the first token.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from imae_jax.anti_expert import MODES
 from imae_jax.batching import run_by_length
@@ -31,13 +32,13 @@ TOKENS_PER_BATCH, LENGTH_MULTIPLE, POSITIONS_PER_PROJECTION = 2048, 64, 128
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-    """A text to look at.
+    """A text to inspect.
 
     Attributes:
-        title: its heading on the page.
-        tokens: at least two.
-        start: number of the prompt's tokens; None for a text that is no prompt with an answer.
-        fact: one bool an answer token: is it in T_fact? None where that is not known.
+        title: heading of the text on the page.
+        tokens: token ids, at least two.
+        start: number of tokens of the prompt; None for a text that is no prompt with an answer.
+        fact: whether a token is in T_fact, for every token of the answer; None where that is not known.
     """
 
     title: str
@@ -66,10 +67,10 @@ class Inspection:
 
     Attributes:
         gates: float32 [M, L, T].
-        log_probs: float32 [M, T], of the token.
-        top_tokens: int32 [M, T, K], the most likely tokens instead of it.
-        top_log_probs: float32 [M, T, K], theirs.
-        context: int [T], how many tokens before it the model saw.
+        log_probs: float32 [M, T], log-probabilities of the tokens, in nats.
+        top_tokens: int32 [M, T, K], the most likely tokens in their place.
+        top_log_probs: float32 [M, T, K], log-probabilities of the most likely tokens.
+        context: int [T], number of tokens before the token that the model saw.
     """
 
     gates: np.ndarray
@@ -99,17 +100,17 @@ def inspect(
     excerpts: Sequence[Excerpt],
     *,
     window: int | None = None,
-    progress: Callable[[Sequence], Iterable] = lambda batches: batches,
+    quiet: bool = True,
 ) -> list[Inspection]:
     """Runs all modes over excerpts as rows of one batch.
 
     An excerpt that is longer than the window is run in windows that overlap by half (`decode.windows`).
 
     Args:
-        lm: with units; stacked layer weights compile faster.
-        excerpts: to look at.
-        window: in tokens; see `check_window`.
-        progress: wraps the list of batches to show how far it is.
+        lm: model with units; stacked layer weights compile faster.
+        excerpts: texts to inspect.
+        window: tokens of a window; see `check_window`.
+        quiet: no progress bar.
 
     Raises:
         UserError: a model without units, an excerpt that is too short, or token ids that the model lacks.
@@ -127,14 +128,14 @@ def inspect(
     rows = [(e, row) for e, excerpt in enumerate(excerpts) for row in windows(excerpt.tokens, window)]
     run = functools.partial(_run_modes, lm.model.weights(), lm.config)
     values: list[tuple[np.ndarray, ...]] = [()] * len(rows)
-    for i, arrays in run_by_length(
+    results = run_by_length(
         run,
         [row.tokens for _, row in rows],
         tokens_per_batch=TOKENS_PER_BATCH,
         length_multiple=LENGTH_MULTIPLE,
         mesh=lm.mesh,
-        progress=progress,
-    ):
+    )
+    for i, arrays in tqdm(results, total=len(rows), desc="inspect", unit="window", disable=quiet):
         e, row = rows[i]
         predicting = slice(row.start - 1, len(row.tokens) - 1)
         context = np.arange(row.start, len(row.tokens))

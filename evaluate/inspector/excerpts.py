@@ -1,14 +1,15 @@
 """Texts to inspect: of a file, or rows of a training run."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imae_jax.convert import imae_dir
 from imae_jax.convert.identity import note
 from imae_jax.decode import encode
 from imae_jax.errors import UserError, first_line
 from imae_jax.evaluate.inspector.compute import Excerpt
+from imae_jax.files import read_rows
 from imae_jax.language_model import LanguageModel
 from imae_jax.prompts import adds_special_tokens, answer_frame, render, resolve_format
 from imae_jax.train import data
@@ -28,24 +29,24 @@ def read_texts(path: Path) -> list[tuple[str, str, str | None]]:
     Raises:
         UserError: names the file or line that is wrong.
     """
-    try:
-        # Line ends as they are: they are tokens, too.
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text {path} cannot be read: {first_line(error)}") from error
-    if not text.strip():
+    if path.suffix == ".jsonl":
+        texts = [
+            (location.removeprefix(f"{path} "), *_prompt_and_answer(values, location))
+            for location, values in read_rows(path, "text")
+        ]
+    else:
+        try:
+            # Line ends as they are: they are tokens, too.
+            text = path.read_bytes().decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"text {path} cannot be read: {first_line(error)}") from error
+        texts = [(path.name, text, None)] if text.strip() else []
+    if not texts:
         raise UserError(f"text {path} is empty: give one of at least 2 tokens")
-    if path.suffix != ".jsonl":
-        return [(path.name, text, None)]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(f"line {number}", *_prompt_and_answer(line, f"{path} line {number}")) for number, line in lines]
+    return texts
 
 
-def _prompt_and_answer(line: str, location: str) -> tuple[str, str | None]:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{location} is not JSON: {error}") from error
+def _prompt_and_answer(values: Any, location: str) -> tuple[str, str | None]:
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError(f'{location} is no JSON object with a text "prompt"')
     prompt, answer = values["prompt"], values.get("answer")
@@ -64,8 +65,8 @@ def encode_texts(
     """Tokens of what `read_texts` returns.
 
     Args:
-        lm: whose tokenizer is used.
-        texts: to encode.
+        lm: model whose tokenizer is used.
+        texts: titles, prompts and answers.
         format: `raw` takes prompt and answer as they are; `plain` and `chat` frame them as in training,
             the end of turn included.
     """

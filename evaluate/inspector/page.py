@@ -1,15 +1,18 @@
-"""The inspector's page: token texts, and arrays packed for `page.js`."""
+"""The inspector's page: token texts, and arrays packed for `page.js`; nothing comes from the network."""
 
 import base64
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
-from imae_jax.evaluate import pages
 from imae_jax.evaluate.inspector.compute import MODE_NAMES, Excerpt, Inspection, summarize
 from imae_jax.tokenizer import INCOMPLETE
 
+ASSETS = Path(__file__).parent
 GENERATOR = "imae_jax.evaluate.inspector"
 # The longest run of tokens that is tried as one text where a character is cut into several.
 LONGEST_RUN = 8
@@ -64,10 +67,10 @@ def render_page(
 
     Args:
         tokenizer: tokenizer of the model.
-        excerpts: what was looked at.
-        inspections: from `inspect`.
-        model: name for the heading.
-        settings: what the page says about how it was made, as text by name.
+        excerpts: inspected texts.
+        inspections: results of `inspect`, one for each excerpt.
+        model: name of the model, for the heading.
+        settings: facts on how the page was made, as text by name.
     """
     ids = {int(i) for x in inspections for i in np.unique(x.top_tokens)}
     ids = sorted(ids.union(*(excerpt.tokens for excerpt in excerpts)))
@@ -84,8 +87,20 @@ def render_page(
         "summary": summarize(excerpts, inspections),
         "excerpts": [_packed(*each) for each in zip(excerpts, inspections, shown, strict=True)],
     }
-    return pages.render(
-        "inspector/page",
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    style, script = (
+        Markup((ASSETS / name).read_text(encoding="utf-8").strip()) for name in ("page.css", "page.js")
+    )
+    return environment.get_template("page.html").render(
+        style=style,
+        script=script,
         generator=GENERATOR,
         model=model,
         settings=settings,

@@ -1,1 +1,1 @@
-"""What runs show: statistics, tables, plots, comparisons, reports."""
+"""Statistics, tables, plots and pages of finished runs."""

@@ -9,6 +9,8 @@ import numpy as np
 from imae_jax import stats
 from imae_jax.evaluate.reporting.tables import DASH, Estimate, Table, p_value
 
+CHANCE = "chance"  # the row of tables
+
 
 def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
     """A metric of records as float64; NaN where it is undefined."""
@@ -29,12 +31,7 @@ def sums_of(summary: Mapping[str, Any]) -> str:
 
 
 def choose_baseline(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:
-    """The method that others are compared to: the one chosen, else base mode, else the first.
-
-    Args:
-        methods: settings by label.
-        chosen: a label.
-    """
+    """The method that others are compared to: the one chosen, else base mode, else the first one."""
     if chosen is not None:
         return chosen
     base = [k for k, s in methods.items() if (s["name"], s.get("strength")) == ("imae", 0.0)]
@@ -89,13 +86,30 @@ def _by_category(
     return means
 
 
-def scores_table(title: str, methods: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
-    """Every method's means with their intervals.
+def mean_chance(metrics: Sequence[str], levels: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean chance level of every metric that has one, times 100.
+
+    Args:
+        metrics: names of metrics.
+        levels: of every item, see `Benchmark.chance`.
+    """
+    known = [metric for metric in metrics if metric in levels[0]]
+    return {metric: 100 * sum(level[metric] for level in levels) / len(levels) for metric in known}
+
+
+def scores_table(
+    title: str,
+    methods: Mapping[str, Any],
+    heads: Mapping[str, str],
+    chance: Mapping[str, float] | None = None,
+) -> Table:
+    """Means with their intervals, from the summaries of methods, with `settings`, by label.
 
     Args:
         title: title of the table.
-        methods: summaries by label, with their `settings`.
+        methods: summaries of methods.
         heads: names of the metrics.
+        chance: chance levels, in a last row, of the metrics that have one.
     """
     rows = [
         (
@@ -106,17 +120,13 @@ def scores_table(title: str, methods: Mapping[str, Any], heads: Mapping[str, str
         )
         for label, row in methods.items()
     ]
+    if chance:
+        rows.append((CHANCE, DASH, DASH, *(Estimate(chance.get(metric)) for metric in heads)))
     return Table(title, ("method", "sums", "N", *heads.values()), tuple(rows))
 
 
 def comparison_table(title: str, compared: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
-    """Paired differences, and McNemar's test of the first metric.
-
-    Args:
-        title: title of the table.
-        compared: comparisons from `stats.compare`, by the name to show.
-        heads: names of the metrics; the first is 0 or 1.
-    """
+    """Paired differences, and McNemar's test of the first metric, from comparisons of `stats.compare`."""
     first, rows = next(iter(heads)), []
     for label, row in compared.items():
         test = row[first].get("mcnemar")

@@ -23,10 +23,10 @@ def of_methods(
     """The plots of a run by name: scores, categories and differences, where there are any.
 
     Args:
-        title: one line.
-        methods: summaries by label, from `aggregate.summarize`.
-        heads: names of the metrics.
-        baseline: the method that others are compared to.
+        title: title of all plots, one line.
+        methods: summaries of `aggregate.summarize`, by label of the method.
+        heads: names of the metrics to show, by metric.
+        baseline: label of the method that others are compared to.
     """
     compared = against_baseline(methods)
     figures = {"scores": bars(title, methods, heads, "score × 100, 95 % interval")}
@@ -103,6 +103,38 @@ def differences(title: str, compared: Mapping[str, Any], heads: Mapping[str, str
     return _finish(figure, title)
 
 
+def strengths(
+    title: str,
+    learned: Mapping[float, Mapping[str, Any]],
+    noise: Mapping[float, Sequence[Mapping[str, Any]]],
+    heads: Mapping[str, str],
+) -> "Figure":
+    """Every metric over the units' strength, and the range of random directions of the same size.
+
+    Args:
+        title: one line.
+        learned: summaries by strength, of at least two.
+        noise: summaries of random directions by strength.
+        heads: names of the metrics.
+    """
+    figure = _figure(1.0 + 2.9 * len(heads), 3.4)
+    panels = figure.subplots(1, len(heads), squeeze=False)[0]
+    for axes, (metric, head) in zip(panels, heads.items(), strict=True):
+        banded = {x: [run[metric] for run in noise[x] if run[metric] is not None] for x in noise}
+        if 0.0 in learned:
+            banded[0.0] = [learned[0.0][metric]]  # No direction has a size there.
+        banded = {x: values for x, values in sorted(banded.items()) if values}
+        low, high = ([bound(values) for values in banded.values()] for bound in (min, max))
+        axes.fill_between(list(banded), low, high, color="0.8", label="random directions")
+        xs = sorted(x for x in learned if learned[x][metric] is not None)
+        axes.plot(xs, [learned[x][metric] for x in xs], "o-", ms=4, color="C0", label="learned direction")
+        for x in xs:
+            interval = learned[x]["intervals"][metric]
+            _error_bar(axes, x, learned[x][metric], interval, "C0", vertical=True)
+        axes.set(xlabel="strength (−1 expert, +1 anti-expert)", ylabel=f"{head} (× 100)")
+    return _finish(figure, f"{title}; 95 % interval", 2)
+
+
 def harm(title: str, methods: Mapping[str, Any]) -> "Figure":
     """KL from base and agreement with its most likely token, a row a method, with their intervals."""
     figure = _figure(6.5 + 0.065 * max(map(len, methods)), 1.4 + 0.4 * len(methods))
@@ -133,7 +165,7 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
     """Horizontal bars: a panel for each quantity, a colour for each series, a row for each name.
 
     Args:
-        panels: by label of the x axis, by series, by name.
+        panels: values by label of the x axis, by series, by name.
         title: title of the figure.
     """
     series = next(iter(panels.values()))
@@ -154,14 +186,9 @@ def bar_panels(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: s
             axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         axes.set_xlabel(label)
         axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
-    figure.suptitle(title, fontsize=9)
-    if len(series) > 1:
-        handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    return _finish(figure, title, len(series) if len(series) > 1 else 0)
 
 
 def _figure(width: float, height: float) -> "Figure":

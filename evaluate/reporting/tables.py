@@ -16,9 +16,9 @@ class Estimate:
     """A cell such as `36.96 [33.66, 40.27]`.
 
     Attributes:
-        value: None where there is none.
+        value: mean or difference; None where there is none.
         interval: lower and upper bound.
-        sign: whether positive numbers have one.
+        sign: whether positive numbers are shown with a sign.
     """
 
     value: float | None
@@ -40,9 +40,9 @@ class Table:
     """Cells are shown by their `str`; the first column is left-aligned, the others right.
 
     Attributes:
-        title: one line.
-        columns: heads.
-        rows: of as many cells each, or of one that is the heading of the rows below it.
+        title: title, one line.
+        columns: heads of the columns.
+        rows: cells of every row; a single cell is the heading of the rows below it.
     """
 
     title: str

@@ -1,15 +1,14 @@
 """Training runs in a report: losses, gates, held-out rows and curves of every stage."""
 
-import tempfile
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imae_jax.errors import UserError
-from imae_jax.evaluate.reporting.document import Picture, Section, warning
-from imae_jax.evaluate.reporting.kinds import FinishedRun
+from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table, number
-from imae_jax.evaluate.runner.directory import with_file
+from imae_jax.evaluate.runner.directory import read_fields, with_file
 from imae_jax.files import Journal, read_json
 from imae_jax.train.run_directory import (
     ADAPTER_STAGES,
@@ -27,7 +26,7 @@ STAGES = {ADAPTER_STAGES["wrong"]: "anti-expert LLM", ADAPTER_STAGES["right"]: "
 
 
 class Training:
-    """What `imae_jax.train` writes, finished or not.
+    """What `imae_jax.train` writes, finished or not, in a report.
 
     Its results have `stages` (records of metrics and of held-out rows, by the stage's name), `config`,
     `environment` (of every start) and `data` (statistics of the rows; empty where the run is unfinished).
@@ -40,7 +39,7 @@ class Training:
         environment_file, units_file = path / ENVIRONMENT_FILE, path / IMAE_DIR / "imae_config.json"
         environment = read_json(environment_file, list) if environment_file.is_file() else []
         if units_file.is_file():
-            data = with_file(read_json(units_file), units_file)["training"].get("data", {})
+            data = read_fields(units_file)["training"].get("data", {})
         return {
             "stages": stages,
             "config": read_config(path / CONFIG_FILE),
@@ -95,7 +94,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
 def _stage_blocks(
     run: FinishedRun, name: str, records: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
-    from imae_jax.train.plots import GATES, LOSSES, MEASURES
+    from imae_jax.train.plots import GATES, LOSSES, MEASURES, training_plot
 
     config, data, is_units = run.results["config"], run.results["data"], name == UNITS
     settings = config if is_units else config.get("icd", {})
@@ -123,15 +122,7 @@ def _stage_blocks(
     )
     blocks.append(Table(f"Means over tokens, {name}; losses in nats", ("quantity", *columns), rows))
     file = f"{run.number}-{'training' if is_units else name.replace(' ', '-')}.png"
-    blocks.append(Picture(file, f"Training curves, {name}", _curves(records, held_out)))
+    curves = io.BytesIO()
+    training_plot(records, curves, held_out)
+    blocks.append(Picture(file, f"Training curves, {name}", curves.getvalue()))
     return blocks
-
-
-def _curves(records: Sequence[Any], held_out: Sequence[Any]) -> bytes:
-    """The training plot as PNG."""
-    from imae_jax.train.plots import training_plot
-
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "plot.png"
-        training_plot(records, path, held_out)
-        return path.read_bytes()

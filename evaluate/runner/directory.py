@@ -32,14 +32,14 @@ class Run:
     """The directory of a run, new or resumed.
 
     Attributes:
-        records: the records of `scores.jsonl` by (method, index).
-        resumed: how many were there before.
+        records: records of `scores.jsonl` by (method, index).
+        resumed: number of records that were there before.
 
     Args:
-        out: the directory.
-        settings: what the scores depend on.
-        resume: resume the run that is there.
-        overwrite: replace what is there.
+        out: directory of the run.
+        settings: everything that the scores depend on.
+        resume: whether to resume the run in the directory.
+        overwrite: whether to replace a run in the directory.
 
     Raises:
         UserError: OUT may not be replaced, belongs to other settings, or holds a damaged record.
@@ -93,9 +93,9 @@ class Run:
         """Writes everything that a finished run has, `results.json` last.
 
         Args:
-            results: for `results.json`.
-            texts: contents of text files by name.
-            plots: matplotlib figures by the name of their files.
+            results: contents of `results.json`.
+            texts: contents of text files, by name.
+            plots: matplotlib figures, by name of the file without its ending.
         """
         if is_main():
             for name, text in texts.items():
@@ -150,6 +150,11 @@ def with_file(value: Any, file: Path, name: str = "it") -> Any:
     return [with_file(item, file, name) for item in value] if isinstance(value, list) else value
 
 
+def read_fields(file: Path) -> Fields:
+    """The object of a JSON file."""
+    return with_file(read_json(file), file)
+
+
 def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
     """A finished run's `results.json`.
 
@@ -161,13 +166,13 @@ def read_run(path: Path, benchmark: str | None = None) -> dict[str, Any]:
         unfinished = (path / RUN_FILE).is_file()
         state = "its run is unfinished: resume it with --resume" if unfinished else "give a finished run"
         raise UserError(f"{path} holds no {RESULTS_FILE}: {state}")
-    results = read_json(file)
+    results = read_fields(file)
     missing = [key for key in REQUIRED if key not in results]
     if missing or not results["methods"]:
         raise UserError(f"{file} lacks {', '.join(missing) or 'methods'}: evaluate again")
     if benchmark not in (None, results["benchmark"]):
         raise UserError(f"{path} is a run of {results['benchmark']}, not of {benchmark}: give another")
-    return with_file(results, file)
+    return results
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -27,11 +27,11 @@ def measure(
     """Statistics of every scored token.
 
     Args:
-        lm: the model.
-        models: what the methods run on.
-        joint: the methods.
+        lm: model, of which the base is compared to.
+        models: weights and configs that the methods run on.
+        joint: methods.
         windows: windows of the text by number, from `decode.windows`.
-        length: length to which all windows are padded.
+        length: tokens to which all windows are padded.
 
     Yields:
         The number of a window, and for every method float64 [4, tokens], in the order of `harm.STATISTICS`:

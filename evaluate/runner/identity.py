@@ -23,12 +23,7 @@ IDENTITY = ("base_model", "units", "tokenizer")
 
 
 def model_settings(lm: "LanguageModel", args: argparse.Namespace) -> dict[str, Any]:
-    """What identifies a model in `run.json` and `results.json`.
-
-    Args:
-        lm: the model.
-        args: the arguments of `cli.add_model_arguments` that it was loaded with.
-    """
+    """What identifies a model, loaded with these arguments, in `run.json` and `results.json`."""
     return {
         "model": args.model,
         "base_model": dataclasses.asdict(lm.base),
@@ -60,22 +55,13 @@ def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]
         yield name, a, b
 
 
-def called(program: str, arguments: Sequence[str] | None) -> str:
-    """The command line of this run.
-
-    Args:
-        program: `ArgumentParser.prog`.
-        arguments: those of `main`; None for the process's own.
-    """
+def command_line(program: str, arguments: Sequence[str] | None) -> str:
+    """The command line of this run, from `ArgumentParser.prog` and the arguments of `main`."""
     return shlex.join([*program.split(), *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def environment(mesh: "Mesh | None" = None) -> dict[str, Any]:
-    """What figures depend on besides the settings.
-
-    Args:
-        mesh: the devices that the model is spread over.
-    """
+    """Mesh, versions, commit and machine: what figures depend on besides the settings."""
     return {
         "mesh": mesh and dict(mesh.shape),
         "versions": runtime.versions(),

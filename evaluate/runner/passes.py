@@ -7,10 +7,14 @@ that methods write, or distributions over a text's next tokens.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from imae_jax.continuation import CONFIDENCE
 from imae_jax.decode import Continuation, Method, encode, score
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.loop import GenerationOptions
@@ -21,7 +25,7 @@ from imae_jax.evaluate.benchmarks.benchmark import Item, Task
 from imae_jax.evaluate.iti import fold_files
 from imae_jax.evaluate.runner import divergence
 from imae_jax.evaluate.runner.identity import method_settings
-from imae_jax.language_model import LanguageModel
+from imae_jax.language_model import Completion, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Pass:
     """Methods whose outputs are computed together.
 
     Attributes:
-        models: what the method runs on.
+        models: weights and configs that the method runs on.
         method: one method, or a `Joint` of those that share streams.
         labels: names of the methods, in the order of the `Joint`'s.
         items: numbers of the items that the pass is for.
@@ -51,7 +55,7 @@ def prepare(
     """
     settings, passes = {}, []
     for label, method in methods.items():
-        folds = _folds(method, items)
+        folds = split_folds(method, items)
         resolved = [lm.prepare(fold, generating=generating) for fold, _ in folds]
         settings[label] = method_settings(lm, folds[0][0], resolved[0][1])
         if len(folds) > 1:
@@ -68,7 +72,7 @@ def prepare(
     return settings, passes
 
 
-def _folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
+def split_folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
     """A method with the numbers of its items; ITI with a directory of folds is one method for each fold."""
     if not isinstance(method, ITI) or not Path(method.directions).is_dir():
         return [(method, range(len(items)))]
@@ -97,7 +101,10 @@ class Scores:
         pairs = [(item.prompt, answer) for item in task.items for answer in item.answers]
         prompts, answers = zip(*pairs, strict=True)
         encoded = encode(
-            lm.tokenizer, prompts, answers, add_special_tokens=task.options.get("add_special_tokens", True)
+            lm.tokenizer,
+            prompts,
+            answers,
+            **{"add_special_tokens": True, "count": "prompt"} | dict(task.options),
         )
         self.facts = {
             "n_answers": len(encoded),
@@ -109,7 +116,7 @@ class Scores:
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
         passes = share(passes, len(self._items))
         for each in passes:
-            check_groups(each.models, self._groups)
+            check_groups(each.models, self._groups, lambda i: f"question {self._items[i].index}")
         return passes
 
     def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
@@ -125,25 +132,43 @@ class Scores:
             yield missing[i], [[answer[:, k] for answer in scored.scores] for k in range(len(each.labels))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What a method continues a prompt with.
+
+    Attributes:
+        text, finished: see `Completion`.
+        confidence: means over the text's tokens of the fields of `CONFIDENCE`; NaN of a text without tokens.
+            None where it was not asked for.
+    """
+
+    text: str
+    finished: bool
+    confidence: Mapping[str, float] | None = None
+
+
 class Texts:
-    """What methods continue prompts with: of each item and method a `Completion`."""
+    """What methods continue prompts with: of each item and method a `Text`."""
 
     generating = True
     facts: Mapping[str, Any] = {}
 
     def __init__(self, lm: LanguageModel, task: Task):
         self._lm, self._prompts = lm, [item.prompt for item in task.items]
+        self._index = [item.index for item in task.items]
         defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
         self._options = {"format": "raw"} | defaults | task.options
         self._batch_size = self._options.pop("batch_size")
+        self._measured = self._options.pop("confidence", False)
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
-        longest = max(map(len, self._lm.encode_prompts(self._prompts, self._options["format"])))
+        lengths = [len(ids) for ids in self._lm.encode_prompts(self._prompts, self._options["format"])]
+        longest, index = max(zip(lengths, self._index, strict=True))
         context, new = min(each.models.context_length for each in passes), self._options["max_new_tokens"]
         if longest + new > context:
             raise UserError(
-                f"the longest prompt has {longest} tokens, with {new} new ones over the model's context of "
-                f"{context}: lower --max-new-tokens, or give shorter prompts (--primer)"
+                f"the longest prompt (question {index}) has {longest} tokens, with {new} new ones over the "
+                f"model's context of {context}: lower --max-new-tokens, or give shorter prompts"
             )
         return list(passes)
 
@@ -153,9 +178,27 @@ class Texts:
             batch = each.items[first : first + self._batch_size]
             if set(batch) & set(missing):
                 options = self._options | {"seed": (self._options["seed"] + number) % 2**31}
-                texts = self._lm.complete([self._prompts[i] for i in batch], each.method, **options)
-                done = zip(batch, texts, strict=True)
-                yield from ((i, [completion]) for i, completion in done if i in missing)
+                prompts = [self._prompts[i] for i in batch]
+                completions = self._lm.complete(prompts, each.method, **options)
+                measured = self._confidence(each, prompts, completions)
+                for i, completion, confidence in zip(batch, completions, measured, strict=True):
+                    if i in missing:
+                        yield i, [Text(completion.text, completion.finished, confidence)]
+
+    def _confidence(
+        self, each: Pass, prompts: Sequence[str], completions: Sequence[Completion]
+    ) -> list[Mapping[str, float] | None]:
+        """How sure the method was of each of its texts."""
+        if not self._measured:
+            return [None] * len(completions)
+        ids = self._lm.encode_prompts(prompts, self._options["format"])
+        written = [i for i, completion in enumerate(completions) if completion.tokens]
+        groups = [[Continuation((*ids[i], *completions[i].tokens), len(ids[i]))] for i in written]
+        means = [dict.fromkeys(CONFIDENCE, math.nan) for _ in completions]
+        for number, scored in score(each.models, self._lm.config, groups, each.method, confidence=True):
+            values = scored.confidence[0].mean(axis=0, dtype=np.float64)
+            means[written[number]] = dict(zip(CONFIDENCE, values.tolist(), strict=True))
+        return means
 
 
 class Distributions:

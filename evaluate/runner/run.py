@@ -4,47 +4,78 @@ import argparse
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from imae_jax.cli import model_arguments
 from imae_jax.convert import load_model
+from imae_jax.decode import Method
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.questions import select
 from imae_jax.evaluate.reporting.aggregate import choose_baseline
+from imae_jax.evaluate.reporting.controls import decompose
 from imae_jax.evaluate.reporting.tables import show
 from imae_jax.evaluate.runner.arguments import check_arguments, parse_methods
+from imae_jax.evaluate.runner.controls import Controls, base_label, match_sizes, with_controls
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, SCORES_FILE, Run, markdown
 from imae_jax.evaluate.runner.identity import environment, model_settings
 from imae_jax.evaluate.runner.passes import KINDS, Pass, prepare
 from imae_jax.files import dumps
+from imae_jax.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 40  # characters
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A run that has been checked as far as that goes without its model.
+
+    Attributes:
+        benchmark, args: what is run, with the arguments of its command.
+        command: command line, for the results.
+        methods: methods and their controls by label.
+        controls: which controls are whose.
+        data: from `Benchmark.load`.
+    """
+
+    benchmark: Benchmark
+    args: argparse.Namespace
+    command: str
+    methods: Mapping[str, Method]
+    controls: Mapping[str, Controls]
+    data: Any
+
+
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) -> None:
     """Evaluates methods, writes the run's directory and shows its tables.
-
-    Args:
-        benchmark: what to run.
-        args: its command's arguments.
-        command: the command line, for the results.
 
     Raises:
         UserError: what is asked for cannot be run; says what to change.
     """
-    methods = parse_methods(args.methods)
+    request = check(benchmark, args, command)
+    run(request, load_model(args.model, **model_arguments(args)))
+
+
+def check(benchmark: Benchmark, args: argparse.Namespace, command: str) -> Request:
+    """Refuses what can be refused before a model is loaded, and reads the data."""
+    methods, controls = with_controls(parse_methods(args.methods), args)
     check_arguments(args, methods)
-    data = benchmark.load(args, methods)
-    lm = load_model(args.model, **model_arguments(args))
-    task = benchmark.task(args, data, lm)
+    return Request(benchmark, args, command, methods, controls, benchmark.load(args, methods))
+
+
+def run(request: Request, lm: LanguageModel) -> None:
+    """`run_benchmark` with a loaded model."""
+    benchmark, args, methods, controls = request.benchmark, request.args, request.methods, request.controls
+    task = benchmark.task(args, request.data, lm)
     if benchmark.questions:
         task = choose_items(task, args)
+    if controls:
+        methods, controls = match_sizes(lm, methods, controls, task.items)
     outputs = KINDS[benchmark.output](lm, task)
     settings, passes = prepare(lm, methods, task.items, generating=outputs.generating)
     passes = outputs.plan(passes)
@@ -55,33 +86,59 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
         **task.settings,
     }
     identity = {**common, "methods": settings}
-    run = Run(args.out, identity, resume=args.resume, overwrite=args.overwrite)
+    directory = Run(args.out, identity, resume=args.resume, overwrite=args.overwrite)
     costs = {}
     for each in passes:
-        add_costs(costs, each, run_pass(benchmark, run, outputs, each, task.items, lm, args.quiet))
+        add_costs(costs, each, run_pass(benchmark, directory, outputs, each, task.items, lm, args.quiet))
     baseline = choose_baseline(settings, getattr(args, "baseline", None))
     index = [item.index for item in task.items]
-    records = {label: run.of_method(label, index) for label in methods}
+    records = {label: directory.of_method(label, index) for label in methods}
     results = common | {
         **outputs.facts,
-        "command": command,
+        "command": request.command,
         **environment(lm.mesh),
-        "resumed_lines": run.resumed,
+        "resumed_lines": directory.resumed,
         **task.details,
         **benchmark.aggregate(args, task, records, baseline),
     }
     for label, summary in results["methods"].items():
         summary |= {**costs[label], "settings": settings[label], "normalized": methods[label].normalized}
-    tables, lines = benchmark.tables(results), [record for label in methods for record in records[label]]
+    lines = [record for label in methods for record in records[label]]
+    if controls and benchmark.questions:
+        move_controls(results, records, controls, base_label(methods), args.seed)
+    tables = benchmark.tables(results) + benchmark.control_tables(results)
+    sentences = benchmark.control_sentences(results)
     texts = {
         SCORES_FILE: "".join(f"{dumps(line)}\n" for line in lines),
-        MARKDOWN_FILE: markdown(tables),
+        MARKDOWN_FILE: "\n".join([markdown(tables), *sentences]),
         **benchmark.texts(results, lines),
     }
-    run.finish(results, texts, benchmark.plots(results))
+    directory.finish(results, texts, benchmark.plots(results) | benchmark.control_plots(results))
     for note in benchmark.warnings(results):
         logger.warning(note)
     show(tables)
+    for sentence in sentences:
+        print(sentence)
+
+
+def move_controls(
+    results: dict[str, Any],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    controls: Mapping[str, Controls],
+    base: str,
+    seed: int,
+) -> None:
+    """Moves summaries of control runs from `methods` to `controls`, with what they say of their methods."""
+    metrics = decompose(records, results["metrics"], controls, base=base, seed=seed)
+    results["controls"] = {
+        label: {
+            "metrics": metrics[label],
+            "kl": runs.kl,
+            "noise": runs.noise,
+            "runs": {name: results["methods"].pop(name) for name in runs.labels()},
+        }
+        for label, runs in controls.items()
+    }
 
 
 def choose_items(task: Task, args: argparse.Namespace) -> Task:

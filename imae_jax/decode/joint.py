@@ -126,6 +126,8 @@ def _merge_models(a: Models, b: Models) -> Models | None:
 
 
 def _merge_weights(a: Weights, b: Weights) -> Weights | None:
+    if b.units is not None and a.units is None:
+        a = dataclasses.replace(a, units=b.units)
     if b.lora is not None and a.lora is None:
         a = dataclasses.replace(a, lora=b.lora, lora_scale=b.lora_scale)
     if b.shifts is not None and a.shifts is None:

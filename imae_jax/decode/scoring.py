@@ -21,7 +21,7 @@ import numpy as np
 
 from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
-from imae_jax.continuation import Continuation
+from imae_jax.continuation import CONFIDENCE, Continuation
 from imae_jax.cpu import argmax
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
@@ -42,20 +42,22 @@ Where = Callable[[int, int], str]
 
 
 class Scored(NamedTuple):
-    """Scores of a group's continuations.
+    """Scores of a group's continuations, one array a continuation; None for what was not asked for.
 
     Attributes:
-        scores: one array a continuation, float32 [n]: the score of every token from its `start` on; of a
-            `Joint` of M methods [n, M].
-        is_greedy: bool [n], whether the token is the method's arg-max; None where that was not asked for.
+        scores: float32 [n]: the score of every token from its `start` on; of a `Joint` of M methods [n, M].
+        is_greedy: bool [n], whether the token is the method's arg-max.
+        confidence: float32 [n, 3], of the distribution that the token is drawn from, in the order of
+            `CONFIDENCE`.
     """
 
     scores: list[np.ndarray]
     is_greedy: list[np.ndarray] | None
+    confidence: list[np.ndarray] | None
 
     @classmethod
-    def empty(cls, size: int, *, greedy: bool) -> "Scored":
-        return cls([None] * size, [None] * size if greedy else None)
+    def empty(cls, size: int, *, greedy: bool, confidence: bool) -> "Scored":
+        return cls(*([None] * size if wanted else None for wanted in (True, greedy, confidence)))
 
 
 def score(
@@ -65,6 +67,7 @@ def score(
     method: Method,
     *,
     greedy: bool = False,
+    confidence: bool = False,
     row_length: int = ROW_LENGTH,
     rows_per_batch: int | None = None,
     where: Where = "group {}, continuation {}".format,
@@ -79,6 +82,7 @@ def score(
             computed once.
         method: what scores.
         greedy: also tell which tokens are the method's arg-max, which costs a pass over the vocabulary.
+        confidence: also tell how sure the method is at every token, which costs as much; not of a `Joint`.
         row_length: tokens per row; a group's tree that is longer is cut, a longer continuation gets a
             row of its own.
         rows_per_batch: rows computed at once, more where a mesh does not divide them; default by platform.
@@ -107,15 +111,17 @@ def score(
         window = range(window_start, min(window_start + window_size, len(groups)))
         trees = [tree for i in window for tree in _answer_trees(i, groups[i], len(prefix), row_length)]
         rows = _fill_rows(trees, row_length)
-        results = {i: Scored.empty(len(groups[i]), greedy=greedy) for i in window}
+        wanted = {"greedy": greedy, "confidence": confidence}
+        results = {i: Scored.empty(len(groups[i]), **wanted) for i in window}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
             arrays, parents = _batch_arrays(batch, batch_rows, row_length)
             chunks = _projection_chunks(parents, streams.projections(method), shards)
             with use_mesh(models.mesh):
-                values = _score_nodes(models, prefix_caches, arrays, chunks, method=method, greedy=greedy)
-            for row, *row_values in zip(batch, *map(to_host, values), strict=False):
-                _collect(row, row_values, results)
+                values = _score_nodes(models, prefix_caches, arrays, chunks, method=method, **wanted)
+            values = jax.tree.map(to_host, values)
+            for i, row in enumerate(batch):
+                _collect(row, jax.tree.map(lambda x, i=i: x[i], values), results)
         _check_finite(models, method, groups, results, where)
         yield from results.items()
 
@@ -132,8 +138,18 @@ def batch_size(rows: int | None = None) -> int:
     return round_up(rows, shards)
 
 
-def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> None:
-    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context."""
+def check_groups(
+    models: Models,
+    groups: Sequence[Sequence[Continuation]],
+    name: Callable[[int], str] = "group {}".format,
+) -> None:
+    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context.
+
+    Args:
+        models: what scores.
+        groups: see `score`.
+        name: names a group in errors.
+    """
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
     limit = models.max_positions
     for i, group in enumerate(groups):
@@ -143,7 +159,7 @@ def check_groups(models: Models, groups: Sequence[Sequence[Continuation]]) -> No
         # A sequence's last token predicts nothing, so that it needs no place in the context.
         if longest > limit + 1:
             raise UserError(
-                f"group {i} has a sequence of {longest} tokens, over the model's context of {limit}: "
+                f"{name(i)} has a sequence of {longest} tokens, over the model's context of {limit}: "
                 "shorten the prompt or the answer"
             )
 
@@ -265,14 +281,15 @@ def _batch_arrays(
     return arrays, parents
 
 
-def _collect(row: Sequence[_AnswerTree], values: Sequence[np.ndarray], results: dict[int, Scored]) -> None:
+def _collect(row: Sequence[_AnswerTree], values: Scored, results: dict[int, Scored]) -> None:
     """Puts the values [T, …] of a row's nodes into its continuations' results."""
     offset = 0
     for each in row:
         for index, path in enumerate(each.tree.paths, each.first):
             nodes = np.add(path[each.start :], offset)
-            for result, value in zip(results[each.group], values, strict=False):
-                result[index] = value[nodes]
+            for result, value in zip(results[each.group], values, strict=True):
+                if value is not None:
+                    result[index] = value[nodes]
         offset += len(each.tree)
 
 
@@ -358,13 +375,29 @@ def _projection_chunks(parents: np.ndarray, projections: int, shards: int = 1) -
     return Chunks(np.int32(chunk + (num_nodes > 0)), positions, nodes, parent_indices)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "greedy"))
+def confidence_of(scores: jax.Array) -> jax.Array:
+    """How sure distributions are, float32 [P, 3] from scores [P, V]; see `CONFIDENCE`."""
+    log_p = jax.nn.log_softmax(scores)
+    p = jnp.exp(log_p)
+    # A token that is ruled out adds nothing.
+    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    first, second = jnp.moveaxis(jax.lax.top_k(p, 2)[0], -1, 0)
+    return jnp.stack([entropy, first, first - second], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "greedy", "confidence"))
 def _score_nodes(
-    models: Models, prefix: Caches, rows: TreeRows, chunks: Chunks, *, method: Method, greedy: bool
-) -> tuple[jax.Array, ...]:
-    """Scores [B, T], of a `Joint` [B, T, M], of the scored nodes' tokens from the hidden states of their
-    parents, NaN where logits are not finite; with `greedy` also whether the token is the arg-max there,
-    bool [B, T]."""
+    models: Models,
+    prefix: Caches,
+    rows: TreeRows,
+    chunks: Chunks,
+    *,
+    method: Method,
+    greedy: bool,
+    confidence: bool,
+) -> Scored:
+    """`Scored` with arrays [B, T, …], of the scored nodes' tokens from the hidden states of their parents;
+    scores are NaN where logits are not finite."""
     B, T = rows.tokens.shape
     chex.assert_equal_shape(rows)
     last_position = models.max_positions - 1
@@ -396,11 +429,17 @@ def _score_nodes(
         scores = method.token_scores(logits, parents, chosen)
         chex.assert_shape(scores, (*chosen.shape, *method.columns))
         finite = streams.finite(logits)[parents]
-        new = [jnp.where(finite.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)]
-        if greedy:
-            new.append(argmax(method.scores(logits))[parents] == chosen)
-        return tuple(v.at[nodes].set(n, mode="drop") for v, n in zip(values, new, strict=True))
+        new = Scored(
+            jnp.where(finite.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan),
+            argmax(method.scores(logits))[parents] == chosen if greedy else None,
+            confidence_of(method.scores(logits))[parents] if confidence else None,
+        )
+        return jax.tree.map(lambda v, n: v.at[nodes].set(n, mode="drop"), values, new)
 
-    values = (jnp.zeros((B * T, *method.columns), jnp.float32), jnp.zeros(B * T, bool))[: 1 + greedy]
+    values = Scored(
+        jnp.zeros((B * T, *method.columns), jnp.float32),
+        jnp.zeros(B * T, bool) if greedy else None,
+        jnp.zeros((B * T, len(CONFIDENCE)), jnp.float32) if confidence else None,
+    )
     values = jax.lax.fori_loop(0, chunks.count, add_chunk, values)
-    return tuple(v.reshape(B, T, *v.shape[1:]) for v in values)
+    return jax.tree.map(lambda v: v.reshape(B, T, *v.shape[1:]), values)

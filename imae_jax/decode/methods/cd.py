@@ -46,4 +46,4 @@ class CD(Contrast):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         expert = jax.nn.log_softmax(logits[0].final)
         amateur = jax.nn.log_softmax(logits[1].final / self.temperature)
-        return self.combine(expert - amateur, logits[0].final)
+        return self.combine(expert, amateur, logits[0].final)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method
+from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method, control
 from imae_jax.errors import UserError
 from imae_jax.plausibility import FORMS, plausible
 
@@ -27,12 +27,14 @@ class Contrast(Method):
             no single distribution over tokens can express: results must say which was used.
         implausible: score of implausible tokens; default: -1000 in multiple choice, so that sums stay
             finite, and -inf when generating.
+        flip: reverses the sign of the contrast, as a control.
     """
 
     alpha: float | None = None
     plausibility: str = "probability"
     renormalize: bool = False
     implausible: float | None = dataclasses.field(default=None, metadata={"may_be_infinite": True})
+    flip: bool = control(False)
 
     def __post_init__(self):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -58,8 +60,19 @@ class Contrast(Method):
             implausible = float("-inf") if generating else IMPLAUSIBLE_SCORE
         return dataclasses.replace(self, alpha=alpha, implausible=implausible)
 
-    def combine(self, difference: jax.Array, strong_logits: jax.Array) -> jax.Array:
-        """Scores from a difference of log-probabilities and the stronger side's logits, float32 [..., V]."""
+    def flipped(self) -> Self:
+        return dataclasses.replace(self, flip=not self.flip)
+
+    def combine(
+        self, strong: jax.Array, weak: jax.Array, strong_logits: jax.Array, beta: float = 1.0
+    ) -> jax.Array:
+        """Scores, float32 [..., V], from log-probabilities of both sides and the stronger side's logits.
+
+        They are `β · strong − weak`, that is `(β − 1) · strong` and the contrast `strong − weak`.
+        """
+        difference = beta * strong - weak
+        if self.flip:
+            difference = (beta - 1) * strong + (weak - strong)
         if self.renormalize:
             difference = jax.nn.log_softmax(difference)
         if self.alpha == 0:

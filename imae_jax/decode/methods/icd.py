@@ -7,12 +7,12 @@ from typing import Self
 import jax
 
 from imae_jax.decode.methods.contrast import Contrast
-from imae_jax.decode.methods.protocol import Resource, Stream, StreamLogits
+from imae_jax.decode.methods.protocol import Resource, Stream, StreamLogits, WithNoise
 from imae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ICD(Contrast):
+class ICD(Contrast, WithNoise):
     """`β · log p_base(v) − log p_antiLLM(v)` on plausible(p_base, α) (Zhang et al., arXiv 2312.15710).
 
     Cost: with a LoRA adapter of the same base, two rows of one batch over the same weights; with any other
@@ -50,4 +50,4 @@ class ICD(Contrast):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)
-        return self.combine(self.beta * base - anti, logits[0].final)
+        return self.combine(base, anti, logits[0].final, self.beta)

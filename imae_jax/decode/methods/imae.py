@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 
 from imae_jax.anti_expert import MODES, parse_mode
-from imae_jax.decode.methods.protocol import Method, Stream, StreamLogits
+from imae_jax.decode.methods.protocol import Stream, StreamLogits, WithUnits
 
 
 @dataclasses.dataclass(frozen=True)
-class Strength(Method):
+class Strength(WithUnits):
     """Log-probabilities of the model with its units at strength `o` (IMAE, section 3.1).
 
     Score: `log p(v)`. Cost: one stream; with `o` = 0 the base model's own.
@@ -49,6 +49,9 @@ class Strength(Method):
     ) -> jax.Array:
         final = logits[0].final
         return final[positions, tokens] - jax.nn.logsumexp(final, axis=-1)[positions]
+
+    def flipped(self) -> Self | None:
+        return dataclasses.replace(self, strength=-self.strength) if self.strength else None
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"name": "imae"}

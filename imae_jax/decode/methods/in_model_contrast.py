@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import jax
 
 from imae_jax.decode.methods.contrast import Contrast
-from imae_jax.decode.methods.protocol import Stream, StreamLogits
+from imae_jax.decode.methods.protocol import Stream, StreamLogits, WithUnits
 
 
 @dataclasses.dataclass(frozen=True)
-class InModelContrast(Contrast):
+class InModelContrast(Contrast, WithUnits):
     """`β · log p_base(v) − log p_anti(v)` on plausible(p_base, α): the contrast that IMAE's expert mode is
     trained to imitate (IMAE, section 3.2, equation of p_target), formed explicitly.
 
@@ -34,4 +34,4 @@ class InModelContrast(Contrast):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)
-        return self.combine(self.beta * base - anti, logits[0].final)
+        return self.combine(base, anti, logits[0].final, self.beta)

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 
-from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits
+from imae_jax.decode.methods.protocol import Resource, Stream, StreamLogits, WithNoise
 from imae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class ITI(Method):
+class ITI(WithNoise):
     """`log p(v)` of the model with `α σ θ` added to the outputs of K heads, before `o_proj`, at every
     position that predicts a token of the answer (Li et al., arXiv 2306.03341).
 
@@ -50,6 +51,9 @@ class ITI(Method):
     @property
     def normalized(self) -> bool:
         return True
+
+    def flipped(self) -> Self:
+        return dataclasses.replace(self, alpha=-self.alpha)
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         return jax.nn.log_softmax(logits[0].final)

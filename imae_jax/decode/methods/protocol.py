@@ -13,6 +13,11 @@ IMPLAUSIBLE_SCORE = -1000.0
 """Score of implausible tokens in multiple choice, so that a sum stays finite; -inf when generating."""
 
 
+def control(default: Any, *, compare: bool = True) -> Any:
+    """A setting that plain runs leave alone: keyword-only, and recorded where it is not the default."""
+    return dataclasses.field(default=default, kw_only=True, compare=compare, metadata={"control": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """One forward pass. The streams of one model run as rows of one batch, so that weights that they
@@ -55,7 +60,7 @@ class Resource:
 
     Attributes:
         kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
-            `directions`, shifts of heads.
+            `directions`, shifts of heads; `units`, anti-expert units instead of the model's own.
         reference: what to load.
         setting: which setting named it, for errors.
     """
@@ -153,9 +158,47 @@ class Method(abc.ABC):
         """
         return self
 
+    def flipped(self) -> "Method | None":
+        """The method with the sign of its direction reversed: a control. None where it has no direction."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """What to write into results: enough to build the method again."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in setting_fields(type(self))}}
+        values = {field.name: getattr(self, field.name) for field in setting_fields(type(self))}
+        for field in setting_fields(type(self)):
+            if field.metadata.get("control") and values[field.name] == field.default:
+                del values[field.name]
+        return {"name": self.name, **values}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithNoise(Method):
+    """A method along a learned direction, which a random one of the same size can replace.
+
+    Attributes:
+        noise: seed of the random direction, see `decode.noise`; None for the learned one.
+        noise_scale: factor of the random direction's size.
+
+    Methods that differ in these alone are equal: they run on other weights, in one compiled program.
+    """
+
+    noise: int | None = control(None, compare=False)
+    noise_scale: float = control(1.0, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithUnits(WithNoise):
+    """A method that runs anti-expert units.
+
+    Attributes:
+        units_from: reference of an IMAE model whose units run instead of the model's own.
+    """
+
+    units_from: str = control("")
+
+    @property
+    def resource(self) -> Resource | None:
+        return Resource("units", self.units_from, "units_from") if self.units_from else None
 
 
 def setting_fields(method: type[Method]) -> list[dataclasses.Field]:

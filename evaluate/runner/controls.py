@@ -1,0 +1,188 @@
+"""Controls of methods that act along a direction: the same change with its sign reversed, or in random ones.
+
+A gain that these have too is what any change of that size brings, and not what the method has learned.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from imae_jax.decode import windows
+from imae_jax.decode.joint import Joint
+from imae_jax.decode.methods import Method, Stream, StreamLogits, parse_method, setting_fields
+from imae_jax.decode.noise import with_noise
+from imae_jax.decode.streams import Models
+from imae_jax.errors import UserError
+from imae_jax.evaluate.benchmarks.benchmark import Item
+from imae_jax.evaluate.benchmarks.harm import NEUTRAL_TEXT, STATISTICS
+from imae_jax.evaluate.reporting.aggregate import choose_baseline
+from imae_jax.evaluate.runner.divergence import measure
+from imae_jax.evaluate.runner.passes import split_folds
+from imae_jax.language_model import LanguageModel
+
+NEUTRAL_TOKENS = 512
+MATCHING_STEPS, MATCHING_TOLERANCE = 6, 0.1
+KL = STATISTICS.index("kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """Labels of the control runs of a method.
+
+    Attributes:
+        flip: reversed sign.
+        noise: random directions of the same size, or twins: contrasts with another training seed.
+        placebo: the same method, learned from what holds nothing to learn; None where none is given.
+        kl: KL(base ‖ stream) on neutral text, nats a token, of the method and its controls by label, as far
+            as they act in a stream of the model itself; `match_sizes` fills it in.
+    """
+
+    flip: str
+    noise: tuple[str, ...]
+    placebo: str | None = None
+    kl: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def labels(self) -> tuple[str, ...]:
+        return (self.flip, *self.noise, *([self.placebo] if self.placebo else []))
+
+
+def with_controls(
+    methods: Mapping[str, Method], args: argparse.Namespace
+) -> tuple[dict[str, Method], dict[str, Controls]]:
+    """Methods with their control runs, by label, and the `Controls` of every method that has some.
+
+    Args:
+        methods: methods of --methods.
+        args: arguments of `arguments.add_control_arguments`.
+
+    Raises:
+        UserError: nothing is to be controlled, or a control is given for no method.
+    """
+    if args.controls is None:
+        if args.placebo or args.twin:
+            raise UserError("--placebo and --twin go together with --controls: pass it, too")
+        return dict(methods), {}
+    directed = {label: method.flipped() for label, method in methods.items() if method.flipped()}
+    if not directed:
+        raise UserError(f"--controls: none of {', '.join(methods)} acts along a direction: leave it out")
+    base_label(methods)
+    placebos, twins = (_given(name, getattr(args, name), directed) for name in ("placebo", "twin"))
+    extended, controls = dict(methods), {}
+    for label, flipped in directed.items():
+        runs: dict[str, Any] = {f"{label}/flip": flipped}
+        noise = {f"{label}/twin-{i}": twin for i, twin in enumerate(twins.get(label, []))}
+        if not noise and any(field.name == "noise" for field in setting_fields(type(methods[label]))):
+            noise = {
+                f"{label}/noise-{i}": dataclasses.replace(methods[label], noise=i)
+                for i in range(args.controls)
+            }
+        placebo = {f"{label}/placebo": method for method in placebos.get(label, [])}
+        if len(placebos.get(label, [])) > 1:
+            raise UserError(f"--placebo {label} is given twice: give one")
+        clash = next((name for name in (*runs, *noise, *placebo) if name in methods), None)
+        if clash is not None:
+            raise UserError(f"method {clash!r} has the label of a control: give it another")
+        extended |= runs | noise | placebo
+        controls[label] = Controls(f"{label}/flip", tuple(noise), next(iter(placebo), None))
+    return extended, controls
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone(Method):
+    """The distribution of one forward pass."""
+
+    stream: Stream
+    name = "stream"
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.stream,)
+
+    def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
+        return jax.nn.log_softmax(logits[0].final)
+
+
+def match_sizes(
+    lm: LanguageModel, methods: Mapping[str, Method], controls: Mapping[str, Controls], items: Sequence[Item]
+) -> tuple[dict[str, Method], dict[str, Controls]]:
+    """Scales random directions so that they change neutral text as much as the learned ones do.
+
+    At a learned direction's length a random one does next to nothing, and would be a control of nothing. The
+    divergence is of the stream in which the direction acts: that of a contrast's scores can have any size.
+
+    Args:
+        lm: model that is evaluated.
+        methods: methods and their control runs, by label.
+        controls: controls of every method that has some.
+        items: items of the run; a method that has a file for each fold is measured with the first.
+
+    Returns:
+        The methods, those with noise with their `noise_scale`, and the controls with their `kl`. Both without
+        noise where a direction lies in a second model.
+    """
+    matched, measured = dict(methods), {}
+    tokens = lm.tokenizer(NEUTRAL_TEXT.read_text(encoding="utf-8"))["input_ids"]
+    (window, *_) = windows(tokens, min(NEUTRAL_TOKENS, lm.config.max_position_embeddings))
+
+    def divergence(models: Models, stream: Stream) -> float:
+        joint = Joint((_Alone(stream),))
+        ((_, (values,)),) = measure(lm, models, joint, {0: window}, len(window.tokens))
+        return float(values[KL].mean())
+
+    def match(models: Models, stream: Stream, seed: int, target: float) -> tuple[float, float]:
+        """The scale of a random direction, and its divergence."""
+        scale = 1.0
+        for _ in range(MATCHING_STEPS):
+            noisy = with_noise(models.weights[0], [stream], seed, scale)
+            weights = (noisy, *models.weights[1:])
+            reached = divergence(dataclasses.replace(models, weights=weights), stream)
+            if not reached or not target or abs(reached / target - 1) < MATCHING_TOLERANCE:
+                break
+            # The divergence grows with the square of a small change.
+            scale = float(f"{scale * (target / reached) ** 0.5:.3g}")
+        return scale, reached
+
+    for label, runs in controls.items():
+        kl: dict[str, float] = {}
+        for name in (label, *runs.labels()):
+            ((method, _), *_) = split_folds(methods[name], items)
+            seed = getattr(method, "noise", None)
+            learned = method if seed is None else dataclasses.replace(method, noise=None)
+            models, resolved = lm.prepare(learned, generating=False)
+            streams = [s for s in resolved.streams if s.model == 0 and (s.strength or s.adapter or s.shift)]
+            if seed is not None and not streams:
+                del matched[name]
+            elif seed is not None:
+                scale, kl[name] = match(models, streams[0], seed, kl[label])
+                matched[name] = dataclasses.replace(methods[name], noise_scale=scale)
+            elif streams:
+                kl[name] = divergence(models, streams[0])
+        noise = tuple(name for name in runs.noise if name in matched)
+        measured[label] = dataclasses.replace(runs, noise=noise, kl=kl)
+    return matched, measured
+
+
+def base_label(methods: Mapping[str, Method]) -> str:
+    """Label of base mode, which gains are measured from."""
+    settings = {label: method.settings() for label, method in methods.items()}
+    label = choose_baseline(settings, None)
+    if methods[label].flipped() is not None or settings[label].get("name") != "imae":
+        raise UserError("--controls measures gains over base: add base to --methods")
+    return label
+
+
+def _given(name: str, entries: list[str], directed: Mapping[str, Method]) -> dict[str, list[Method]]:
+    """Methods of `LABEL=METHOD`, by label."""
+    given: dict[str, list[Method]] = {}
+    for entry in entries:
+        # A label may hold `=` itself: `icd:anti_expert=DIR`.
+        label = next((label for label in directed if entry.startswith(f"{label}=")), None)
+        if label is None:
+            raise UserError(
+                f"--{name} {entry}: give LABEL=METHOD with a label of {', '.join(directed) or 'no method'}"
+            )
+        given.setdefault(label, []).append(parse_method(entry.removeprefix(f"{label}=")))
+    return given

@@ -1,0 +1,256 @@
+"""Controls: reversed and random directions, units from elsewhere, and what they say of a gain."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, assert_bitwise, error_of, log_softmax, stack, user_error, with_random_units
+
+from imae_jax.convert.imae_dir import write_imae_dir
+from imae_jax.decode.methods import Stream, StreamLogits, parse_method
+from imae_jax.decode.methods.in_model_contrast import InModelContrast
+from imae_jax.decode.noise import with_noise
+from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.report import main as report
+from imae_jax.evaluate.reporting.controls import decompose
+from imae_jax.evaluate.runner.controls import Controls
+from imae_jax.evaluate.truthfulqa import main as truthfulqa
+
+UNITS, LORA, SHIFTS = Stream(strength=-1.0), Stream(adapter=1.0), Stream(shift=2.0)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_imae):
+    """In layers, with units, an adapter and shifts of heads."""
+    lm = tiny_imae.load()
+    rng = np.random.default_rng(0)
+    L, D, N, H = TINY.num_layers, TINY.hidden_size, TINY.num_heads, TINY.head_dim
+
+    def normal(*shape):
+        return jax.numpy.asarray(rng.normal(size=shape), jax.numpy.float32)
+
+    lora = tuple({"wq": {"a": normal(D, 2), "b": normal(2, N, H)}} for _ in range(L))
+    return dataclasses.replace(lm.model.weights(), lora=lora, shifts=tuple(normal(N, H) for _ in range(L)))
+
+
+def outputs(weights):
+    """All that noise changes, of every layer."""
+    return [
+        [np.asarray(x) for x in (units["w_down"], lora["wq"]["b"], shift)]
+        for units, lora, shift in zip(weights.units, weights.lora, weights.shifts, strict=True)
+    ]
+
+
+def test_noise_changes_the_signs_of_output_dimensions_and_nothing_else(weights):
+    noisy = with_noise(weights, [UNITS, LORA, SHIFTS], 3)
+    for learned, random in zip(outputs(weights), outputs(noisy), strict=True):
+        for before, after, inputs in zip(learned, random, (1, 1, 0), strict=True):
+            assert_bitwise(abs(before), abs(after))
+            signs = np.sign(before) * np.sign(after)
+            changed = (signs == -1).mean()
+            assert 0.1 < changed < 0.9
+            if inputs:
+                assert (signs == signs[:1]).all(), "one sign for all inputs of a dimension"
+    again = with_noise(noisy, [UNITS, LORA, SHIFTS], 3)
+    jax.tree.map(assert_bitwise, again, weights)
+    assert_bitwise(noisy.units[0]["w_up"], weights.units[0]["w_up"])
+    other = with_noise(weights, [UNITS, LORA, SHIFTS], 4)
+    assert (np.asarray(other.units[0]["w_down"]) != np.asarray(noisy.units[0]["w_down"])).any()
+    units_alone = with_noise(weights, [UNITS], 3, 2.0)
+    assert units_alone.lora is weights.lora
+    np.testing.assert_array_equal(units_alone.units[1]["w_down"], 2 * noisy.units[1]["w_down"])
+
+
+def test_noise_is_the_same_in_both_layouts_of_layers(tiny_imae):
+    layers = tiny_imae.load().model.weights()
+    stacked = stack(layers)
+    expected = with_noise(layers, [UNITS], 5).units
+    actual = with_noise(stacked, [UNITS], 5).units
+    for i, layer in enumerate(expected):
+        assert_bitwise(actual["w_down"][i], layer["w_down"])
+
+
+def test_noise_of_a_method(tiny_imae):
+    lm = tiny_imae.load()
+
+    def score(method):
+        return np.array(lm.score("t3 t4", [" t5 t6", " t7"], method, format="raw"))
+
+    first, second = score("imae:noise=0"), score("imae:noise=1")
+    assert (first != second).all()
+    assert (first != score("expert")).all()
+    assert (score("imae:noise=0,noise_scale=0.01") - score("base")).max() < 0.01
+    methods = [parse_method(f"imae:noise={seed}") for seed in (0, 1)]
+    assert methods[0] == methods[1], "one compiled program"
+    assert methods[0].settings() != methods[1].settings()
+    assert "noise" not in parse_method("expert").settings()
+    second_model = f"icd:anti_expert={lm.base.reference}#layers=1,noise=1"
+    for wrong in ("imae:noise=-1", "imae:strength=0,noise=1", second_model):
+        with user_error("noise="):
+            score(wrong)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_a_flipped_contrast_is_what_both_sides_give_the_other_way_round(beta):
+    rng = np.random.default_rng(1)
+    strong, weak = rng.normal(size=(2, 5, 11))
+    logits = [StreamLogits(jax.numpy.asarray(x, jax.numpy.float32)) for x in (strong, weak)]
+    method = InModelContrast(beta, renormalize=True).resolve(TINY, generating=False)
+    strong, weak = map(log_softmax, (strong, weak))
+    expected = log_softmax((beta - 1) * strong - (strong - weak))
+    np.testing.assert_allclose(method.flipped().scores(logits), expected, atol=2e-5)
+    assert method.flipped().flipped() == method
+    assert parse_method(method.flipped().settings()) == method.flipped()
+
+
+def test_directions_have_an_opposite():
+    assert parse_method("expert").flipped() == parse_method("anti-expert")
+    assert parse_method("iti:directions=f,alpha=3").flipped() == parse_method("iti:directions=f,alpha=-3")
+    assert parse_method("base").flipped() is None
+    assert parse_method("sled").flipped() is None
+
+
+@pytest.fixture(scope="module")
+def other_units(tiny_imae, tmp_path_factory):
+    """Other units for the base of `tiny_imae`."""
+    lm, path = tiny_imae.load(), tmp_path_factory.mktemp("other") / "imae"
+    plain = dataclasses.replace(lm.model.weights(), units=None)
+    weights = with_random_units(plain, lm.config, 8)
+    write_imae_dir(
+        path,
+        weights,
+        lm.config,
+        dataclasses.replace(lm.model.anti_expert_config, intermediate_size=8),
+        base=dataclasses.asdict(lm.base),
+        training={},
+    )
+    return path
+
+
+def test_units_from_another_model(tiny_imae, other_units, tiny):
+    from imae_jax.convert import load_model
+
+    lm, other = tiny_imae.load(), load_model(str(other_units))
+    arguments = "t3 t4", [" t5 t6", " t7"]
+    expected = other.score(*arguments, "expert", format="raw")
+    assert lm.score(*arguments, f"imae:units_from={other_units}", format="raw") == expected
+    assert lm.score(*arguments, "expert", format="raw") != expected
+    plain = load_model(lm.base.reference)
+    assert plain.score(*arguments, f"imae:units_from={other_units}", format="raw") == expected
+    stranger = tiny("gqa", seed=9)
+    with user_error("units_from=", "trained on other weights"):
+        stranger.load().score(*arguments, f"imae:units_from={other_units}", format="raw")
+    with user_error("has no anti-expert units"):
+        lm.score(*arguments, f"imae:units_from={stranger.directory}", format="raw")
+
+
+def test_a_gain_is_split_into_odd_and_even_parts():
+    rng = np.random.default_rng(2)
+    values = {name: rng.integers(0, 2, 40) for name in ("base", "m", "m/flip", "m/noise-0", "m/noise-1")}
+    records = {name: [{"mc1": float(v)} for v in each] for name, each in values.items()}
+    controls = {"m": Controls("m/flip", ("m/noise-0", "m/noise-1"))}
+    parts = decompose(records, ["mc1"], controls, base="base", seed=0)["m"]["mc1"]
+    mean = {name: 100 * each.mean() for name, each in values.items()}
+    assert parts["gain"]["value"] == pytest.approx(mean["m"] - mean["base"])
+    assert parts["odd"]["value"] == pytest.approx((mean["m"] - mean["m/flip"]) / 2)
+    assert parts["odd"]["value"] + parts["even"]["value"] == pytest.approx(parts["gain"]["value"])
+    assert parts["noise"] == pytest.approx([mean[f"m/noise-{i}"] - mean["base"] for i in (0, 1)])
+    low, high = parts["odd"]["interval"]
+    assert low < parts["odd"]["value"] < high
+
+
+@pytest.fixture(scope="module")
+def controlled(scored, other_units, tmp_path_factory):
+    """A finished run with controls: its arguments and its directory, not to be changed."""
+    command, _ = scored
+    out = tmp_path_factory.mktemp("controlled") / "out"
+    command = [*map(str, command), "--quiet", "--controls", "2"]
+    command[command.index("--out") + 1] = str(out)
+    command[command.index("--methods") + 1] = "base,expert,1,in-model-contrast:beta=2,renormalize=true,dola"
+    assert truthfulqa([*command, "--placebo", f"expert=imae:units_from={other_units}"]) == 0
+    return command, out
+
+
+def test_a_run_with_controls(controlled):
+    _, out = controlled
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["methods"]) == ["base", "expert", "1", CONTRAST, "dola"]
+    controls = results["controls"]
+    assert list(controls) == ["expert", "1", CONTRAST, "dola"]
+    assert list(controls["dola"]["runs"]) == ["dola/flip"]
+    assert controls["expert"]["runs"]["expert/flip"]["mc2"] == results["methods"]["1"]["mc2"]
+    kl = controls["expert"]["kl"]
+    assert kl["expert"] > 0
+    for name in ("expert/noise-0", "expert/noise-1"):
+        assert kl[name] == pytest.approx(kl["expert"], rel=0.1), "as far from base as the learned direction"
+        assert controls["expert"]["runs"][name]["settings"]["noise_scale"] != 1
+    parts = controls["expert"]["metrics"]["mc2"]
+    flip = controls["expert"]["runs"]["expert/flip"]["mc2"]
+    assert parts["odd"]["value"] == pytest.approx((results["methods"]["expert"]["mc2"] - flip) / 2)
+    assert {"odd", "even", "gain", "noise", "placebo"} == parts.keys()
+    table = (out / "table.md").read_text()
+    assert "expert/noise-0" not in table
+    assert f"{parts['odd']['value']:+.2f}" in table
+    assert (out / "strengths.png").exists()
+
+
+CONTRAST = "in-model-contrast:beta=2,renormalize=true"
+
+
+def test_a_killed_run_with_controls_goes_on(controlled, other_units, tmp_path):
+    command, out = controlled
+    killed = tmp_path / "out"
+    shutil.copytree(out, killed)
+    (killed / "results.json").unlink()
+    lines = (killed / "scores.jsonl").read_text().splitlines(keepends=True)
+    (killed / "scores.jsonl").write_text("".join(lines[:20]))
+    command = [*command, "--placebo", f"expert=imae:units_from={other_units}", "--resume"]
+    command[command.index("--out") + 1] = str(killed)
+    assert truthfulqa(command) == 0
+    before, after = (json.loads((path / "results.json").read_text()) for path in (out, killed))
+    assert after["resumed_lines"] == 20
+    assert after["controls"]["expert"]["metrics"] == before["controls"]["expert"]["metrics"]
+
+
+def test_controls_in_reports_and_on_neutral_text(controlled, tiny_imae, tmp_path):
+    _, out = controlled
+    arguments = [
+        "--model",
+        str(tiny_imae.directory),
+        "--methods",
+        "base,expert",
+        "--controls",
+        "1",
+        "--quiet",
+    ]
+    assert harm([*arguments, "--out", str(tmp_path / "harm")]) == 0
+    measured = json.loads((tmp_path / "harm" / "results.json").read_text())["methods"]
+    assert list(measured) == ["base", "expert", "expert/flip", "expert/noise-0"]
+    assert report([str(out), str(tmp_path / "harm"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "What the direction brings" in text
+    assert "expert, MC1: of " in text
+
+
+@pytest.mark.parametrize(
+    ("methods", "arguments", "parts"),
+    [
+        ("base,sled", ["--controls"], ["sled", "direction"]),
+        ("expert,1", ["--controls"], ["add base"]),
+        ("base,expert", ["--controls", "-1"], ["--controls", "-1"]),
+        ("base,expert", ["--placebo", "expert=1"], ["--controls"]),
+        ("base,expert", ["--controls", "--placebo", "dola=1"], ["--placebo dola=1", "LABEL=METHOD"]),
+        ("base,expert", ["--controls", "--placebo", "expert=1", "--placebo", "expert=2"], ["given twice"]),
+        ("base,expert", ["--controls", "--twin", "expert=nothing"], ["nothing"]),
+    ],
+)
+def test_controls_that_cannot_be_run_are_refused(scored, tmp_path, capfd, methods, arguments, parts):
+    command = [*map(str, scored[0]), *arguments]
+    command[command.index("--out") + 1] = str(tmp_path / "out")
+    command[command.index("--methods") + 1] = methods
+    error = error_of(capfd, truthfulqa, *command)
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / "out").exists()
