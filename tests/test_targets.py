@@ -8,9 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, user_error
+from conftest import TINY, error_of, user_error
 
 from imae_jax import targets
+from imae_jax.evaluate.cost import main as cost
 from imae_jax.sharding import make_mesh, sharding
 from imae_jax.targets import TARGETS, abstract_devices
 
@@ -112,3 +113,24 @@ def test_plan_asks_the_compiler_of_its_device(name, tmp_path):
     assert planned.stderr == ""
     assert f"activations: counted by {TARGETS[name].compiler}" in planned.stdout
     assert "fits: 0.0 of" in planned.stdout
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", [name for name in compilers if name.values[0] == "h200"])
+def test_cost_prints_the_bounds_of_a_device(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    arguments = ["--model", str(tmp_path), "--device", name, "--methods", "expert", "--batch-sizes", "2"]
+    printed = run(f"from imae_jax.evaluate.cost import main; main({arguments!r})")
+    assert printed.stderr == ""
+    assert f"batch 2, one {name}: bounds of {TARGETS[name].compiler}" in printed.stdout
+    lines = [line for line in printed.stdout.splitlines() if line.startswith(("│ base", "│ expert"))]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    (base, *of_base), (expert, *of_expert) = rows
+    assert (base, expert) == ("base", "expert")
+    assert float(of_expert[3]) > float(of_base[3]) == 1  # A unit is read at every token.
+
+
+def test_bounds_are_printed_and_not_written(capsys):
+    assert "leave out --out" in error_of(capsys, cost, "--model", "x", "--device", "h200", "--out", "y")
+    assert "--out is missing" in error_of(capsys, cost, "--model", "x")
+    assert "abacus is not known" in error_of(capsys, cost, "--model", "x", "--device", "abacus")
