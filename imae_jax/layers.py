@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from imae_jax.config import LlamaConfig, RopeConfig
 from imae_jax.cpu import multiply_rows
@@ -137,6 +138,15 @@ def matmul(
         jnp.matmul, precision=precision(x.dtype), preferred_element_type=preferred_element_type
     )
     return multiply_rows(multiply, x, weight).reshape(*batch, *outputs)
+
+
+KEPT = "kept"
+"""What `remat=narrow` keeps for the backward pass."""
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """The same, named `KEPT`."""
+    return checkpoint_name(x, KEPT)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}

@@ -19,7 +19,17 @@ from imae_jax.cache import KVCache, append
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
 from imae_jax.flash_attention import flash_attention
-from imae_jax.layers import apply_rope, at_least_float32, gated, matmul, precision, rms_norm, rope_tables
+from imae_jax.layers import (
+    KEPT,
+    apply_rope,
+    at_least_float32,
+    gated,
+    kept,
+    matmul,
+    precision,
+    rms_norm,
+    rope_tables,
+)
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
 from imae_jax.params import Initializer, normal, ones, weight, zeros
@@ -29,6 +39,7 @@ REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "narrow": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 ATTENTION_KINDS = ("plain", "flash")
@@ -238,8 +249,8 @@ class Options:
     Attributes:
         taps: inner values to return.
         remat: what the backward pass keeps of a layer: `none` recomputes nothing, `full` everything,
-            `dots` keeps the results of the matmuls with weights. Attention itself, plain or flash, is
-            recomputed by `full` and `dots`.
+            `dots` keeps the results of the matmuls with weights, `narrow` those but for the base's MLP, the
+            widest. Attention itself, plain or flash, is recomputed by all but `none`.
         attention: `plain`, or `flash`: without the [T, T] scores, for training. `flash` needs rows that
             are padded on the right, which is not checked, and gives other hidden states at padding.
 
@@ -487,7 +498,7 @@ def layer_forward(
         y = matmul(x, layer[name], num_inputs=x.ndim - 2)
         if weights.lora is not None and name in weights.lora:
             y = y + delta(weights.lora[name], x, call.lora_scale)
-        return y
+        return y if name in ("w_gate", "w_up") else kept(y)
 
     with jax.named_scope("attention"):
         h = norm(config, x, layer["norm_attn"])

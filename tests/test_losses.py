@@ -240,7 +240,7 @@ def test_loss_and_gradient_of_preference_equal_torch(tiny, kind, rows_of_tree):
     assert_loss_and_gradient(loss, gradient, expected, units)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "narrow", "dots"])
 def test_remat_changes_no_gradient(tiny, remat):
     lm = tiny("gqa", initializer_range=0.2).load(stacked=True)
     weights = with_random_units(lm.model.weights(), lm.config)

@@ -205,7 +205,21 @@ def loss_and_gradients(units, weights, *, remat):
     return jax.value_and_grad(loss)(units)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_units_and_deltas_in_the_bases_dtype_change_no_bit():
+    weights = tiny_llama(units=True).weights()
+    random = np.random.default_rng(0)
+    deltas = {"wq": {"a": random.normal(size=(32, 4)), "b": random.normal(size=(4, 4, 12))}}
+    deltas = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), deltas)
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights.base)
+    weights = dataclasses.replace(weights, base=base, lora=(deltas,) * TINY.num_layers)
+    narrow = weights.in_one_dtype()
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
+    arguments = {"strength": jnp.array([-1.0, 0.7]), "adapter": 1.0}
+    outputs = [jit_forward(x, TINY, jnp.asarray(TOKENS[:2]), **arguments) for x in (weights, narrow)]
+    assert_bitwise(*(np.asarray(output.hidden_states.astype(jnp.float32)) for output in outputs))
+
+
+@pytest.mark.parametrize("remat", ["full", "narrow", "dots"])
 def test_rematerialization_changes_no_result(remat):
     weights = tiny_llama(units=True, stacked=True).weights()
     expected = loss_and_gradients(weights.units, weights, remat="none")

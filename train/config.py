@@ -245,7 +245,7 @@ class TrainConfig:
         revision, tokenizer: which ones of the model, see `load_model`.
         dtype: dtype of the frozen base and of all activations; None keeps the checkpoint's. The units and
             their optimizer state are float32 throughout.
-        remat: what a layer's backward pass keeps: none, dots or full (see `llama.Options`).
+        remat: what a layer's backward pass keeps: none, dots, narrow or full (see `llama.Options`).
         attention: plain, or flash, which never builds the [T, T] scores on GPUs and TPUs.
         seed: draws the units' initial weights and the order of rows.
         save_every: steps between checkpoints.

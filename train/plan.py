@@ -14,7 +14,8 @@ weights, nearly three times what Llama-3.1-70B needs. float16, of the same width
 bfloat16 steps are compiled in float16. Matrices that a matmul reads are still widened, though one at a time,
 and fewer operations are merged than on a TPU, so that the figure errs high there: 1.05 to 2.1 times what
 XLA's compiler for TPU v5p needs (a model of 8 layers, Llama-2-7B, Llama-3.1-70B; above 1.35 only with
-remat=full, where activations are few). attention=flash is counted as plain attention, with its [T, T] scores.
+remat=full, where activations are few), and 0.97 to 1.07 times what its compiler for GPUs needs (70B on eight
+H200, 7B on one). attention=flash is counted as plain attention, with its [T, T] scores.
 `--here` asks the compiler of this machine's own devices instead.
 
 Not in the plan: what the runtime takes for itself; evaluation and the token filter, whose forward passes need
