@@ -16,7 +16,7 @@ from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.errors import UserError
 from imae_jax.layers import gated, kept, matmul
 from imae_jax.params import AntiExpertParam, normal, weight, zeros
-from imae_jax.sharding import constrain
+from imae_jax.sharding import apart, constrain
 
 MODES = {"expert": -1.0, "base": 0.0, "anti-expert": 1.0}
 
@@ -92,6 +92,6 @@ def unit_forward(
     a = jax.nn.softmax(gate_logits + unit["gate_bias"].astype(jnp.float32), axis=-1)[..., 0]
     o = strength[:, None, None]
     x = a[..., None].astype(h.dtype) * h
-    inner = gated(kept(matmul(x, unit["w_gate"])), kept(matmul(x, unit["w_up"])), activation)
+    inner = gated(kept(matmul(x, unit["w_gate"])), kept(matmul(apart(x), unit["w_up"])), activation)
     y = matmul(constrain(inner, "batch", "length", "act_mlp"), unit["w_down"])
     return jnp.where(o == 0, 0, o.astype(h.dtype) * y), a

@@ -33,7 +33,7 @@ from imae_jax.layers import (
 from imae_jax.layers import attention as plain_attention
 from imae_jax.lora import delta
 from imae_jax.params import Initializer, normal, ones, weight, zeros
-from imae_jax.sharding import constrain
+from imae_jax.sharding import apart, constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -604,7 +604,7 @@ def _queries_keys_values(linear, config, layer, h, cos, sin):
 
 def _mlp(linear, config, layer, h):
     gate = linear(h, "w_gate")
-    up = linear(h, "w_up")
+    up = linear(apart(h), "w_up")
     if "b_gate" in layer:
         gate, up = gate + layer["b_gate"], up + layer["b_up"]
     inner = constrain(gated(gate, up, config.activation), "batch", "length", "act_mlp")

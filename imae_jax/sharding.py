@@ -140,6 +140,16 @@ def platform() -> str:
     return "gpu" if name == "cuda" else name
 
 
+def apart(x: jax.Array) -> jax.Array:
+    """The same, for a product that is not to be merged with another one of the same operand.
+
+    XLA's GPU compiler would copy both weights into one at every step where the part of a device has a width
+    that its kernels do not divide. On one device the widths are multiples, and merging saves kernels.
+    """
+    spread = not jax.sharding.get_abstract_mesh().empty and platform() == "gpu"
+    return jax.lax.optimization_barrier(x) if spread else x
+
+
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """A context whose compiled functions run on a mesh; None changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -114,6 +114,8 @@ def test_a_tensor_parallel_token_exchanges_activations_alone(target, tensor, row
         for x in program.within(program.loop)
         if x.opcode.removesuffix("-start") in COLLECTIVES and max(a.nbytes for a in x.results) >= 4096
     ]
+    if rows > 1:
+        assert program.written(program.loop, least=2 * 4096 * 4096 // tensor) == []
     # Of each layer attention's output and the MLP's; and the embedding, of which each device has some rows.
     assert len(large) <= 2 * LAYERS + 1
     # The highest score, its index, whether all are finite.
