@@ -7,6 +7,9 @@ from typing import Literal
 from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
 
+CONFIDENCE = ("entropy", "max_probability", "margin")
+"""How sure a distribution is: entropy in nats, the largest probability, that less the second one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
@@ -65,7 +68,7 @@ def encode(
         if start <= 0:
             raise UserError("a prompt without tokens: give a prompt, or a tokenizer that adds BOS")
         if len(tokens) <= start:
-            raise UserError(f"the continuation {continuation!r} has no tokens of its own")
+            raise UserError(f"the continuation {continuation!r} has no tokens of its own: give another")
         merged = own != (tokens[:start] if count == "prompt" else tokens[start:])
         encoded.append(Continuation(tuple(tokens), start, merged))
     return encoded

@@ -207,7 +207,13 @@ def test_memotrap_takes_a_folder_and_tells_tasks_apart(asked, tmp_path, capfd):
     for name in ("b", "a"):
         write(folder / f"{name}.csv", ROWS["memotrap"][1])
     command[command.index("--data") + 1] = str(folder)
-    assert "By task" in output_of(capfd, evaluate, *command)
+    assert "By task" in output_of(capfd, evaluate, *command, "--limit", "4")
+    assert [(record["index"], record["category"]) for record in read_records(tmp_path / "out")] == [
+        (0, "a"),
+        (4, "b"),
+        (1, "a"),
+        (5, "b"),
+    ]
     assert read_run(tmp_path / "out")["methods"]["base"]["by_category"].keys() == {"a", "b"}
     for change in ({"classes": "t3"}, {"classes": "[' ']"}, {"answer_index": 2}, {"answer_index": "x"}):
         rows = [ROWS["memotrap"][1][0] | change]

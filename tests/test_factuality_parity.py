@@ -3,10 +3,12 @@
 import ast
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.documents import ROOT, blocks
 
 from imae_jax.evaluate.__main__ import main as evaluate
 from imae_jax.evaluate.benchmarks import gsm8k, short_answers
@@ -18,12 +20,12 @@ from imae_jax.files import read_csv, read_rows
 lm_eval = pytest.importorskip("lm_eval")
 
 LIMIT = 50
-SMOLLM2 = "smollm2-135m-instruct"
+SMALL = "smollm2-135m"
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
 def run(name, data, out, *more):
-    command = [name, "--model", SMOLLM2, "--data", data, "--out", out, "--quiet", *more]
+    command = [name, "--model", f"{SMALL}-instruct", "--data", data, "--out", out, "--quiet", *more]
     assert evaluate([*map(str, command)]) == 0
     return read_run(out), read_records(out)
 
@@ -186,3 +188,18 @@ def test_gsm8k_reads_numbers_as_the_harness(shared):
                 score = exact_match_fn(predictions=found, references=[answer], **settings)["exact_match"]
                 expected = gsm8k.extract(answer)["strict"]
                 assert float(gsm8k.extract(text)[name] == expected) == score, (text, answer)
+
+
+@pytest.mark.docs
+def test_commands_of_the_documentation_read_the_published_files(smollm2, shared, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = text.partition("## Benchmarks on published data")[2].partition("\n## ")[0]
+    files = {file.name: str(file) for file in (shared / "data").rglob("*.*")}
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(blocks(section, "sh")).replace("\\\n", " ").splitlines()
+    for line in lines:
+        line = line.replace("out/imae/imae", f"imae-{SMALL}")
+        words = [files.get(word, word) for word in shlex.split(line)]
+        assert words[:3] == ["python", "-m", "imae_jax.evaluate"]
+        assert evaluate([*words[3:], "--limit", "1", "--quiet"]) == 0
+    assert len(lines) == 3

@@ -6,6 +6,7 @@ its rows: `sum` is its acc, `per_character` its acc_norm.
 """
 
 import ast
+from collections import Counter
 from typing import ClassVar
 
 from imae_jax.errors import UserError
@@ -41,7 +42,8 @@ class MemoTrap(ChoiceBenchmark):
         return rows, b"".join(file.read_bytes() for file in files)
 
     def items(self, protocol, rows, args):
-        items = []
+        """The first rows of every task come first, so that --limit takes as many of each."""
+        items, seen = {}, Counter()
         for i, (place, row) in enumerate(rows):
             try:
                 classes, right = ast.literal_eval(row["classes"]), int(row["answer_index"])
@@ -50,8 +52,10 @@ class MemoTrap(ChoiceBenchmark):
             check_row(place, {"classes": classes}, {"classes": list}, protocol.source)
             if not 0 <= right < len(classes):
                 raise UserError(f"{place}: answer_index {right} is not one of {len(classes)} classes: fix it")
-            items.append(Item(i, row["prompt"], row["prompt"], tuple(classes), data=(right, row["task"])))
-        return items
+            item = Item(i, row["prompt"], row["prompt"], tuple(classes), data=(right, row["task"]))
+            items[seen[row["task"]], i] = item
+            seen[row["task"]] += 1
+        return [items[order] for order in sorted(items)]
 
     def metrics(self, protocol):
         return "sum", "per_character"

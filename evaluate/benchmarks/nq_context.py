@@ -102,6 +102,7 @@ class NQContext(WrittenBenchmark):
         "With passages in conflict: share of answers that are the *passage's*, the *remembered* one (the "
         "real answer, whether or not this model knows it) or *neither*."
     )
+    correct = "exact_match"
     heads: ClassVar = {**KNOWN, **CONFLICTING}
     protocols = tuple(
         Written(name=f"nq-context-v1/{form}{end}", form=form, format=format, max_new_tokens=32, **file)
@@ -116,9 +117,7 @@ class NQContext(WrittenBenchmark):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument(
-            "--swap-seed", type=int, default=0, help="seed of the draw of …/swap (default: 0)"
-        )
+        parser.add_argument("--swap-seed", type=int, default=0, help="seed of …/swap (default: 0)")
 
     def load(self, args, methods):
         if args.swap_seed < 0:

@@ -12,6 +12,8 @@ from imae_jax.evaluate.benchmarks.published import Published, PublishedBenchmark
 CUT_OFF = {"cut_off": "cut off"}
 """Share of answers that neither ended nor met a stop string within the limit of tokens."""
 
+CHUNK_SIZE = 8  # tokens between looks for stop strings: many answers are short
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written(Published):
@@ -52,7 +54,8 @@ class WrittenBenchmark(PublishedBenchmark):
                 f"{inputs.protocol.name} asks in a chat, and {args.model} has no chat template: use a chat "
                 "model, or another --protocol"
             )
-        return super().task(args, inputs, lm)
+        task = super().task(args, inputs, lm)
+        return dataclasses.replace(task, options={**task.options, "chunk_size": CHUNK_SIZE})
 
     def options(self, protocol, args):
         return {
@@ -60,6 +63,7 @@ class WrittenBenchmark(PublishedBenchmark):
             "stop": protocol.stop,
             "max_new_tokens": args.max_new_tokens or protocol.max_new_tokens,
             "batch_size": args.batch_size,
+            "confidence": True,
         }
 
     def parted(self, protocol: Written, rows: Rows) -> tuple[Rows, Rows]:
@@ -85,4 +89,4 @@ class WrittenBenchmark(PublishedBenchmark):
 
     def record(self, item, output, tokenizer):
         measured = self.measure(item, output.text)
-        return {"answer": output.text, **measured, "cut_off": float(not output.finished)}
+        return {"answer": output.text, **measured, "cut_off": float(not output.finished)} | output.confidence
