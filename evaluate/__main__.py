@@ -5,15 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from imae_jax.__main__ import COMMANDS
-from imae_jax.cli import (
-    ArgumentParser,
-    add_model_arguments,
-    add_process_arguments,
-    command,
-    join_processes,
-)
+from imae_jax.cli import command, join_processes
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks import benchmarks
+from imae_jax.evaluate.runner.arguments import benchmark_parser
+from imae_jax.evaluate.runner.identity import command_line
 
 PROGRAM = "python -m imae_jax.evaluate"
 
@@ -28,16 +24,8 @@ def benchmark_command(name: str, program: str) -> Callable[..., int]:
 
     @command
     def main(argv: Sequence[str] | None = None) -> None:
-        from imae_jax.evaluate.runner.arguments import add_run_arguments
-        from imae_jax.evaluate.runner.identity import command_line
-
         benchmark = benchmarks()[name]
-        about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
-        parser = ArgumentParser(prog=program, description=about)
-        add_model_arguments(parser)
-        add_process_arguments(parser)
-        add_run_arguments(parser, questions=benchmark.questions)
-        benchmark.add_arguments(parser)
+        parser = benchmark_parser(benchmark, program)
         args = parser.parse_args(argv)
         join_processes(args)
         from imae_jax.evaluate.runner.run import run_benchmark

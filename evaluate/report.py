@@ -36,7 +36,8 @@ FILES = {
     CONFIG_FILE: TRAINING,
 }
 # Result fields left out of the provenance section: tables show them, or they are too long.
-SHOWN_ELSEWHERE = ("methods", "parts", "length", "batch_sizes", "benchmark", "rows", "stages", "environment")
+SHOWN_ELSEWHERE = ("methods", "controls", "parts", "length", "batch_sizes", "benchmark", "rows", "stages")
+SHOWN_ELSEWHERE += ("environment",)
 LONGEST_LIST = 12
 
 

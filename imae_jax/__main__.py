@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate harm": ("imae_jax.evaluate.harm", "what a method does to neutral text"),
     "evaluate answers": ("imae_jax.evaluate.answers", "what methods write in answer to TruthfulQA"),
     "evaluate lm_eval": ("imae_jax.evaluate.lm_eval", "any task of the LM Evaluation Harness"),
+    "evaluate all": ("imae_jax.evaluate.all", "a suite of benchmarks with one report"),
     "evaluate compare": ("imae_jax.evaluate.compare", "two runs question by question"),
     "evaluate report": ("imae_jax.evaluate.report", "runs of all kinds on one page"),
     "evaluate cost": ("imae_jax.evaluate.cost", "time and memory of decoding"),

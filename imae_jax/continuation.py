@@ -7,6 +7,9 @@ from typing import Literal
 from imae_jax.errors import UserError
 from imae_jax.tokenizer import Tokenizer
 
+CONFIDENCE = ("entropy", "max_probability", "margin")
+"""How sure a distribution is: entropy in nats, the largest probability, that less the second one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:

@@ -1,5 +1,6 @@
 """A loaded model with its tokenizer: text in, text or scores out."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,10 +65,12 @@ class Completion:
     Attributes:
         text: without special tokens and stop strings.
         finished: whether an end-of-text token or a stop string ended it, and not the number of tokens.
+        tokens: the drawn tokens that `text` comes from, without those behind it.
     """
 
     text: str
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -186,11 +189,17 @@ class LanguageModel:
         self, prompts: Sequence[str], method: str | Method = "base", **options: Any
     ) -> list[Completion]:
         """As `generate`, but also says of every text what ended it."""
-        texts, finished = [""] * len(prompts), [False] * len(prompts)
-        for completions in self._pieces(prompts, method, **options):
-            finished = [completion.finished for completion in completions]
-            texts = [text + completion.text for text, completion in zip(texts, completions, strict=True)]
-        return [Completion(text, end) for text, end in zip(texts, finished, strict=True)]
+        whole = [Completion("", False)] * len(prompts)
+        for pieces in self._pieces(prompts, method, **options):
+            whole = [
+                dataclasses.replace(piece, text=before.text + piece.text)
+                for before, piece in zip(whole, pieces, strict=True)
+            ]
+        ids = self.encode_prompts(prompts, options.get("format", "raw"))
+        return [
+            dataclasses.replace(each, tokens=_tokens_of(self.tokenizer, prompt, each))
+            for prompt, each in zip(ids, whole, strict=True)
+        ]
 
     def stream(
         self, prompts: Sequence[str], method: str | Method = "base", **options: Any
@@ -208,7 +217,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[list[Completion]]:
-        """Every prompt's next piece of text, and whether it is the last one."""
+        """Every prompt's next piece of text, whether it is the last one, and all tokens drawn so far."""
         ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
         ids = self.encode_prompts(prompts, format)
@@ -222,7 +231,7 @@ class LanguageModel:
                 text = ""
                 if not closed[i]:
                     text, closed[i] = text_so_far(self.tokenizer, ids[i], row, stop, finished=last or ended)
-                new.append(Completion(text[emitted[i] :], ended or closed[i]))
+                new.append(Completion(text[emitted[i] :], ended or closed[i], tuple(row)))
                 emitted[i] = max(emitted[i], len(text))
             return new
 
@@ -346,6 +355,18 @@ def text_so_far(
         held_back = max(map(len, stop), default=1) - 1
         text = text[: max(len(text) - held_back, 0)]
     return text, False
+
+
+def _tokens_of(tokenizer: Tokenizer, prompt: Sequence[int], completion: Completion) -> tuple[int, ...]:
+    """The fewest of the drawn tokens that hold a text, found by bisection."""
+    tokens = completion.tokens
+    lengths = range(len(tokens) + 1)
+    count = bisect.bisect_left(
+        lengths,
+        len(completion.text),
+        key=lambda n: len(tokenizer.continuation(prompt, tokens[:n], finished=True)),
+    )
+    return tokens[:count]
 
 
 def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:

@@ -118,6 +118,26 @@ def mcnemar(values: Sequence[float], others: Sequence[float]) -> dict[str, Any] 
     return {"gained": gained, "lost": lost, "p": p}
 
 
+def roc_area(right: Sequence[float], wrong: Sequence[float]) -> Mean:
+    """Chance that a draw of `right` exceeds one of `wrong`, ties half, with DeLong's interval.
+
+    None where either is empty; without an interval where either has one value alone.
+    """
+    right, wrong = np.asarray(right, np.float64), np.asarray(wrong, np.float64)
+    count = len(right) + len(wrong)
+    if not len(right) or not len(wrong):
+        return Mean(None, None, count)
+    wins = (right[:, None] > wrong) + 0.5 * (right[:, None] == wrong)
+    value = float(wins.mean())
+    if min(len(right), len(wrong)) == 1:
+        return Mean(value, None, count)
+    from scipy.stats import norm
+
+    variance = sum(wins.mean(axis).var(ddof=1) / wins.shape[1 - axis] for axis in (0, 1))
+    reach = float(norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(variance))
+    return Mean(value, (max(0.0, value - reach), min(1.0, value + reach)), count)
+
+
 def length_auc(shorter: Sequence[int], longer: Sequence[int]) -> float:
     """Chance that a draw of `longer` exceeds one of `shorter`, ties half: 0.5 if lengths tell nothing."""
     from scipy.stats import mannwhitneyu

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from imae_jax import stats
-from imae_jax.evaluate.reporting import aggregate, controls, plots
+from imae_jax.evaluate.reporting import abstention, aggregate, controls, plots
 from imae_jax.evaluate.reporting.document import FinishedRun, Picture, Section, warning
 from imae_jax.evaluate.reporting.tables import Table
 
@@ -79,6 +79,8 @@ class Benchmark(abc.ABC):
         heads: names of the metrics in tables. Methods are compared by those that a run has.
         questions: whether the items are questions, which can be split and limited.
         subsets: titles of subsets of the items that are compared by themselves.
+        correct: metric that says which answers are right, where records also have the fields of
+            `continuation.CONFIDENCE`: how well a method knows what it does not know is shown as well.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Benchmark(abc.ABC):
     heads: ClassVar[Mapping[str, str]] = {}
     questions: bool = True
     subsets: ClassVar[Mapping[str, str]] = {"all": "questions"}
+    correct: str | None = None
 
     # What a run does
 
@@ -109,7 +112,7 @@ class Benchmark(abc.ABC):
 
         Args:
             item: the item.
-            output: token scores, a [tokens] array for each answer; a `Completion`; or [4, tokens].
+            output: token scores, a [tokens] array for each answer; a `passes.Text`; or [4, tokens].
             tokenizer: the model's.
         """
 
@@ -133,6 +136,9 @@ class Benchmark(abc.ABC):
             baseline: label of the method that others are compared to.
         """
         summaries = aggregate.summarize(records, task.metrics, baseline=baseline, seed=args.seed)
+        if self.correct in task.metrics:
+            for label, rows in records.items():
+                summaries[label]["abstention"] = abstention.summarize(rows, self.correct)
         return {**self.counts(args, task, baseline), "methods": summaries}
 
     def counts(self, args: argparse.Namespace, task: Task, baseline: str) -> dict[str, Any]:
@@ -164,7 +170,9 @@ class Benchmark(abc.ABC):
         title = f"{self.heading(results)}, [95 % interval]"
         scores = aggregate.scores_table(title, methods, heads, results.get("chance"))
         against = f"Against {results['baseline']}, on the same questions"
-        return [scores, *aggregate.differences_tables(against, methods, heads)]
+        differences = aggregate.differences_tables(against, methods, heads)
+        knows = [abstention.table(methods)] if "abstention" in next(iter(methods.values())) else []
+        return [scores, *differences, *knows]
 
     def plots(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """The plots of a `results.json`, by name."""
@@ -172,11 +180,11 @@ class Benchmark(abc.ABC):
         return plots.of_methods(title, methods, heads, results["baseline"])
 
     def control_tables(self, results: Mapping[str, Any]) -> list[Table]:
-        """What methods' directions bring, of a `results.json` with controls."""
+        """What the directions of methods bring, of a `results.json` with controls."""
         return [controls.table(results, self.shown_heads(results))] if results.get("controls") else []
 
     def control_sentences(self, results: Mapping[str, Any]) -> list[str]:
-        """The same in words."""
+        """What the directions of methods bring, in words."""
         return controls.sentences(results, self.shown_heads(results)) if results.get("controls") else []
 
     def control_plots(self, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +194,7 @@ class Benchmark(abc.ABC):
         return controls.dial(results, self.shown_heads(results), self.heading(results))
 
     def control_blocks(self, run: FinishedRun) -> tuple[Table | str, ...]:
-        """Both in a report."""
+        """Tables and sentences on controls in a report."""
         if not run.results.get("controls"):
             return ()
         lines = (f"- {line}" for line in self.control_sentences(run.results))
@@ -213,4 +221,6 @@ class Benchmark(abc.ABC):
     def blocks(self, run: FinishedRun) -> tuple[Table | Picture | str, ...]:
         """Tables, warnings and plots of a run in a report."""
         notes = (warning(f"Run {run.number}: {note}.") for note in self.warnings(run.results))
-        return (*self.tables(run.results), *self.control_blocks(run), *notes, *run.pictures())
+        tables = self.tables(run.results)
+        knows = [abstention.NOTE] if any(table.title == abstention.TITLE for table in tables) else []
+        return (*tables, *knows, *self.control_blocks(run), *notes, *run.pictures())

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from imae_jax.continuation import CONFIDENCE
 from imae_jax.evaluate.benchmarks.published import PublishedBenchmark
 
 HEADS = {"sum": "accuracy", "mean": "accuracy, per token", "per_character": "accuracy, per character"}
@@ -20,7 +21,7 @@ def choose(
 
     Args:
         sums: summed scores of the answers.
-        tokens, characters: how many of them every answer has.
+        tokens, characters: numbers of tokens and characters of the answers.
         right: index of the right answer.
     """
     if not all(map(math.isfinite, sums)):
@@ -30,9 +31,21 @@ def choose(
     return {name: float(np.argmax(values) == right) for name, values in each.items()}
 
 
+def confidence(sums: Sequence[float]) -> tuple[float, float, float]:
+    """How sure the choice is, in the order of `CONFIDENCE`, from the distribution over the answers that
+    summed scores make; NaN where a score is NaN or infinite."""
+    if not all(map(math.isfinite, sums)):
+        return (math.nan,) * len(CONFIDENCE)
+    p = np.exp(np.array(sums) - max(sums))
+    p /= p.sum()
+    first, second, *_ = sorted(p.tolist(), reverse=True)
+    return float(-np.sum(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny)))), first, first - second
+
+
 class ChoiceBenchmark(PublishedBenchmark):
     """Items have the index of their right answer and a category, or "", as `data`."""
 
+    correct = "sum"
     heads: ClassVar = HEADS
 
     def chance(self, item):
@@ -43,4 +56,11 @@ class ChoiceBenchmark(PublishedBenchmark):
         sums = [float(np.sum(scores, dtype=np.float64)) for scores in output]
         tokens = [len(scores) for scores in output]
         chosen = choose(sums, tokens, [*map(len, item.answers)], right)
-        return {"category": category, "scores": sums, "tokens": tokens, "right": right, **chosen}
+        return {
+            "category": category,
+            "scores": sums,
+            "tokens": tokens,
+            "right": right,
+            **chosen,
+            **dict(zip(CONFIDENCE, confidence(sums), strict=True)),
+        }

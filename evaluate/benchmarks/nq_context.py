@@ -102,6 +102,7 @@ class NQContext(WrittenBenchmark):
         "With passages in conflict: share of answers that are the *passage's*, the *remembered* one (the "
         "real answer, whether or not this model knows it) or *neither*."
     )
+    correct = "exact_match"
     heads: ClassVar = {**KNOWN, **CONFLICTING}
     protocols = tuple(
         Written(name=f"nq-context-v1/{form}{end}", form=form, format=format, max_new_tokens=32, **file)

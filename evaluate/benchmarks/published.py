@@ -30,11 +30,11 @@ class Published:
     """A protocol: all that a score depends on besides model and method.
 
     Attributes:
-        name: with version; any change of what follows gets a new one.
-        sha256: of the data file; of several, of their bytes, one after the other by name.
-        rows: how many the data have.
-        source: where the data are from.
-        form: which of a benchmark's forms it is.
+        name: name with its version; any change of what follows gets a new one.
+        sha256: hash of the data file; of several, hash of their bytes, one after the other by name.
+        rows: number of rows of the data.
+        source: place where the data are published.
+        form: form of the benchmark, where it has several.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a run is about, known before the model is loaded.
+    """A protocol with its data, read before the model is loaded.
 
     Attributes:
-        protocol: what is asked, and how.
-        label: the protocol's name, marked where the data are not the ones that it pins.
+        protocol: questions, and how they are asked.
+        label: name of the protocol, marked where the data are not the ones that it pins.
         items: all items of the data.
-        settings: what identifies the data, for `run.json` and `results.json`.
-        details: more for `results.json`.
+        settings: identity of the data, for `run.json` and `results.json`.
+        details: further fields of `results.json`.
     """
 
     protocol: Any
@@ -67,8 +67,8 @@ class PublishedBenchmark(Benchmark):
     """A benchmark on a published file.
 
     Attributes:
-        protocols: its protocols, the default first.
-        columns: fields of every row that must hold something, with their types.
+        protocols: protocols of the benchmark, the default first.
+        columns: fields that must not be empty in any row, with their types.
         rules: how answers are scored, in words, for `results.json`.
     """
 

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+from imae_jax.cli import at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Item
 from imae_jax.evaluate.benchmarks.published import Published, PublishedBenchmark, Rows
@@ -20,9 +21,9 @@ class Written(Published):
 
     Attributes:
         format: `raw`, or `chat` where the prompt is the user's turn of the model's chat template.
-        stop: texts that end an answer, and are not part of it.
-        max_new_tokens: the limit, unless --max-new-tokens gives another.
-        shots: how many of the data's last rows are demonstrations in front of every question, and not asked.
+        stop: strings that end an answer, and are not part of it.
+        max_new_tokens: limit of tokens, unless --max-new-tokens gives another.
+        shots: number of last rows of the data that are demonstrations before every question, and not asked.
     """
 
     format: str = "raw"
@@ -37,12 +38,12 @@ class WrittenBenchmark(PublishedBenchmark):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument("--max-new-tokens", type=int, help="(default: the protocol's)")
-        parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
+        parser.add_argument("--max-new-tokens", type=at_least(1), help="(default: the protocol's)")
+        parser.add_argument(
+            "--batch-size", type=at_least(1), default=8, help="questions at a time (default: 8)"
+        )
 
     def load(self, args, methods):
-        if args.batch_size < 1 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
-            raise UserError("--max-new-tokens and --batch-size must be at least 1")
         inputs = super().load(args, methods)
         options = {**self.options(inputs.protocol, args)}
         return dataclasses.replace(inputs, settings={**inputs.settings, "generation": options})
@@ -62,10 +63,11 @@ class WrittenBenchmark(PublishedBenchmark):
             "stop": protocol.stop,
             "max_new_tokens": args.max_new_tokens or protocol.max_new_tokens,
             "batch_size": args.batch_size,
+            "confidence": True,
         }
 
     def parted(self, protocol: Written, rows: Rows) -> tuple[Rows, Rows]:
-        """The rows that are asked, and those that are demonstrations.
+        """The rows to ask, and those that are demonstrations.
 
         Raises:
             UserError: nothing is left to ask.
@@ -87,4 +89,4 @@ class WrittenBenchmark(PublishedBenchmark):
 
     def record(self, item, output, tokenizer):
         measured = self.measure(item, output.text)
-        return {"answer": output.text, **measured, "cut_off": float(not output.finished)}
+        return {"answer": output.text, **measured, "cut_off": float(not output.finished)} | output.confidence

@@ -31,12 +31,7 @@ def sums_of(summary: Mapping[str, Any]) -> str:
 
 
 def choose_baseline(methods: Mapping[str, Mapping[str, Any]], chosen: str | None) -> str:
-    """The method that others are compared to: the one chosen, else base mode, else the first.
-
-    Args:
-        methods: settings by label.
-        chosen: a label.
-    """
+    """The method that others are compared to: the one chosen, else base mode, else the first one."""
     if chosen is not None:
         return chosen
     base = [k for k, s in methods.items() if (s["name"], s.get("strength")) == ("imae", 0.0)]
@@ -108,13 +103,13 @@ def scores_table(
     heads: Mapping[str, str],
     chance: Mapping[str, float] | None = None,
 ) -> Table:
-    """Every method's means with their intervals, above what chance scores.
+    """Means with their intervals, from the summaries of methods, with `settings`, by label.
 
     Args:
         title: title of the table.
-        methods: summaries by label, with their `settings`.
+        methods: summaries of methods.
         heads: names of the metrics.
-        chance: levels of the metrics that have one.
+        chance: chance levels, in a last row, of the metrics that have one.
     """
     rows = [
         (
@@ -131,13 +126,7 @@ def scores_table(
 
 
 def comparison_table(title: str, compared: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
-    """Paired differences, and McNemar's test of the first metric.
-
-    Args:
-        title: title of the table.
-        compared: comparisons from `stats.compare`, by the name to show.
-        heads: names of the metrics; the first is 0 or 1.
-    """
+    """Paired differences, and McNemar's test of the first metric, from comparisons of `stats.compare`."""
     first, rows = next(iter(heads)), []
     for label, row in compared.items():
         test = row[first].get("mcnemar")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imae_jax.cli import at_least, lock_outputs
+from imae_jax.cli import ArgumentParser, add_model_arguments, add_process_arguments, at_least, lock_outputs
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.questions import SPLITS
 from imae_jax.evaluate.runner.directory import CONTENTS, RESULTS_FILE, RUN_FILE, marker
@@ -13,9 +13,21 @@ from imae_jax.files import check_new_directory, read_text
 
 if TYPE_CHECKING:
     from imae_jax.decode import Method
+    from imae_jax.evaluate.benchmarks.benchmark import Benchmark
 
 NUM_DRAWS = 5
 MANY_METHODS = "comma-separated methods (base,expert,in-model-contrast:beta=2, a number, …), or a YAML file"
+
+
+def benchmark_parser(benchmark: "Benchmark", program: str) -> ArgumentParser:
+    """The parser of a benchmark's command; `program` is the command's name in help and results."""
+    about = f"{benchmark.description}. Writes scores, results, tables and plots into OUT."
+    parser = ArgumentParser(prog=program, description=about)
+    add_model_arguments(parser)
+    add_process_arguments(parser)
+    add_run_arguments(parser, questions=benchmark.questions)
+    benchmark.add_arguments(parser)
+    return parser
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, questions: bool) -> None:

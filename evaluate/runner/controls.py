@@ -52,11 +52,11 @@ class Controls:
 def with_controls(
     methods: Mapping[str, Method], args: argparse.Namespace
 ) -> tuple[dict[str, Method], dict[str, Controls]]:
-    """Methods and their control runs by label, and which are whose.
+    """Methods with their control runs, by label, and the `Controls` of every method that has some.
 
     Args:
-        methods: those of --methods.
-        args: of `arguments.add_control_arguments`.
+        methods: methods of --methods.
+        args: arguments of `arguments.add_control_arguments`.
 
     Raises:
         UserError: nothing is to be controlled, or a control is given for no method.
@@ -114,10 +114,10 @@ def match_sizes(
     divergence is of the stream in which the direction acts: that of a contrast's scores can have any size.
 
     Args:
-        lm: the model.
-        methods: methods and their controls.
-        controls: which are whose.
-        items: of the run; a method that has a file for each fold is measured with the first.
+        lm: model that is evaluated.
+        methods: methods and their control runs, by label.
+        controls: controls of every method that has some.
+        items: items of the run; a method that has a file for each fold is measured with the first.
 
     Returns:
         The methods, those with noise with their `noise_scale`, and the controls with their `kl`. Both without

@@ -7,10 +7,14 @@ that methods write, or distributions over a text's next tokens.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from imae_jax.continuation import CONFIDENCE
 from imae_jax.decode import Continuation, Method, encode, score
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.loop import GenerationOptions
@@ -21,7 +25,7 @@ from imae_jax.evaluate.benchmarks.benchmark import Item, Task
 from imae_jax.evaluate.iti import fold_files
 from imae_jax.evaluate.runner import divergence
 from imae_jax.evaluate.runner.identity import method_settings
-from imae_jax.language_model import LanguageModel
+from imae_jax.language_model import Completion, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +132,23 @@ class Scores:
             yield missing[i], [[answer[:, k] for answer in scored.scores] for k in range(len(each.labels))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What a method continues a prompt with.
+
+    Attributes:
+        text, finished: see `Completion`.
+        confidence: means over the text's tokens of the fields of `CONFIDENCE`; NaN of a text without tokens.
+            None where it was not asked for.
+    """
+
+    text: str
+    finished: bool
+    confidence: Mapping[str, float] | None = None
+
+
 class Texts:
-    """What methods continue prompts with: of each item and method a `Completion`."""
+    """What methods continue prompts with: of each item and method a `Text`."""
 
     generating = True
     facts: Mapping[str, Any] = {}
@@ -140,6 +159,7 @@ class Texts:
         defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
         self._options = {"format": "raw"} | defaults | task.options
         self._batch_size = self._options.pop("batch_size")
+        self._measured = self._options.pop("confidence", False)
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
         lengths = [len(ids) for ids in self._lm.encode_prompts(self._prompts, self._options["format"])]
@@ -158,9 +178,27 @@ class Texts:
             batch = each.items[first : first + self._batch_size]
             if set(batch) & set(missing):
                 options = self._options | {"seed": (self._options["seed"] + number) % 2**31}
-                texts = self._lm.complete([self._prompts[i] for i in batch], each.method, **options)
-                done = zip(batch, texts, strict=True)
-                yield from ((i, [completion]) for i, completion in done if i in missing)
+                prompts = [self._prompts[i] for i in batch]
+                completions = self._lm.complete(prompts, each.method, **options)
+                measured = self._confidence(each, prompts, completions)
+                for i, completion, confidence in zip(batch, completions, measured, strict=True):
+                    if i in missing:
+                        yield i, [Text(completion.text, completion.finished, confidence)]
+
+    def _confidence(
+        self, each: Pass, prompts: Sequence[str], completions: Sequence[Completion]
+    ) -> list[Mapping[str, float] | None]:
+        """How sure the method was of each of its texts."""
+        if not self._measured:
+            return [None] * len(completions)
+        ids = self._lm.encode_prompts(prompts, self._options["format"])
+        written = [i for i, completion in enumerate(completions) if completion.tokens]
+        groups = [[Continuation((*ids[i], *completions[i].tokens), len(ids[i]))] for i in written]
+        means = [dict.fromkeys(CONFIDENCE, math.nan) for _ in completions]
+        for number, scored in score(each.models, self._lm.config, groups, each.method, confidence=True):
+            values = scored.confidence[0].mean(axis=0, dtype=np.float64)
+            means[written[number]] = dict(zip(CONFIDENCE, values.tolist(), strict=True))
+        return means
 
 
 class Distributions:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from imae_jax.cli import model_arguments
 from imae_jax.convert import load_model
+from imae_jax.decode import Method
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.questions import select
@@ -23,10 +24,31 @@ from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, SCORES_FILE, Run, 
 from imae_jax.evaluate.runner.identity import environment, model_settings
 from imae_jax.evaluate.runner.passes import KINDS, Pass, prepare
 from imae_jax.files import dumps
+from imae_jax.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 40  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A run that has been checked as far as that goes without its model.
+
+    Attributes:
+        benchmark, args: what is run, with the arguments of its command.
+        command: command line, for the results.
+        methods: methods and their controls by label.
+        controls: which controls are whose.
+        data: from `Benchmark.load`.
+    """
+
+    benchmark: Benchmark
+    args: argparse.Namespace
+    command: str
+    methods: Mapping[str, Method]
+    controls: Mapping[str, Controls]
+    data: Any
 
 
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) -> None:
@@ -35,11 +57,21 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
     Raises:
         UserError: what is asked for cannot be run; says what to change.
     """
+    request = check(benchmark, args, command)
+    run(request, load_model(args.model, **model_arguments(args)))
+
+
+def check(benchmark: Benchmark, args: argparse.Namespace, command: str) -> Request:
+    """Refuses what can be refused before a model is loaded, and reads the data."""
     methods, controls = with_controls(parse_methods(args.methods), args)
     check_arguments(args, methods)
-    data = benchmark.load(args, methods)
-    lm = load_model(args.model, **model_arguments(args))
-    task = benchmark.task(args, data, lm)
+    return Request(benchmark, args, command, methods, controls, benchmark.load(args, methods))
+
+
+def run(request: Request, lm: LanguageModel) -> None:
+    """`run_benchmark` with a loaded model."""
+    benchmark, args, methods, controls = request.benchmark, request.args, request.methods, request.controls
+    task = benchmark.task(args, request.data, lm)
     if benchmark.questions:
         task = choose_items(task, args)
     if controls:
@@ -54,18 +86,18 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
         **task.settings,
     }
     identity = {**common, "methods": settings}
-    run = Run(args.out, identity, resume=args.resume, overwrite=args.overwrite)
+    directory = Run(args.out, identity, resume=args.resume, overwrite=args.overwrite)
     costs = {}
     for each in passes:
-        add_costs(costs, each, run_pass(benchmark, run, outputs, each, task.items, lm, args.quiet))
+        add_costs(costs, each, run_pass(benchmark, directory, outputs, each, task.items, lm, args.quiet))
     baseline = choose_baseline(settings, getattr(args, "baseline", None))
     index = [item.index for item in task.items]
-    records = {label: run.of_method(label, index) for label in methods}
+    records = {label: directory.of_method(label, index) for label in methods}
     results = common | {
         **outputs.facts,
-        "command": command,
+        "command": request.command,
         **environment(lm.mesh),
-        "resumed_lines": run.resumed,
+        "resumed_lines": directory.resumed,
         **task.details,
         **benchmark.aggregate(args, task, records, baseline),
     }
@@ -81,7 +113,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
         MARKDOWN_FILE: "\n".join([markdown(tables), *sentences]),
         **benchmark.texts(results, lines),
     }
-    run.finish(results, texts, benchmark.plots(results) | benchmark.control_plots(results))
+    directory.finish(results, texts, benchmark.plots(results) | benchmark.control_plots(results))
     for note in benchmark.warnings(results):
         logger.warning(note)
     show(tables)

@@ -21,7 +21,7 @@ import numpy as np
 
 from imae_jax.batching import round_up
 from imae_jax.config import LlamaConfig
-from imae_jax.continuation import Continuation
+from imae_jax.continuation import CONFIDENCE, Continuation
 from imae_jax.cpu import argmax
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
@@ -37,8 +37,6 @@ PREFIX_BUCKET = 64
 ROWS_PER_BATCH = {"cpu": 1, "gpu": 16, "tpu": 16}
 GROUPS_PER_WINDOW = 32
 POSITIONS_PER_PROJECTION = 128
-# Of a next-token distribution: its entropy in nats, its largest probability, and that less the second one.
-CONFIDENCE = ("entropy", "max_probability", "margin")
 
 Where = Callable[[int, int], str]
 

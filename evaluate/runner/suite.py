@@ -1,0 +1,169 @@
+"""A suite: several benchmarks with one model and the same methods, resumable as a whole.
+
+suite.json      what was asked for; a resumed suite must have the same
+NAME/           the run of a benchmark, as its own command writes it
+report/         all of them on one page
+table.md        every score of every method
+model_card.md   the same for the model's page on the HuggingFace hub
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from imae_jax.cli import lock_outputs, model_arguments
+from imae_jax.convert import load_model
+from imae_jax.distributed import barrier, is_main
+from imae_jax.errors import UserError, first_line
+from imae_jax.evaluate.benchmarks import benchmarks
+from imae_jax.evaluate.benchmarks.benchmark import Benchmark
+from imae_jax.evaluate.report import REPORT_FILE, write_report
+from imae_jax.evaluate.reporting.model_card import model_card
+from imae_jax.evaluate.reporting.suite import summary_table
+from imae_jax.evaluate.reporting.tables import show
+from imae_jax.evaluate.runner.arguments import benchmark_parser
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
+from imae_jax.evaluate.runner.run import Request, check, run
+from imae_jax.files import dumps, new_directory, read_json, read_text, write_text
+
+SUITE_FILE, REPORT, CARD_FILE = "suite.json", "report", "model_card.md"
+SUITES = Path(__file__).resolve().parents[1] / "suites"
+# Arguments that do not change what is computed, or lie in each run's own settings.
+LEFT_OUT = ("out", "resume", "overwrite", "quiet", "verbose", "debug", "mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A run of a suite.
+
+    Attributes:
+        name: of its directory.
+        benchmark: what it runs.
+        arguments: the benchmark's own, by name.
+    """
+
+    name: str
+    benchmark: Benchmark
+    arguments: Mapping[str, Any]
+
+
+def read_suite(text: str) -> tuple[list[Member], str]:
+    """The runs of a shipped suite or a YAML file, and the file's SHA-256.
+
+    Raises:
+        UserError: there is none, or it names no benchmark.
+    """
+    shipped = sorted(path.stem for path in SUITES.glob("*.yaml"))
+    path = SUITES / f"{text}.yaml" if text in shipped else Path(text)
+    if not path.is_file():
+        raise UserError(f"--suite {text}: give {' or '.join(shipped)}, or a YAML file")
+    content = read_text(path, "suite")
+    try:
+        entries = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"suite {path} is not valid YAML: {first_line(error)}") from error
+    known, members = benchmarks(), []
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"suite {path} must hold `NAME: {{benchmark: …}}` for every run")
+    for name, settings in entries.items():
+        benchmark = settings.get("benchmark") if isinstance(settings, dict) else None
+        if benchmark not in known:
+            raise UserError(f"suite {path}: {name} needs benchmark: one of {', '.join(known)}")
+        if not isinstance(name, str) or name != Path(name).name or name in (REPORT, "", ".", ".."):
+            raise UserError(f"suite {path}: {name!r} is no name of a run's folder: give another")
+        arguments = {key: value for key, value in settings.items() if key != "benchmark"}
+        members.append(Member(name, known[benchmark], arguments))
+    return members, hashlib.sha256(content.encode()).hexdigest()
+
+
+def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a member's own command: the suite's, with what all of its runs share.
+
+    Raises:
+        UserError: an argument that the benchmark does not have.
+    """
+    words = ["--model", args.model, "--out", str(args.out / member.name)]
+    for key, value in member.arguments.items():
+        value = args.data / value if key == "data" and args.data is not None else value
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    try:
+        parsed = benchmark_parser(member.benchmark, f"suite {args.suite}, {member.name}").parse_args(words)
+    except UserError as error:
+        raise UserError(f"{member.name}: {error}") from error
+    shared = {key: value for key, value in vars(args).items() if key not in ("out", "data")}
+    for key, value in shared.items():
+        if hasattr(parsed, key):
+            setattr(parsed, key, value)
+    started = (parsed.out / RUN_FILE).is_file()
+    parsed.resume, parsed.overwrite = started, False
+    return parsed
+
+
+def run_suite(args: argparse.Namespace, command: str) -> None:
+    """Runs what a suite still lacks, then writes its tables, its report and its model card.
+
+    Args:
+        args: the command's.
+        command: the command line, for the results.
+
+    Raises:
+        UserError: one of the runs cannot be made; nothing has been computed then.
+    """
+    members, digest = read_suite(args.suite)
+    settings = {key: value for key, value in vars(args).items() if key not in LEFT_OUT}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    _open(args, settings | {"suite_sha256": digest})
+    requests: list[Request] = []
+    for member in members:
+        if not (args.out / member.name / RESULTS_FILE).is_file():
+            line = f"{command} ({member.name})"
+            requests.append(check(member.benchmark, member_arguments(member, args), line))
+    if requests:
+        lm = load_model(args.model, **model_arguments(args))
+        for request in requests:
+            run(request, lm)
+    if is_main():
+        _finish(args, members)
+    barrier("suite is finished")
+
+
+def _open(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Makes the suite's directory, or finds the one that is to be resumed."""
+    out, file = args.out, args.out / SUITE_FILE
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them")
+    lock_outputs(out)
+    if args.resume:
+        if not file.is_file():
+            raise UserError(f"{out} holds no suite to resume: leave --resume out")
+        before = read_json(file)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{out} is a suite with another {name} ({before.get(name)}, now {value}): restore it, or "
+                    "choose another output"
+                )
+        return
+    if out.exists() and not args.overwrite:
+        hint = "pass --resume to go on" if file.is_file() else "choose another output"
+        raise UserError(f"{out} exists already: {hint}, or pass --overwrite")
+    with new_directory(out, marker=SUITE_FILE, overwrite=args.overwrite) as new:
+        (new / SUITE_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
+    barrier("suite begins")
+
+
+def _finish(args: argparse.Namespace, members: list[Member]) -> None:
+    """Writes what the runs come to together, and shows it."""
+    results = {member.name: (member.benchmark, read_run(args.out / member.name)) for member in members}
+    table = summary_table(results)
+    write_text(args.out / MARKDOWN_FILE, table.markdown())
+    write_text(args.out / CARD_FILE, model_card(results, args.model))
+    with new_directory(args.out / REPORT, marker=REPORT_FILE, overwrite=True) as report:
+        write_report([args.out / member.name for member in members], report)
+    show([table])
+    print(f"wrote {args.out / REPORT / REPORT_FILE} and {args.out / CARD_FILE}")
