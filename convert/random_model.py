@@ -1,6 +1,7 @@
-"""Models with random weights, for measurements: nothing but sizes is read."""
+"""Models with random weights, or of none but their shapes, for measurements: nothing but sizes is read."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,50 @@ def random_model(
         units: whether to add anti-expert units of the paper's ratio.
         mesh: devices, as for `load_model`.
     """
+
+    def drawn(declare: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
+        """A module with random weights, each drawn straight into its shards."""
+        if mesh is None:
+            return declare()
+        graphdef, abstract = nnx.split(nnx.eval_shape(declare))
+        draw = jax.jit(lambda: nnx.split(declare())[1], out_shardings=shardings_of(abstract, mesh))
+        return nnx.merge(graphdef, draw())
+
+    return _model(reference, dtype, units, mesh, drawn)
+
+
+def abstract_model(
+    reference: str,
+    *,
+    dtype: str | None,
+    units: bool,
+    devices: Sequence[jax.Device],
+    mesh: jax.sharding.Mesh | None = None,
+) -> LanguageModel:
+    """As `random_model`, with shapes instead of arrays, on devices that need not be there, to compile for.
+
+    Args:
+        devices: one; or those of the mesh.
+    """
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def described(declare: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
+        graphdef, abstract = nnx.split(nnx.eval_shape(declare))
+        shapes, structure = jax.tree.flatten(abstract)
+        placed = [one] * len(shapes) if mesh is None else jax.tree.leaves(shardings_of(abstract, mesh))
+        shapes = [x.update(sharding=placement) for x, placement in zip(shapes, placed, strict=True)]
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, shapes))
+
+    return _model(reference, dtype, units, mesh, described)
+
+
+Make = Callable[[Callable[[], Any], jax.sharding.Mesh | None], Any]
+"""Makes a module, from what declares it, on a mesh or one device."""
+
+
+def _model(
+    reference: str, dtype: str | None, units: bool, mesh: jax.sharding.Mesh | str | None, make: Make
+) -> LanguageModel:
     config, own_dtype = model_config(reference)
     dtype = dtype or own_dtype
     array_dtype = parse_dtype(dtype)
@@ -45,23 +90,12 @@ def random_model(
     mesh = model_mesh(mesh, config, anti_expert)
     if mesh is not None:
         check_divisible(config, anti_expert, mesh.shape)
-    model = _drawn(
-        lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=array_dtype), mesh
-    )
+    model = make(lambda: Llama(config, anti_expert, rngs=nnx.Rngs(0), stacked=False, dtype=array_dtype), mesh)
     base = BaseReference(reference, None, "random weights", dtype)
-    return LanguageModel(model, None, (), base, load_resource=_random_resource)
+    return LanguageModel(model, None, (), base, load_resource=functools.partial(_resource, make))
 
 
-def _drawn(declare: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
-    """A module with random weights, each drawn straight into its shards."""
-    if mesh is None:
-        return declare()
-    graphdef, abstract = nnx.split(nnx.eval_shape(declare))
-    draw = jax.jit(lambda: nnx.split(declare())[1], out_shardings=shardings_of(abstract, mesh))
-    return nnx.merge(graphdef, draw())
-
-
-def _random_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
+def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResource:
     config = lm.config
     if resource.kind == "directions":
         shape = (config.num_layers, config.num_heads, config.head_dim)
@@ -76,9 +110,8 @@ def _random_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
                 lambda n: LoraDeltas(config, lora, rngs=rngs, stack=n), config.num_layers, stacked=False
             )
 
-        module = _drawn(declare, lm.mesh)
-        deltas = layer_stack.arrays(module)
+        deltas = layer_stack.arrays(make(declare, lm.mesh))
         return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
-    second = random_model(resource.reference, dtype=lm.base.dtype, units=False, mesh=lm.mesh)
+    second = _model(resource.reference, lm.base.dtype, False, lm.mesh, make)
     check_same_vocabulary(lm, second)
     return LoadedResource(second=second)

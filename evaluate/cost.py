@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from imae_jax import targets
 from imae_jax.cli import (
     ArgumentParser,
     add_model_arguments,
@@ -185,6 +186,25 @@ def workloads_of(args: argparse.Namespace) -> list[Workload]:
     return [Workload(int(size), args.prompt_tokens, args.new_tokens, args.repeats) for size in sizes]
 
 
+def _print_bounds(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
+    """What `--device` prints."""
+    if args.out is not None or args.profile is not None:
+        raise UserError("--device prints bounds and writes nothing: leave out --out and --profile")
+    target = targets.find(args.device)
+    if target.gpu is not None:
+        targets.let_in()  # Before JAX is imported.
+    from imae_jax.evaluate.bounds import bounds, bounds_table, set_up
+
+    set_up()
+    methods = with_base(parse_methods(args.methods))
+    for workload in workloads:
+        shape = (args.device, 1, args.model, args.dtype)
+        rows = {label: bounds(*shape, method, workload) for label, method in methods.items()}
+        title = f"{args.model}, batch {workload.batch_size}, one {args.device}: bounds of {target.compiler}"
+        show([bounds_table(title, rows)])
+    print("Compiled, not run: the time is that of the bytes read at the vendor's bandwidth.")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(
@@ -203,7 +223,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--methods", default=BASE, help="comma-separated methods, or a YAML file; base is always measured"
     )
     add_cost_arguments(parser, batch_sizes="1,8")
-    parser.add_argument("--out", required=True, help="directory to write")
+    parser.add_argument("--out", help="directory to write; needed without --device")
+    parser.add_argument(
+        "--device",
+        help="run nothing: print what a step holds and reads, by the compiler for one device of a kind: "
+        f"{', '.join(targets.TARGETS)}",
+    )
     parser.add_argument(
         "--profile", metavar="DIR", help="also trace a run of each method, for XProf or Perfetto"
     )
@@ -216,6 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     workloads = workloads_of(args)
+    if args.device is not None:
+        _print_bounds(args, workloads)
+        return
+    if args.out is None:
+        raise UserError("--out is missing: give a directory to write, or --device NAME, which only prints")
     if args.profile is not None:
         # Each replaces what is in its place, and with it the other.
         one, other = Path(args.profile).resolve(), Path(args.out).resolve()

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from imae_jax import targets
+
 if TYPE_CHECKING:
     from imae_jax.convert import load_model
     from imae_jax.decode import Method, Sampler, parse_method
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["LanguageModel", "Method", "Sampler", "UserError", "__version__", "load_model", "parse_method"]
+
+targets.leave_out()
 
 # Imported on first use: JAX's settings can still be made after `import imae_jax`.
 _SOURCES = {

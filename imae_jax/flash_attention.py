@@ -6,9 +6,8 @@ The kernels are those of cuDNN and of JAX (the algorithm: Dao et al., arXiv 2205
 import jax
 import jax.numpy as jnp
 
-from imae_jax import layers
+from imae_jax import layers, sharding
 from imae_jax.errors import UserError, first_line
-from imae_jax.sharding import on_shards
 
 TPU_LANES = 128
 
@@ -34,7 +33,7 @@ def flash_attention(
         q: [B, T, N, H]; bfloat16 or float16 on GPUs, bfloat16 on TPUs.
         k, v: [B, K, T, H] in the dtype of `q`, where K divides N.
         window: the most tokens that a token attends to, itself included; None for all before it.
-        platform: `gpu`, `tpu` or another; the default is JAX's default backend.
+        platform: `gpu`, `tpu` or another; the default is `sharding.platform`'s.
         interpret: runs the TPU's kernel as plain operations on any device, in any dtype.
 
     Returns:
@@ -46,7 +45,7 @@ def flash_attention(
 
     # Chosen while tracing. `jax.lax.platform_dependent` traces every platform's code: cuDNN's raises where
     # there is no cuDNN, and the gradient would keep every branch's residuals, the plain one's scores too.
-    platform = platform or jax.default_backend()
+    platform = platform or sharding.platform()
 
     def attention(q, k, v):
         if platform == "tpu":
@@ -55,7 +54,7 @@ def flash_attention(
 
     # "length" is not among the names: each device needs all tokens of its rows, whatever that rule says.
     query_axes, key_axes = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
-    return on_shards(attention, (query_axes, key_axes, key_axes), query_axes)(q, k, v)
+    return sharding.on_shards(attention, (query_axes, key_axes, key_axes), query_axes)(q, k, v)
 
 
 def _plain(q, k, v, window):

@@ -124,7 +124,7 @@ class LanguageModel:
         Raises:
             UserError: a method that the model cannot run, or a resource that does not fit.
         """
-        method, weights = parse_method(method), self.model.weights()
+        method, weights = parse_method(method), self.model.weights().in_one_dtype()
         models = Models((weights,), (self.config,))
         resource = method.resource
         if resource is not None:
@@ -139,7 +139,8 @@ class LanguageModel:
                 second = loaded.second
                 models = Models((weights, second.model.weights()), (self.config, second.config))
             else:
-                models = Models((dataclasses.replace(weights, **loaded.weights(method)),), (self.config,))
+                weights = dataclasses.replace(weights, **loaded.weights(method)).in_one_dtype()
+                models = Models((weights,), (self.config,))
             method = method.with_resource(shared=loaded.second is None)
         method = method.resolve(self.config, generating=generating)
         check(models, method)

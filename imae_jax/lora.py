@@ -63,6 +63,8 @@ def delta(pair: Mapping[str, jax.Array], x: jax.Array, scale: jax.Array) -> jax.
     Returns:
         [B, T, outputs…] in the dtype of `x`; exactly 0 in rows with scale 0.
     """
+    # XLA's GPU compiler merges products of one operand: it would copy the base's weight beside `a` each time.
+    x = jax.lax.optimization_barrier(x)
     a, b = (pair[name].astype(x.dtype) for name in ("a", "b"))
     inner = matmul(x, a, num_inputs=a.ndim - 1) * scale[:, None].astype(x.dtype)
     return matmul(inner, b)

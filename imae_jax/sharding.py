@@ -5,7 +5,7 @@ Weights and activations have different names, so that a rule for one never moves
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,24 +42,28 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices, axes `data`, `fsdp` and `tensor`.
 
     Args:
         data: replicas of the weights; each sees other rows.
         fsdp: shards of the weights along their `embed` axis; each sees other rows.
         tensor: shards of heads, MLP and vocabulary; all see the same rows.
+        devices: others than this process's, such as those of `imae_jax.targets`.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = (data, fsdp, tensor), jax.device_count()
-    if min(sizes) < 1 or np.prod(sizes) != devices:
+    sizes = (data, fsdp, tensor)
+    number = jax.device_count() if devices is None else len(devices)
+    if min(sizes) < 1 or np.prod(sizes) != number:
         raise UserError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {np.prod(sizes)} devices but there "
-            f"are {devices}: choose sizes that multiply to {devices}"
+            f"are {number}: choose sizes that multiply to {number}"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def model_mesh(
@@ -127,6 +131,13 @@ def mesh_of(array: Any) -> Mesh | None:
     """The mesh over which an array is spread; None for one device."""
     placement = getattr(array, "sharding", None)
     return placement.mesh if isinstance(placement, NamedSharding) else None
+
+
+def platform() -> str:
+    """`cpu`, `gpu`, `tpu` or another: that of the ambient mesh's devices, else JAX's default backend."""
+    mesh = jax.sharding.get_abstract_mesh()
+    name = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+    return "gpu" if name == "cuda" else name
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:

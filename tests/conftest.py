@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
 from imae_jax.convert import LanguageModel, load_model
@@ -134,7 +135,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
-TIERS = ("slow", "docs", "browser", "multiprocess")
+TIERS = ("slow", "compile", "docs", "browser", "multiprocess")
 # Tests that use these fixtures are of these tiers.
 FIXTURE_TIERS = {"browser": "browser", "hf_smollm2": "slow"}
 
@@ -153,6 +154,16 @@ def pytest_terminal_summary(terminalreporter, config):
             f"left out: tests marked {', '.join(left_out)}. All tests: make test-all; one of these tiers: "
             f".venv/bin/python -m pytest -m {left_out[0]}"
         )
+
+
+@pytest.fixture
+def without_program_cache():
+    """Programs for devices that are not there cannot be read back from it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

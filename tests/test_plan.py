@@ -214,6 +214,7 @@ def test_command_plans_70b_as_shipped(tmp_path):
 def on_these_devices(monkeypatch):
     """The command on the devices that this process has already."""
     monkeypatch.setattr("imae_jax.train.__main__._set_up_devices", lambda *_: None)
+    monkeypatch.setattr("imae_jax.targets.Target.compiler", None)
 
 
 def test_command_says_what_does_not_fit(only_config, on_these_devices, capsys):

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imae_jax import runtime
+from imae_jax import runtime, targets
 from imae_jax.__main__ import MESSAGE_OPTIONS
 from imae_jax.cli import ArgumentParser, add_process_arguments, command, join_processes
 from imae_jax.errors import UserError
 
-# Memory of one device as its vendor publishes it, counted as GB = 10^9 bytes. Devices report up to 7 % more
-# (an H200 140 GiB, where 141 GB are 131 GiB): that is left to the runtime and to fragmentation.
-DEVICES = {"a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180}
-DEVICES |= {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 COMMANDS = {
     "run": "train anti-expert units and write OUT/imae (this COMMAND may be left out)",
     "icd": "train what the units are made from alone: the anti-expert LLM, or both adapters",
@@ -67,12 +63,13 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         return
     add("--config", metavar="FILE", help="YAML file, or the name of a shipped config")
     if name == "plan":
-        add("--device", default="h200", help=f"one of {', '.join(DEVICES)} (default: h200)")
-        add("--memory", type=float, metavar="GIB", help="memory of one device, instead of --device")
+        add("--device", default="h200", help=f"one of {', '.join(targets.TARGETS)} (default: h200)")
+        text = "memory of one device, instead of --device: an estimate by XLA's compiler for CPUs"
+        add("--memory", type=float, metavar="GIB", help=text)
         text = "how many the run will have (default: the mesh's; with mesh.data=-1 those of one replica)"
         add("--devices", type=int, metavar="N", help=text)
-        text = "compile for this machine's own devices, which must be as many as the mesh has, instead of "
-        add("--here", action="store_true", help=f"{text}virtual CPU devices")
+        text = "compile for this machine's own devices, which must be as many as the mesh has"
+        add("--here", action="store_true", help=text)
         return
     text = "resume from the newest checkpoint; without --config the settings are those of the run in out"
     add("--resume", action="store_true", help=text)
@@ -117,6 +114,10 @@ def _run(args: argparse.Namespace, settings: list[str]) -> None:
 def _plan(args: argparse.Namespace, settings: list[str]) -> None:
     if args.here and args.devices is not None:
         raise UserError("--devices goes without --here, which takes all devices of this machine")
+    asked = None if args.here or args.memory is not None else targets.find(args.device)
+    ask = asked is not None and asked.compiler is not None
+    if ask and asked.gpu is not None:
+        targets.let_in()  # Before JAX is imported.
     from imae_jax.train.config import load_config
     from imae_jax.train.plan import plan, plan_table, verdict
     from imae_jax.train.setup import run_mesh
@@ -124,8 +125,8 @@ def _plan(args: argparse.Namespace, settings: list[str]) -> None:
     # A plan writes nothing.
     config = load_config(args.config, ["out=unused", *settings])
     name, capacity = _capacity(args.device, args.memory)
-    _set_up_devices(config, args.devices, args.here)
-    mesh = run_mesh(config, bool(config.adapters_to_train()))
+    devices = _set_up_devices(config, args.devices, args.here, args.device if ask else None)
+    mesh = run_mesh(config, bool(config.adapters_to_train()), devices)
     stages = plan(config, mesh)
 
     from rich.console import Console
@@ -135,27 +136,41 @@ def _plan(args: argparse.Namespace, settings: list[str]) -> None:
     print(f"{config.model} on {mesh.size} × {name}: {sizes}")
     print(f"worst case: rows of data.max_length={config.data.max_length} tokens")
     Console().print(plan_table(stages))
+    print(_who_counted(asked, ask, args.here))
     print(verdict(config, largest, mesh, name, capacity))
     if largest.total > capacity:
         sys.exit(1)
 
 
-def _set_up_devices(config: Any, number: int | None, here: bool) -> None:
-    """Gives this process as many CPU devices as the run's mesh has, before JAX looks for any."""
+def _who_counted(asked: targets.Target | None, ask: bool, here: bool) -> str:
+    """One line: which compiler gave the activations."""
+    if ask or here:
+        compiler = asked.compiler if ask else "the compiler of this machine's devices"
+        return f"activations: counted by {compiler}"
+    how = f"; pip install 'imae-jax[{asked.extra}]' and ask its own" if asked and asked.extra else ""
+    return f"activations: an estimate by XLA's compiler for CPUs{how}"
+
+
+def _set_up_devices(config: Any, number: int | None, here: bool, target: str | None) -> list[Any] | None:
+    """Devices to compile for, as many as the run's mesh has: abstract ones of a target, or None for this
+    process's own, which are virtual CPU devices unless `here`."""
     runtime.set_up()
     import jax
 
     # A program from the cache does not know its memory.
     jax.config.update("jax_enable_compilation_cache", False)
     if here:
-        return
+        return None
     sizes = config.mesh
     if number is None:
         number = abs(sizes.data) * sizes.fsdp * sizes.tensor
     if number < 1:
         raise UserError(f"a run on {number} devices: give at least 1")
     jax.config.update("jax_platforms", "cpu")
+    if target is not None:
+        return targets.abstract_devices(target, number)
     jax.config.update("jax_num_cpu_devices", number)
+    return None
 
 
 def _capacity(device: str, memory: float | None) -> tuple[str, float]:
@@ -164,9 +179,7 @@ def _capacity(device: str, memory: float | None) -> tuple[str, float]:
         if not memory > 0:
             raise UserError(f"--memory {memory:g}: give GiB above 0")
         return f"a device of {memory:g} GiB", memory * 2**30
-    if device not in DEVICES:
-        raise UserError(f"--device {device} is not known: use one of {', '.join(DEVICES)}, or --memory GIB")
-    return device, DEVICES[device] * 1e9
+    return device, targets.find(device).memory * 1e9
 
 
 def _pairs(args: argparse.Namespace, settings: list[str]) -> None:

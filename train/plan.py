@@ -5,15 +5,17 @@ What is exact and what is estimated:
 - Weights, trainable part, Adam's moments, gradients and batches follow from shapes and shardings: exact.
 - Activations are the compiler's own figure for the temporary memory of the very train step, less the
   gradients. They hold whatever lives within a step only: what the backward pass keeps, gathered weights,
-  logits, copies. The step is compiled for as many virtual CPU devices as the mesh has.
+  logits, copies. `--device` asks the compiler of that device, where it is installed (`imae_jax.targets`):
+  exact, for this program and this version of XLA. Otherwise the step is compiled for as many virtual CPU
+  devices as the mesh has: an estimate.
 
 The CPU compiler has no bfloat16 arithmetic: it keeps float32 copies of activations and of whole stacks of
 weights, nearly three times what Llama-3.1-70B needs. float16, of the same width, it stores as it is, so
 bfloat16 steps are compiled in float16. Matrices that a matmul reads are still widened, though one at a time,
-and fewer operations are merged than on an accelerator, so that the figure errs high: 1.05 to 2.1 times what
+and fewer operations are merged than on a TPU, so that the figure errs high there: 1.05 to 2.1 times what
 XLA's compiler for TPU v5p needs (a model of 8 layers, Llama-2-7B, Llama-3.1-70B; above 1.35 only with
-remat=full, where activations are few). GPUs have not been compared. attention=flash is counted as plain
-attention, with its [T, T] scores. `--here` asks the compiler of this machine's own devices instead.
+remat=full, where activations are few). attention=flash is counted as plain attention, with its [T, T] scores.
+`--here` asks the compiler of this machine's own devices instead.
 
 Not in the plan: what the runtime takes for itself; evaluation and the token filter, whose forward passes need
 less than the step (but a separate `filter.anti_expert_llm` brings its weights); host memory.
@@ -21,12 +23,14 @@ less than the step (but a separate `filter.anti_expert_llm` brings its weights);
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.errors import JaxRuntimeError
 
 from imae_jax.config import LlamaConfig
 from imae_jax.convert.references import DTYPES, model_config
@@ -34,6 +38,7 @@ from imae_jax.errors import UserError
 from imae_jax.llama import Llama, Weights
 from imae_jax.lora import side_by_side
 from imae_jax.sharding import check_divisible, row_shards, sharding, shardings_of
+from imae_jax.targets import TARGETS
 from imae_jax.train import data
 from imae_jax.train.config import IcdConfig, TrainConfig
 from imae_jax.train.objectives import Objective
@@ -44,7 +49,7 @@ from imae_jax.train.trainer import Trainer
 
 GIB = 2**30
 # The share of a GPU's memory that JAX takes unless told otherwise.
-GPUS, GPU_SHARE = ("a100-40gb", "a100", "h100", "h200", "b200"), 0.75
+GPU_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +149,7 @@ def _plan_stage(
     swap = _on_cpu(mesh) and frozen.dtype == jnp.bfloat16
     base = jax.tree.map(lambda x: x.update(dtype=jnp.float16), frozen.base) if swap else frozen.base
     lowered = trainer.train_step.lower(state, dataclasses.replace(frozen, base=base), batch)
-    # A program that is not run needs no optimized machine code, and its memory does not depend on it.
-    compiled = lowered.compile({"xla_backend_optimization_level": 0} if _on_cpu(mesh) else None)
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    temporaries = _temporaries(lowered, mesh)
     gradients = _bytes(state.trainable)
     return StagePlan(
         name=name,
@@ -157,6 +160,20 @@ def _plan_stage(
         gradients=gradients,
         activations=max(0, temporaries - gradients),
     )
+
+
+def _temporaries(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> int:
+    """Bytes of a program's temporary memory on one device, by its compiler."""
+    # A program that is not run needs no optimized machine code, and its memory does not depend on it.
+    options = {"xla_backend_optimization_level": 0} if _on_cpu(mesh) else None
+    try:
+        return lowered.compile(options).memory_analysis().temp_size_in_bytes
+    except JaxRuntimeError as error:
+        # The TPU's refuses what the device could not hold, and says how much that is.
+        needed = re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(error))
+        if needed is None:
+            raise
+        return int(float(needed[1]) * GIB)
 
 
 def _abstract_base(
@@ -199,7 +216,7 @@ def plan_table(stages: Sequence[StagePlan]) -> Any:
         "trainable, float32": "trainable",
         "Adam's moments": "optimizer",
         "gradients": "gradients",
-        "activations and other temporaries (estimate)": "activations",
+        "activations and other temporaries": "activations",
         "batches": "batch",
         "total": "total",
     }
@@ -240,6 +257,6 @@ def verdict(
     if largest.total > capacity:
         return f"does not fit: {used}; try {', '.join(advice(config, largest, mesh))}"
     hint = ""
-    if device in GPUS and largest.total > GPU_SHARE * capacity:
+    if device in TARGETS and TARGETS[device].gpu and largest.total > GPU_SHARE * capacity:
         hint = "; JAX takes 75 % of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
     return f"fits: {used}{hint}"

@@ -1,6 +1,7 @@
 """What settings mean for a base: the mesh, and what each stage trains."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -14,13 +15,16 @@ ADAPTER_MODES = {"wrong": "anti_expert_llm", "right": "right_llm"}
 """What an adapted model is called where it is measured, by the answers that it is trained on."""
 
 
-def run_mesh(config: TrainConfig, with_icd: bool) -> jax.sharding.Mesh:
-    """The mesh that a config asks for, over all devices; it divides the rows of every micro-batch."""
+def run_mesh(
+    config: TrainConfig, with_icd: bool, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """The mesh of a config, over all devices or given ones; it divides the rows of every micro-batch."""
     sizes = config.mesh
     data_size = sizes.data
     if data_size == -1:
-        data_size = max(1, jax.device_count() // max(1, sizes.fsdp * sizes.tensor))
-    mesh = make_mesh(data_size, sizes.fsdp, sizes.tensor)
+        number = jax.device_count() if devices is None else len(devices)
+        data_size = max(1, number // max(1, sizes.fsdp * sizes.tensor))
+    mesh = make_mesh(data_size, sizes.fsdp, sizes.tensor, devices)
     shards = row_shards(mesh)
     stages = [("", config)] + ([("icd.", config.icd)] if with_icd else [])
     for prefix, stage in stages:

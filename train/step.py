@@ -131,8 +131,10 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             return TrainState(optax.apply_updates(state.trainable, updates), opt_state)
 
-        # A branch, not a `where` of old and new: that would hold two copies of the state.
-        return jax.lax.cond(finite, update, lambda state, _: state, state, grads), metrics
+        # A loop of one turn or none changes the state in place. A `where` of old and new would hold both, and
+        # so does a branch on GPUs.
+        turns = finite.astype(int)
+        return jax.lax.fori_loop(0, turns, lambda _, state: update(state, grads), state), metrics
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding(mesh)))

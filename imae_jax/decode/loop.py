@@ -211,6 +211,43 @@ def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
     return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen, not_finite)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Programs of `stream_tokens` for given shapes: the prefill, and a chunk."""
+
+    prefill: jax.stages.Compiled
+    chunk: jax.stages.Compiled
+
+
+def compile_programs(
+    models: Models, method: Method, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> Compiled:
+    """Compiles what greedy decoding runs, without running it.
+
+    Args:
+        models: as in `stream_tokens`; their arrays may be abstract, on devices that are not there.
+        method: resolved.
+        new_tokens: of every row; the chunk has one less, or `GenerationOptions.chunk_size`.
+    """
+    length = min(GenerationOptions.chunk_size, new_tokens - 1)
+    num_chunks = -(-(new_tokens - 1) // length)
+    T = round_up(prompt_tokens, PROMPT_BUCKET)
+    tokens, mask = (jax.ShapeDtypeStruct((batch_size, T), dtype) for dtype in (jnp.int32, bool))
+    eos, static = np.full(1, -1, np.int32), {"method": method, "sampler": Sampler()}
+    with use_mesh(models.mesh):
+        capacity = T + num_chunks * length
+        prefill = _prefill.lower(
+            models, tokens, mask, eos, np.int32(0), **static, capacity=capacity
+        ).compile()
+        state = jax.tree.map(
+            lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+            prefill.out_info,
+            prefill.output_shardings,
+        )
+        chunk = _decode_chunk.lower(models, state, eos, **static, length=length).compile()
+    return Compiled(prefill, chunk)
+
+
 def _scores(models, method, hidden):
     """What tokens are drawn from, float32 [B, V], and whether it is sound, bool [B]."""
     logits = streams.logits_of(models, method, hidden)
