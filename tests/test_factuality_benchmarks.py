@@ -224,7 +224,13 @@ def test_memotrap_takes_a_folder_and_tells_tasks_apart(asked, tmp_path, capfd):
         (5, "b"),
     ]
     assert read_run(tmp_path / "out")["methods"]["base"]["by_category"].keys() == {"a", "b"}
-    for change in ({"classes": "t3"}, {"classes": "[' ']"}, {"answer_index": 2}, {"answer_index": "x"}):
+    for change in (
+        {"classes": "t3"},
+        {"classes": "[' ']"},
+        {"classes": "[' t3']"},
+        {"answer_index": 2},
+        {"answer_index": "x"},
+    ):
         rows = [ROWS["memotrap"][1][0] | change]
         assert "line 2" in error_of(capfd, evaluate, *asked("memotrap", "--overwrite", rows=rows))
 
