@@ -95,6 +95,7 @@ class LanguageModel:
     load_resource: Callable[["LanguageModel", Resource], "LoadedResource"] | None = None
     units_fingerprint: str | None = None
     _loaded: dict[Resource, "LoadedResource"] = dataclasses.field(default_factory=dict, compare=False)
+    _casts: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict, compare=False)
     _noise: dict[Any, Weights] = dataclasses.field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -124,7 +125,7 @@ class LanguageModel:
         Raises:
             UserError: a method that the model cannot run, or a resource that does not fit.
         """
-        method, weights = parse_method(method), self.model.weights().in_one_dtype()
+        method, weights = parse_method(method), self.model.weights().in_one_dtype(self._casts)
         models = Models((weights,), (self.config,))
         resource = method.resource
         if resource is not None:
@@ -139,7 +140,7 @@ class LanguageModel:
                 second = loaded.second
                 models = Models((weights, second.model.weights()), (self.config, second.config))
             else:
-                weights = dataclasses.replace(weights, **loaded.weights(method)).in_one_dtype()
+                weights = dataclasses.replace(weights, **loaded.weights(method)).in_one_dtype(self._casts)
                 models = Models((weights,), (self.config,))
             method = method.with_resource(shared=loaded.second is None)
         method = method.resolve(self.config, generating=generating)

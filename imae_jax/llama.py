@@ -112,18 +112,24 @@ class Weights:
     def dtype(self) -> jnp.dtype:
         return self.base["embed"].dtype
 
-    def in_one_dtype(self) -> "Weights":
+    def in_one_dtype(self, casts: dict[int, tuple[Any, Any]]) -> "Weights":
         """The same with units and deltas in the base's dtype, for decoding: results are bit for bit equal.
 
         `forward` multiplies in this dtype. Of float32 units in a bfloat16 model XLA's GPU programs make it at
         every token, and move four times as many bytes.
+
+        Args:
+            casts: arrays that were cast before, with their results, by identity; what is new is added.
+                Methods share streams only where they run on the very same arrays.
         """
 
         def cast(x):
             if x.dtype == self.dtype:
                 return x
-            abstract = isinstance(x, jax.ShapeDtypeStruct)
-            return x.update(dtype=self.dtype) if abstract else x.astype(self.dtype)
+            if id(x) not in casts:
+                abstract = isinstance(x, jax.ShapeDtypeStruct)
+                casts[id(x)] = x, (x.update(dtype=self.dtype) if abstract else x.astype(self.dtype))
+            return casts[id(x)][1]
 
         units, lora = jax.tree.map(cast, (self.units, self.lora))
         return dataclasses.replace(self, units=units, lora=lora)

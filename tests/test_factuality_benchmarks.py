@@ -155,6 +155,13 @@ def test_rows_lack_no_field(name, asked, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_lists_hold_texts_and_texts_whole_characters(asked, capfd):
+    for answer, part in (([3], "what is no text"), ([""], "an empty"), (["\ud800"], "half of a character")):
+        rows = [ROWS["nq_open"][1][0] | {"answer": answer}]
+        error = error_of(capfd, evaluate, *asked("nq_open", rows=rows))
+        assert f"nq.jsonl line 1 has {part}" in error.replace(" in 'answer'", "")
+
+
 def test_the_protocol_of_a_file_is_named(shared, tmp_path, capfd):
     data = shared / "data" / "factor" / "expert.csv"
     command = ["factor", "--model", "none", "--data", data, "--out", tmp_path / "out"]
@@ -189,12 +196,14 @@ def test_of_equal_scores_the_first_counts():
     assert all(map(math.isnan, choose([-2.0, -math.inf], [1, 1], [1, 1], 0).values()))
 
 
-def test_false_answers_that_are_accepted_are_left_out(asked, tmp_path):
+def test_false_answers_that_are_accepted_are_left_out(asked, tmp_path, capfd):
     rows = [*ROWS["choice"][1], {"question": "t9", "answer": "t4; The T5.; ", "false_answer": "t5"}]
     assert evaluate(asked("choice", rows=rows)) == 0
     assert [record["question"] for record in read_records(tmp_path / "out")] == [
         row["question"] for row in ROWS["choice"][1]
     ]
+    error = error_of(capfd, evaluate, *asked("choice", "--overwrite", rows=[rows[-1] | {"answer": ";"}]))
+    assert "line 2 has an empty 'answer'" in error
     published = asked("choice", "--protocol", "choice-v1/triviaqa-published", "--overwrite", rows=rows)
     assert evaluate(published) == 0
     assert read_run(tmp_path / "out")["n_questions"] == 4
@@ -215,7 +224,13 @@ def test_memotrap_takes_a_folder_and_tells_tasks_apart(asked, tmp_path, capfd):
         (5, "b"),
     ]
     assert read_run(tmp_path / "out")["methods"]["base"]["by_category"].keys() == {"a", "b"}
-    for change in ({"classes": "t3"}, {"classes": "[' ']"}, {"answer_index": 2}, {"answer_index": "x"}):
+    for change in (
+        {"classes": "t3"},
+        {"classes": "[' ']"},
+        {"classes": "[' t3']"},
+        {"answer_index": 2},
+        {"answer_index": "x"},
+    ):
         rows = [ROWS["memotrap"][1][0] | change]
         assert "line 2" in error_of(capfd, evaluate, *asked("memotrap", "--overwrite", rows=rows))
 

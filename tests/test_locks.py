@@ -128,6 +128,7 @@ WRITERS = (
     "evaluate harm --model nowhere --out {}",
     "evaluate answers --model nowhere --out {}",
     "evaluate lm_eval --model nowhere --tasks any --include-path nowhere --out {}",
+    "evaluate all --model nowhere --data nowhere --out {}",
     "evaluate compare nowhere nowhere --out {}",
     "evaluate report nowhere --out {}",
     "evaluate cost -q --model nowhere --out {}",

@@ -27,6 +27,7 @@ from imae_jax.cache import KVCache
 from imae_jax.convert import load_model
 from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
+from imae_jax.decode.joint import share_streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
@@ -552,6 +553,16 @@ def test_resources_are_loaded_once(world, monkeypatch):
     for settings in ("cd:amateur={cut}", "cd:amateur={cut},alpha=0.2", "cd:amateur={second}"):
         lm.prepare(settings.format(**world.references), generating=False)
     assert loads == [world.references["cut"], world.references["second"]]
+
+
+def test_methods_of_a_bfloat16_model_share_its_units(tiny_imae):
+    """Units are float32 and cast for decoding: once, so that streams are shared."""
+    lm = load_model(str(tiny_imae.directory), dtype="bfloat16")
+    prepared = [lm.prepare(method, generating=False) for method in ("base", "in-model-contrast", "1")]
+    assert prepared[0][0].weights[0].units[0]["w_up"].dtype == jnp.bfloat16
+    ((_, joint, members),) = share_streams(prepared)
+    assert sorted(members) == [0, 1, 2]
+    assert len(joint.streams) == 2, "base and anti-expert, each once"
 
 
 def test_text_and_tokens_of_a_method_agree(world):

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from imae_jax.evaluate.benchmarks.benchmark import Item
 from imae_jax.evaluate.benchmarks.choices import ChoiceBenchmark
-from imae_jax.evaluate.benchmarks.published import Published
+from imae_jax.evaluate.benchmarks.published import Published, check_row
 from imae_jax.evaluate.benchmarks.short_answers import normalized
 from imae_jax.prompts import question_text
 
@@ -69,9 +69,10 @@ class Choice(ChoiceBenchmark):
 
     def items(self, protocol, rows, args):
         items, published = [], protocol.name.endswith("-published")
-        for i, (_, row) in enumerate(rows):
+        for i, (place, row) in enumerate(rows):
             question, answers, false = (row[name].strip() for name in COLUMNS[protocol.form])
             accepted = [answers] if protocol.form == "conflict" else split(answers)
+            check_row(place, {"answer": accepted}, {"answer": list}, protocol.source)
             if published or normalized(false) not in map(normalized, accepted):
                 # The false one first: equal scores are lost.
                 both = f" {false}", f" {accepted[0]}"

@@ -50,6 +50,8 @@ class MemoTrap(ChoiceBenchmark):
             except (SyntaxError, ValueError) as error:
                 raise UserError(f"{place}: give a list as classes, and a number as answer_index") from error
             check_row(place, {"classes": classes}, {"classes": list}, protocol.source)
+            if len(classes) < 2:
+                raise UserError(f"{place} has only one class, nothing to choose from: remove the row")
             if not 0 <= right < len(classes):
                 raise UserError(f"{place}: answer_index {right} is not one of {len(classes)} classes: fix it")
             item = Item(i, row["prompt"], row["prompt"], tuple(classes), data=(right, row["task"]))

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from imae_jax.files import read_csv, read_rows
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[tuple[str, Any]]
+SURROGATE = re.compile("[\ud800-\udfff]")
 KINDS = {str: "a text", list: "a list of texts", bool: "true or false", int: "a number"}
 
 
@@ -155,3 +157,5 @@ def check_row(place: str, row: Any, fields: Mapping[str, type], source: str) -> 
             raise UserError(f"{place} has an empty {name!r}: fill it, or remove the row")
         if kind is list and not all(isinstance(text, str) for text in texts):
             raise UserError(f"{place} has in {name!r} what is no text: give the data file of {source}")
+        if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
+            raise UserError(f"{place} has half of a character (a lone surrogate) in {name!r}: fix the row")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imae_jax.cli import ArgumentParser, add_model_arguments, add_process_arguments, at_least, lock_outputs
+from imae_jax.cli import ArgumentParser, add_model_arguments, add_process_arguments, at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.questions import SPLITS
 from imae_jax.evaluate.runner.directory import CONTENTS, RESULTS_FILE, RUN_FILE, marker
@@ -82,7 +82,7 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -> None:
-    """Refuses what can be refused before a model is loaded, and locks OUT until the command ends."""
+    """Refuses what can be refused before a model is loaded."""
     if "split" in args:
         if not 0 < args.dev_share < 1:
             raise UserError(f"--dev-share {args.dev_share}: give a share between 0 and 1")
@@ -91,7 +91,6 @@ def check_arguments(args: argparse.Namespace, methods: Mapping[str, "Method"]) -
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them")
     out = args.out
-    lock_outputs(out)
     if args.resume and not (out / RUN_FILE).is_file():
         raise UserError(f"{out} holds no run to resume: leave --resume out")
     if not out.exists() or args.overwrite:

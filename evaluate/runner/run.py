@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imae_jax.cli import model_arguments
+from imae_jax.cli import lock_outputs, model_arguments
 from imae_jax.convert import load_model
 from imae_jax.decode import Method
 from imae_jax.errors import UserError
@@ -57,6 +57,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
     Raises:
         UserError: what is asked for cannot be run; says what to change.
     """
+    lock_outputs(args.out)
     request = check(benchmark, args, command)
     run(request, load_model(args.model, **model_arguments(args)))
 

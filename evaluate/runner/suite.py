@@ -29,7 +29,7 @@ from imae_jax.evaluate.reporting.tables import show
 from imae_jax.evaluate.runner.arguments import benchmark_parser
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
 from imae_jax.evaluate.runner.run import Request, check, run
-from imae_jax.files import dumps, new_directory, read_json, read_text, write_text
+from imae_jax.files import check_new_directory, dumps, new_directory, read_json, read_text, write_text
 
 SUITE_FILE, REPORT, CARD_FILE = "suite.json", "report", "model_card.md"
 SUITES = Path(__file__).resolve().parents[1] / "suites"
@@ -44,7 +44,7 @@ class Member:
     Attributes:
         name: of its directory.
         benchmark: what it runs.
-        arguments: the benchmark's own, by name.
+        arguments: the benchmark's own, by name; True for a flag.
     """
 
     name: str
@@ -89,8 +89,10 @@ def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Names
     """
     words = ["--model", args.model, "--out", str(args.out / member.name)]
     for key, value in member.arguments.items():
-        value = args.data / value if key == "data" and args.data is not None else value
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        option = f"--{key.replace('_', '-')}"
+        if key == "data" and args.data is not None:
+            value = args.data / str(value)
+        words += [option] if value is True else [option, str(value)]
     try:
         parsed = benchmark_parser(member.benchmark, f"suite {args.suite}, {member.name}").parse_args(words)
     except UserError as error:
@@ -99,8 +101,7 @@ def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Names
     for key, value in shared.items():
         if hasattr(parsed, key):
             setattr(parsed, key, value)
-    started = (parsed.out / RUN_FILE).is_file()
-    parsed.resume, parsed.overwrite = started, False
+    parsed.resume = args.resume and (parsed.out / RUN_FILE).is_file()
     return parsed
 
 
@@ -117,12 +118,17 @@ def run_suite(args: argparse.Namespace, command: str) -> None:
     members, digest = read_suite(args.suite)
     settings = {key: value for key, value in vars(args).items() if key not in LEFT_OUT}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    _open(args, settings | {"suite_sha256": digest})
+    settings["suite_sha256"] = digest
+    _check_out(args, settings)
     requests: list[Request] = []
     for member in members:
-        if not (args.out / member.name / RESULTS_FILE).is_file():
+        if not (args.resume and (args.out / member.name / RESULTS_FILE).is_file()):
             line = f"{command} ({member.name})"
             requests.append(check(member.benchmark, member_arguments(member, args), line))
+    if not args.resume:
+        with new_directory(args.out, marker=SUITE_FILE, overwrite=args.overwrite) as new:
+            (new / SUITE_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
+    barrier("suite begins")
     if requests:
         lm = load_model(args.model, **model_arguments(args))
         for request in requests:
@@ -132,8 +138,8 @@ def run_suite(args: argparse.Namespace, command: str) -> None:
     barrier("suite is finished")
 
 
-def _open(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-    """Makes the suite's directory, or finds the one that is to be resumed."""
+def _check_out(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Refuses an output that may not be replaced, or another suite than the one to be resumed."""
     out, file = args.out, args.out / SUITE_FILE
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them")
@@ -152,9 +158,7 @@ def _open(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     if out.exists() and not args.overwrite:
         hint = "pass --resume to go on" if file.is_file() else "choose another output"
         raise UserError(f"{out} exists already: {hint}, or pass --overwrite")
-    with new_directory(out, marker=SUITE_FILE, overwrite=args.overwrite) as new:
-        (new / SUITE_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
-    barrier("suite begins")
+    check_new_directory(out, marker=SUITE_FILE, overwrite=args.overwrite)
 
 
 def _finish(args: argparse.Namespace, members: list[Member]) -> None:
