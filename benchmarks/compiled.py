@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--markdown", type=Path, help="file to append the tables to")
     args = parser.parse_args(argv)
-    targets.let_in()
+    if any(targets.find(name).gpu for name in args.targets.split(",")):
+        targets.let_in()  # Before JAX is imported.
     from imae_jax.evaluate.bounds import bounds, bounds_table, set_up
     from imae_jax.evaluate.cost import with_base
     from imae_jax.evaluate.reporting.tables import show

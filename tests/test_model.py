@@ -212,7 +212,7 @@ def test_units_and_deltas_in_the_bases_dtype_change_no_bit():
     deltas = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), deltas)
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights.base)
     weights = dataclasses.replace(weights, base=base, lora=(deltas,) * TINY.num_layers)
-    narrow = weights.in_one_dtype()
+    narrow = weights.in_one_dtype({})
     assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
     arguments = {"strength": jnp.array([-1.0, 0.7]), "adapter": 1.0}
     outputs = [jit_forward(x, TINY, jnp.asarray(TOKENS[:2]), **arguments) for x in (weights, narrow)]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def test_nothing_is_heard_of_installed_compilers(tiny):
     model = str(tiny("gqa").directory)
     code = f"""
 import sys
+from pathlib import Path
 from imae_jax.generate import main
 main(["--model", {model!r}, "--prompt", "t5 t6", "--max-new-tokens", "2", "--quiet"])
 import jax
@@ -134,3 +136,14 @@ def test_bounds_are_printed_and_not_written(capsys):
     assert "leave out --out" in error_of(capsys, cost, "--model", "x", "--device", "h200", "--out", "y")
     assert "--out is missing" in error_of(capsys, cost, "--model", "x")
     assert "abacus is not known" in error_of(capsys, cost, "--model", "x", "--device", "abacus")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", [name for name in compilers if name.values[0] == "v5e"])
+def test_the_benchmark_appends_its_tables(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    script, out = Path(__file__).parents[1] / "benchmarks" / "compiled.py", tmp_path / "tables.md"
+    options = ["--targets", name, "--models", str(tmp_path), "--methods", "base", "--markdown", str(out)]
+    made = run(f"import runpy; runpy.run_path({str(script)!r})['main']({options!r})")
+    assert made.stderr == ""
+    assert "on 1 × v5e (compiled, not run)" in out.read_text(encoding="utf-8")
