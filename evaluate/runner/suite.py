@@ -102,7 +102,7 @@ def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Names
     words = ["--model", args.model, "--out", str(args.out / member.name)]
     for key, value in member.arguments.items():
         option = f"--{key.replace('_', '-')}"
-        if key == "data" and args.data is not None:
+        if key == "data" and args.data is not None and value not in ("demo", "hub"):
             value = args.data / str(value)
         words += [option] if value is True else [option, str(value)]
     try:
