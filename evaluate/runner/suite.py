@@ -26,15 +26,27 @@ from imae_jax.evaluate.report import REPORT_FILE, write_report
 from imae_jax.evaluate.reporting.model_card import model_card
 from imae_jax.evaluate.reporting.suite import summary_table
 from imae_jax.evaluate.reporting.tables import show
-from imae_jax.evaluate.runner.arguments import benchmark_parser
+from imae_jax.evaluate.runner.arguments import benchmark_parser, parse_methods
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
+from imae_jax.evaluate.runner.identity import differences
 from imae_jax.evaluate.runner.run import Request, check, run
-from imae_jax.files import check_new_directory, dumps, new_directory, read_json, read_text, write_text
+from imae_jax.files import (
+    check_new_directory,
+    dumps,
+    jsonable,
+    new_directory,
+    read_json,
+    read_text,
+    write_text,
+)
 
 SUITE_FILE, REPORT, CARD_FILE = "suite.json", "report", "model_card.md"
 SUITES = Path(__file__).resolve().parents[1] / "suites"
-# Arguments that do not change what is computed, or lie in each run's own settings.
-LEFT_OUT = ("out", "resume", "overwrite", "quiet", "verbose", "debug", "mesh")
+# Arguments that change what is computed.
+SETTINGS = (
+    *("model", "revision", "base", "tokenizer", "dtype", "data", "methods", "baseline", "controls"),
+    *("placebo", "twin", "limit", "split", "split_seed", "dev_share", "seed"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,7 @@ def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Names
     words = ["--model", args.model, "--out", str(args.out / member.name)]
     for key, value in member.arguments.items():
         option = f"--{key.replace('_', '-')}"
-        if key == "data" and args.data is not None:
+        if key == "data" and args.data is not None and value not in ("demo", "hub"):
             value = args.data / str(value)
         words += [option] if value is True else [option, str(value)]
     try:
@@ -116,15 +128,16 @@ def run_suite(args: argparse.Namespace, command: str) -> None:
         UserError: one of the runs cannot be made; nothing has been computed then.
     """
     members, digest = read_suite(args.suite)
-    settings = {key: value for key, value in vars(args).items() if key not in LEFT_OUT}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    settings["suite_sha256"] = digest
+    methods = {label: method.settings() for label, method in parse_methods(args.methods).items()}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = jsonable(settings | {"methods": methods, "suite": {"path": args.suite, "sha256": digest}})
     _check_out(args, settings)
     requests: list[Request] = []
     for member in members:
         if not (args.resume and (args.out / member.name / RESULTS_FILE).is_file()):
             line = f"{command} ({member.name})"
             requests.append(check(member.benchmark, member_arguments(member, args), line))
+    barrier("arguments checked")  # What one process makes, no other may take for an older suite.
     if not args.resume:
         with new_directory(args.out, marker=SUITE_FILE, overwrite=args.overwrite) as new:
             (new / SUITE_FILE).write_text(dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -147,13 +160,11 @@ def _check_out(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     if args.resume:
         if not file.is_file():
             raise UserError(f"{out} holds no suite to resume: leave --resume out")
-        before = read_json(file)
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out} is a suite with another {name} ({before.get(name)}, now {value}): restore it, or "
-                    "choose another output"
-                )
+        for name, old, new in differences(read_json(file), settings):
+            raise UserError(
+                f"{out} is a suite with another {name} ({old}, now {new}): restore it, or choose another "
+                "output"
+            )
         return
     if out.exists() and not args.overwrite:
         hint = "pass --resume to go on" if file.is_file() else "choose another output"
