@@ -140,8 +140,10 @@ def let_in() -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether this machine has a TPU, or an NVIDIA or AMD GPU that this process may see."""
-    if any(map(os.path.exists, ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+    """Whether this machine may have a TPU, or an NVIDIA or AMD GPU that this process may see."""
+    gpus = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+    # In a container the PCI devices below need not show; TPU hosts set variables for libtpu.
+    if any(map(os.path.exists, (*gpus, "/dev/accel0", "/dev/vfio/0"))) or "TPU_WORKER_ID" in os.environ:
         return True
     google = "0x1ae0"
     return any(path.read_text().strip() == google for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
