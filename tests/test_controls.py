@@ -15,6 +15,7 @@ from conftest import (
     stack,
     user_error,
     with_random_units,
+    write_questions,
     write_rows,
 )
 
@@ -24,6 +25,7 @@ from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.noise import with_noise
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
+from imae_jax.evaluate.iti import main as iti
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.reporting.controls import decompose
 from imae_jax.evaluate.runner.controls import Controls
@@ -254,6 +256,22 @@ def test_twins_and_methods_with_noise(scored, tmp_path, capsys):
     parts = controls["expert"]["metrics"]["mc2"]
     assert (len(parts["noise"]), len(parts["twins"])) == (1, 1)
     assert "; with other training seeds " in capsys.readouterr().out
+
+
+def test_controls_of_directions_in_a_folder_of_folds(tiny_imae, tmp_path):
+    """Questions get the directions of their fold, with random signs as learned ones."""
+    questions = write_questions(tmp_path / "questions.csv")
+    command = ["--model", tiny_imae.directory, "--data", questions, "--quiet"]
+    assert iti([*map(str, command), "--out", str(tmp_path / "iti")]) == 0
+    (tmp_path / "primer.txt").write_text("Q: t3 t4\nA: t5 .\n\n")
+    method = f"iti:directions={tmp_path / 'iti'},alpha=5,heads=2"
+    command += ["--methods", f"base,{method}", "--controls", "2", "--any-data"]
+    command += ["--primer", tmp_path / "primer.txt", "--out", tmp_path / "out"]
+    assert truthfulqa([*map(str, command)]) == 0
+    controls = json.loads((tmp_path / "out" / "results.json").read_text())["controls"][method]
+    scales = [controls["runs"][f"{method}/noise-{i}"]["settings"]["noise_scale"] for i in (0, 1)]
+    assert len({*scales, 1.0}) == 3
+    assert controls["kl"][f"{method}/noise-0"] == pytest.approx(controls["kl"][method], rel=0.1)
 
 
 def test_controls_of_preferences(tiny_imae, tmp_path):

@@ -64,6 +64,7 @@ def _with_signs(layers: Any, output: str | None, seed: int, scale: float) -> Any
     def change(path: Sequence[Any], array: jax.Array) -> jax.Array:
         if (inputs and path[-1].key != output) or isinstance(array, jax.ShapeDtypeStruct):
             return array
+        array = jnp.asarray(array)  # Shifts come from the host.
         name = jax.tree_util.keystr(path if stacked else path[1:])
         numbers = range(len(array)) if stacked else [path[0].idx]
         outputs = array.shape[stacked + inputs :]
