@@ -97,6 +97,8 @@ def _model(
 
 def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResource:
     config = lm.config
+    if resource.kind == "units":  # Of one size, as the model's own.
+        return LoadedResource()
     if resource.kind == "directions":
         shape = (config.num_layers, config.num_heads, config.head_dim)
         shifts = tuple(jax.random.normal(jax.random.key(0), shape))

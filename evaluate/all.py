@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--suite", default="factuality", help="factuality (default), or a YAML file")
     parser.add_argument("--data", type=Path, help="directory that the suite's data files lie in")
+    parser.add_argument("--primer", help="file with TruthfulQA's six-shot primer (default: from lm-eval)")
     add_model_arguments(parser)
     add_process_arguments(parser)
     add_run_arguments(parser, questions=True)

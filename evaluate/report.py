@@ -127,7 +127,9 @@ def _provenance(run: FinishedRun) -> tuple[Any, Any, Mapping[str, Any], dict[str
 
 def _method_settings(results: Mapping[str, Any]) -> dict[str, Any]:
     """Every method's settings, resolved."""
-    methods = results.get("methods", {})
+    methods = dict(results.get("methods", {}))
+    for controlled in results.get("controls", {}).values():
+        methods |= controlled["runs"]
     if "batch_sizes" in results:
         methods = next(iter(results["batch_sizes"].values()), {})
     kept = ("settings", "scored_with", "seconds")

@@ -199,7 +199,7 @@ class LanguageModel:
             ]
         ids = self.encode_prompts(prompts, options.get("format", "raw"))
         return [
-            dataclasses.replace(each, tokens=_tokens_of(self.tokenizer, prompt, each))
+            dataclasses.replace(each, tokens=tokens_of(self.tokenizer, prompt, each.tokens, each.text))
             for prompt, each in zip(ids, whole, strict=True)
         ]
 
@@ -359,16 +359,16 @@ def text_so_far(
     return text, False
 
 
-def _tokens_of(tokenizer: Tokenizer, prompt: Sequence[int], completion: Completion) -> tuple[int, ...]:
-    """The fewest of the drawn tokens that hold a text, found by bisection."""
-    tokens = completion.tokens
-    lengths = range(len(tokens) + 1)
+def tokens_of(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], text: str
+) -> tuple[int, ...]:
+    """The fewest tokens behind a prompt, of those given, that hold the beginning `text` of their text."""
     count = bisect.bisect_left(
-        lengths,
-        len(completion.text),
+        range(len(tokens) + 1),
+        len(text),
         key=lambda n: len(tokenizer.continuation(prompt, tokens[:n], finished=True)),
     )
-    return tokens[:count]
+    return tuple(tokens[:count])
 
 
 def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:

@@ -64,13 +64,19 @@ def mean_of_text(values: Sequence[float], *, seed: int = 0) -> Mean:
     starts = np.arange(0, len(values), BLOCK_LENGTH)
     if not np.isfinite(value):
         return Mean(value, None, len(values))
-    sums, lengths = np.add.reduceat(values, starts), np.diff([*starts, len(values)])
+    # The last block may be shorter.
+    blocks = ratio(np.add.reduceat(values, starts), np.diff([*starts, len(values)]), seed=seed)
+    return Mean(value, blocks.interval, len(values))
 
-    def of_blocks(sums, lengths, axis):
-        # The last block may be shorter.
-        return sums.sum(axis) / lengths.sum(axis)
 
-    return Mean(value, _interval((sums, lengths), of_blocks, seed), len(values))
+def ratio(sums: Sequence[float], counts: Sequence[float], *, seed: int = 0) -> Mean:
+    """The sum of `sums` over that of `counts`, with a bootstrap interval over items, which have both."""
+
+    def ratio_of(sums, counts, axis):
+        return sums.sum(axis) / counts.sum(axis)
+
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    return Mean(float(sums.sum() / counts.sum()), _interval((sums, counts), ratio_of, seed), len(sums))
 
 
 def _interval(data: tuple[np.ndarray, ...], statistic: Any, seed: int) -> tuple[float, float] | None:

@@ -40,7 +40,7 @@ def test_right_and_wrong_answers_are_told_apart_by_each_measure():
     undefined = {"right": 0.0} | dict.fromkeys(CONFIDENCE)
     records = [{"right": 1.0, **sure}] * 3 + [{"right": 0.0, **unsure}] * 2 + [undefined]
     areas = abstention.summarize(records, "right")
-    assert (areas["right"], areas["wrong"]) == (3, 3)
+    assert (areas["right"], areas["wrong"]) == (3, 2), "of those that have a confidence"
     assert [areas[name]["value"] for name in CONFIDENCE] == [100, 100, 100]
 
 
@@ -56,7 +56,7 @@ def test_how_sure_a_choice_is():
 def test_how_sure_a_written_answer_is(tiny_imae, method):
     lm = tiny_imae.load()
     items = [Item(i, prompt, prompt) for i, prompt in enumerate(PROMPTS)]
-    options = {"max_new_tokens": 6, "confidence": True, "stop": (" t20",)}
+    options = {"max_new_tokens": 6, "confidence": "text", "stop": (" t20",)}
     texts = Texts(lm, Task("p", items, {}, (), options=options))
     _, (each,) = prepare(lm, {"m": parse_method(method)}, items, generating=True)
     outputs = dict(texts.run(each, range(len(items))))

@@ -7,12 +7,22 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, assert_bitwise, error_of, log_softmax, stack, user_error, with_random_units
+from conftest import (
+    TINY,
+    assert_bitwise,
+    error_of,
+    log_softmax,
+    stack,
+    user_error,
+    with_random_units,
+    write_rows,
+)
 
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode.methods import Stream, StreamLogits, parse_method
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.noise import with_noise
+from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.reporting.controls import decompose
@@ -190,7 +200,9 @@ def test_a_run_with_controls(controlled):
     parts = controls["expert"]["metrics"]["mc2"]
     flip = controls["expert"]["runs"]["expert/flip"]["mc2"]
     assert parts["odd"]["value"] == pytest.approx((results["methods"]["expert"]["mc2"] - flip) / 2)
-    assert {"odd", "even", "gain", "noise", "placebo"} == parts.keys()
+    assert {"odd", "even", "gain", "flip", "noise", "twins", "placebo"} == parts.keys()
+    assert "odd" not in controls["dola"]["metrics"]["mc2"], "no mode lies between it and its flip"
+    assert "odd" in controls[CONTRAST]["metrics"]["mc2"]
     table = (out / "table.md").read_text()
     assert "expert/noise-0" not in table
     assert f"{parts['odd']['value']:+.2f}" in table
@@ -213,6 +225,46 @@ def test_a_killed_run_with_controls_goes_on(controlled, other_units, tmp_path):
     before, after = (json.loads((path / "results.json").read_text()) for path in (out, killed))
     assert after["resumed_lines"] == 20
     assert after["controls"]["expert"]["metrics"] == before["controls"]["expert"]["metrics"]
+
+
+def test_random_directions_of_a_resumed_run_keep_their_size(controlled, other_units, tmp_path):
+    """On another machine the search for it may end elsewhere."""
+    command, out = controlled
+    killed = tmp_path / "out"
+    shutil.copytree(out, killed)
+    (killed / "results.json").unlink()
+    run = json.loads((killed / "run.json").read_text())
+    run["methods"]["expert/noise-0"]["noise_scale"] = 1.25
+    (killed / "run.json").write_text(json.dumps(run))
+    command = [*command, "--placebo", f"expert=imae:units_from={other_units}", "--resume"]
+    command[command.index("--out") + 1] = str(killed)
+    assert truthfulqa(command) == 0
+    runs = json.loads((killed / "results.json").read_text())["controls"]["expert"]["runs"]
+    assert runs["expert/noise-0"]["settings"]["noise_scale"] == 1.25
+
+
+def test_twins_and_methods_with_noise(scored, tmp_path, capsys):
+    command = [*map(str, scored[0]), "--quiet", "--controls", "1", "--limit", "2"]
+    command[command.index("--out") + 1] = str(tmp_path / "out")
+    command[command.index("--methods") + 1] = "base,expert,imae:strength=1,noise=3"
+    assert truthfulqa([*command, "--twin", "expert=imae:strength=-0.5"]) == 0
+    controls = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
+    assert list(controls) == ["expert"]
+    assert list(controls["expert"]["runs"]) == ["expert/flip", "expert/noise-0", "expert/twin-0"]
+    parts = controls["expert"]["metrics"]["mc2"]
+    assert (len(parts["noise"]), len(parts["twins"])) == (1, 1)
+    assert "; with other training seeds " in capsys.readouterr().out
+
+
+def test_controls_of_preferences(tiny_imae, tmp_path):
+    """HaluEval has its summaries in parts: of all pairs and of matched ones."""
+    command = ["--model", tiny_imae.directory, "--methods", "base,expert", "--quiet", "--controls", "1"]
+    command += ["--data", write_rows(tmp_path / "rows.jsonl", 6), "--out", tmp_path / "out"]
+    assert halueval([*map(str, command)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["parts"]["all"]) == list(results["methods"]) == ["base", "expert"]
+    gain = results["controls"]["expert"]["metrics"]["raw"]["gain"]["value"]
+    assert gain == pytest.approx(results["methods"]["expert"]["raw"] - results["methods"]["base"]["raw"])
 
 
 def test_controls_in_reports_and_on_neutral_text(controlled, tiny_imae, tmp_path):

@@ -166,7 +166,7 @@ def test_the_protocol_of_a_file_is_named(shared, tmp_path, capfd):
     data = shared / "data" / "factor" / "expert.csv"
     command = ["factor", "--model", "none", "--data", data, "--out", tmp_path / "out"]
     error = error_of(capfd, evaluate, *command)
-    assert "236 rows" in error and "this file is of --protocol factor-v1/expert-mean" in error
+    assert f"{data} is not the file of factor-v1/news-mean: pass --protocol factor-v1/expert-mean" in error
 
 
 # Choices

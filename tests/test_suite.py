@@ -19,6 +19,7 @@ def data(tmp_path_factory):
         write_questions(directory / f"{name}.csv", seed=seed)
     questions = {"benchmark": "truthfulqa", "any_data": True, "primer": str(directory / "primer.txt")}
     suite = {name: {**questions, "data": f"{name}.csv"} for name in ("first", "second")}
+    suite["second"] |= {"limit": 3, "seed": 5}
     (directory / "suite.yaml").write_text(yaml.safe_dump({**suite, "harm": {"benchmark": "harm"}}))
     return directory
 
@@ -47,6 +48,8 @@ def test_a_suite_is_its_benchmarks_runs_and_what_they_come_to(finished):
         "report",
     }
     assert results(finished, "first")["n_questions"] == 4
+    assert results(finished, "second")["n_questions"] == 3, "the suite's file decides"
+    assert results(finished, "second")["statistics"]["seed"] == 5
     table = (finished / "table.md").read_text()
     for name in ("first", "second"):
         assert f"{results(finished, name)['methods']['expert']['mc2']:.2f}" in table
@@ -98,6 +101,8 @@ def test_a_killed_suite_goes_on(finished, tiny_imae, data, tmp_path, capfd):
         ("a: {benchmark: truthfulqa, data: nowhere.csv}", ["nowhere.csv"]),
         ("report: {benchmark: harm}", ["'report'"]),
         ("../a: {benchmark: harm}", ["'../a'"]),
+        ("a: {benchmark: [harm]}", ["a needs benchmark"]),
+        ("a: {benchmark: harm, out: elsewhere}", ["a sets out", "leave it out"]),
     ],
 )
 def test_suites_that_cannot_be_run_are_refused(tiny_imae, data, tmp_path, capfd, text, parts):

@@ -91,7 +91,7 @@ class Benchmark(abc.ABC):
     heads: ClassVar[Mapping[str, str]] = {}
     questions: bool = True
     subsets: ClassVar[Mapping[str, str]] = {"all": "questions"}
-    correct: str | None = None
+    correct: tuple[str, ...] = ()
 
     # What a run does
 
@@ -136,9 +136,10 @@ class Benchmark(abc.ABC):
             baseline: label of the method that others are compared to.
         """
         summaries = aggregate.summarize(records, task.metrics, baseline=baseline, seed=args.seed)
-        if self.correct in task.metrics:
+        correct = next((metric for metric in self.correct if metric in task.metrics), None)
+        if correct is not None:
             for label, rows in records.items():
-                summaries[label]["abstention"] = abstention.summarize(rows, self.correct)
+                summaries[label]["abstention"] = abstention.summarize(rows, correct)
         return {**self.counts(args, task, baseline), "methods": summaries}
 
     def counts(self, args: argparse.Namespace, task: Task, baseline: str) -> dict[str, Any]:

@@ -31,36 +31,38 @@ def choose(
     return {name: float(np.argmax(values) == right) for name, values in each.items()}
 
 
-def confidence(sums: Sequence[float]) -> tuple[float, float, float]:
+def confidence(scores: Sequence[float]) -> tuple[float, float, float]:
     """How sure the choice is, in the order of `CONFIDENCE`, from the distribution over the answers that
-    summed scores make; NaN where a score is NaN or infinite."""
-    if not all(map(math.isfinite, sums)):
+    scores make; NaN where a score is NaN or infinite."""
+    if not all(map(math.isfinite, scores)):
         return (math.nan,) * len(CONFIDENCE)
-    p = np.exp(np.array(sums) - max(sums))
+    p = np.exp(np.array(scores) - max(scores))
     p /= p.sum()
     first, second, *_ = sorted(p.tolist(), reverse=True)
     return float(-np.sum(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny)))), first, first - second
 
 
 class ChoiceBenchmark(PublishedBenchmark):
-    """Items have the index of their right answer and a category, or "", as `data`."""
+    """Items have the index of their right answer and a category, or "", as `data`; and `mean` where the
+    choice is by means over tokens alone."""
 
-    correct = "sum"
+    correct = ("sum", "mean")
     heads: ClassVar = HEADS
 
     def chance(self, item):
         return dict.fromkeys(HEADS, 1 / len(item.answers))
 
     def record(self, item, output, tokenizer):
-        right, category = item.data
+        right, category, *form = item.data
         sums = [float(np.sum(scores, dtype=np.float64)) for scores in output]
         tokens = [len(scores) for scores in output]
         chosen = choose(sums, tokens, [*map(len, item.answers)], right)
+        scores = np.array(sums) / np.array(tokens) if form == ["mean"] else np.array(sums)
         return {
             "category": category,
             "scores": sums,
             "tokens": tokens,
             "right": right,
             **chosen,
-            **dict(zip(CONFIDENCE, confidence(sums), strict=True)),
+            **dict(zip(CONFIDENCE, confidence(scores), strict=True)),
         }

@@ -68,7 +68,7 @@ class Factor(ChoiceBenchmark):
         for i, (_, row) in enumerate(rows):
             prefix, completions = row[protocol.prefix], tuple(row[name] for name in COMPLETIONS)
             prompt, answers = join(prefix, completions, protocol.form)
-            items.append(Item(i, prefix + completions[0], prompt, answers, data=(0, "")))
+            items.append(Item(i, prefix + completions[0], prompt, answers, data=(0, "", protocol.form)))
         return items
 
     def metrics(self, protocol):

@@ -44,7 +44,7 @@ class GSM8K(WrittenBenchmark):
     title = "GSM8K"
     description = "GSM8K: problems in arithmetic, by a chain of thought"
     note = "*strict*: the number behind `####` is the answer; *flexible*: the last number of the text is."
-    correct = "flexible"
+    correct = ("flexible",)
     heads: ClassVar = {"strict": "strict", "flexible": "flexible", **CUT_OFF}
     protocols = (
         Written(name="gsm8k-v1/five-shot", shots=5, stop=("Question:", "</s>", "<|im_end|>"), **FILE),

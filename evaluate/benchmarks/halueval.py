@@ -198,7 +198,7 @@ class HaluEval(Benchmark):
             parts[subset] = {}
             if pairs:
                 parts[subset] = aggregate.summarize(chosen, task.metrics, baseline=baseline, seed=args.seed)
-        methods = {label: {} for label in records}
+        methods = {label: dict(summary) for label, summary in parts["all"].items()}
         return {**self.counts(args, task, baseline), "length": length, "methods": methods, "parts": parts}
 
     def tables(self, results):

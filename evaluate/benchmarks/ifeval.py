@@ -9,8 +9,6 @@ checked by the task `ifeval` of lm-evaluation-harness 0.4 itself, which needs `p
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from imae_jax import stats
 from imae_jax.errors import UserError, first_line
 from imae_jax.evaluate.benchmarks.benchmark import Item
@@ -107,9 +105,8 @@ class IFEval(WrittenBenchmark):
 
 def share_of_instructions(rows: list[Mapping[str, Any]], kind: str, seed: int) -> dict[str, Any]:
     """The share of instructions that are followed, in per cent; its interval is over prompts."""
-    counts = np.array([len(row[kind]) for row in rows])
-    followed = np.array([sum(row[kind]) for row in rows])
-    return stats.mean(followed / counts.mean(), seed=seed).scaled(100)
+    followed, counts = ([count(row[kind]) for row in rows] for count in (sum, len))
+    return stats.ratio(followed, counts, seed=seed).scaled(100)
 
 
 BENCHMARK = IFEval()

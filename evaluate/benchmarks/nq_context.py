@@ -102,7 +102,7 @@ class NQContext(WrittenBenchmark):
         "With passages in conflict: share of answers that are the *passage's*, the *remembered* one (the "
         "real answer, whether or not this model knows it) or *neither*."
     )
-    correct = "exact_match"
+    correct = ("exact_match",)
     heads: ClassVar = {**KNOWN, **CONFLICTING}
     protocols = tuple(
         Written(name=f"nq-context-v1/{form}{end}", form=form, format=format, max_new_tokens=32, **file)
@@ -155,6 +155,10 @@ class NQContext(WrittenBenchmark):
             )
             for i, (passage, conflicting) in passages.items()
         ]
+
+    def options(self, protocol, args):
+        # What comes behind the first line is not graded.
+        return super().options(protocol, args) | {"confidence": "line"}
 
     def metrics(self, protocol):
         return tuple(KNOWN if protocol.form == "oracle" else CONFLICTING)

@@ -35,7 +35,7 @@ class NQOpen(WrittenBenchmark):
     title = "Natural Questions, closed book"
     description = "Natural Questions without a passage: exact match, F1, refusals"
     note = "Read *exact match* beside *refused*: a method that answers nothing says nothing wrong."
-    correct = "exact_match"
+    correct = ("exact_match",)
     heads: ClassVar = {"exact_match": "exact match", "f1": "F1", "refused": "refused", **CUT_OFF}
     protocols = (
         Written(name="nq-open-v1/five-shot", shots=5, **FILE),

@@ -104,9 +104,12 @@ class PublishedBenchmark(Benchmark):
         rows, content = self.read(args.data)
         if not rows:
             raise UserError(f"{args.data} holds no rows: give the data file of {protocol.source}")
+        sha256, label = hashlib.sha256(content).hexdigest(), protocol.name
+        other = next((each.name for each in self.protocols if each.sha256 == sha256), None)
+        if other is not None and sha256 != protocol.sha256:
+            raise UserError(f"{args.data} is not the file of {label}: pass --protocol {other}, whose it is")
         for place, row in rows:
             check_row(place, row, self.fields(protocol), protocol.source)
-        sha256, label = hashlib.sha256(content).hexdigest(), protocol.name
         if sha256 != protocol.sha256:
             objection = self.objection(protocol, args.data, sha256, len(rows))
             if not args.any_data:
@@ -122,10 +125,9 @@ class PublishedBenchmark(Benchmark):
 
     def objection(self, protocol: Published, path: Path, sha256: str, rows: int) -> str:
         """How a file differs from the one that a protocol pins."""
-        other = next((each.name for each in self.protocols if each.sha256 == sha256), None)
         found = f"{path} has SHA-256 {sha256[:8]} and {rows} rows"
         pinned = f"{protocol.name} is of {protocol.sha256[:8]} with {protocol.rows}"
-        return f"{found}, {pinned}" + (f" (this file is of --protocol {other})" if other else "")
+        return f"{found}, {pinned}"
 
     def task(self, args, inputs, lm):
         return Task(

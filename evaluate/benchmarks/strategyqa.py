@@ -41,7 +41,7 @@ class StrategyQA(WrittenBenchmark):
     title = "StrategyQA"
     description = "StrategyQA: yes or no, by a chain of thought"
     note = "An answer that says neither yes nor no is wrong; chance is what guessing would score."
-    correct = "right"
+    correct = ("right",)
     heads: ClassVar = {"right": "right", "answered": "answered", **CUT_OFF}
     protocols = (
         Written(name="strategyqa-v1/six-shot", shots=6, stop=("Q:", "\n\n##"), **FILE),

@@ -63,7 +63,7 @@ class WrittenBenchmark(PublishedBenchmark):
             "stop": protocol.stop,
             "max_new_tokens": args.max_new_tokens or protocol.max_new_tokens,
             "batch_size": args.batch_size,
-            "confidence": True,
+            "confidence": "text",
         }
 
     def parted(self, protocol: Written, rows: Rows) -> tuple[Rows, Rows]:

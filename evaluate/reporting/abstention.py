@@ -36,14 +36,13 @@ def summarize(records: Sequence[Mapping[str, Any]], correct: str) -> dict[str, A
         correct: field that is 1 for right answers and 0 for wrong ones.
     """
     right = values_of(records, correct)
-    areas = {}
-    for name in CONFIDENCE:
-        confidence = values_of(records, name) * (-1 if name == "entropy" else 1)
-        defined = ~np.isnan(right) & ~np.isnan(confidence)
-        areas[name] = stats.roc_area(confidence[defined & (right == 1)], confidence[defined & (right == 0)])
+    confidence = {name: values_of(records, name) * (-1 if name == "entropy" else 1) for name in CONFIDENCE}
+    defined = ~np.isnan([right, *confidence.values()]).any(axis=0)
+    is_right, is_wrong = defined & (right == 1), defined & (right == 0)
+    areas = {name: stats.roc_area(each[is_right], each[is_wrong]) for name, each in confidence.items()}
     return {
-        "right": int(np.sum(right == 1)),
-        "wrong": int(np.sum(right == 0)),
+        "right": int(is_right.sum()),
+        "wrong": int(is_wrong.sum()),
         **{name: area.scaled(100) for name, area in areas.items()},
     }
 

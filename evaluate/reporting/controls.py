@@ -22,13 +22,20 @@ if TYPE_CHECKING:
     from imae_jax.evaluate.runner.controls import Controls
 
 TITLE = "What the direction brings"
-PARTS = {"gain": "gain over base", "odd": "the direction's", "even": "any change's"}
+PARTS = {"gain": "gain over base", "odd": "the direction's", "even": "any change's", "flip": "sign reversed"}
+OTHERS = {
+    "noise": "random directions of its size gain",
+    "twins": "with other training seeds",
+    "placebo": "the placebo gains",
+}
 NOTE = (
     "*the direction's*: ½ (s(o) − s(−o)), *any change's*: ½ (s(o) + s(−o)) − s(0), of scores × 100 at "
-    "strength o, with 95 % percentile bootstrap intervals over the same questions. *random directions*: the "
-    "smallest and the largest gain, and how many of them gain less than the method. *KL(base ‖ stream)*: of "
-    "the forward pass that the direction acts in, on neutral text, nats a token; random directions are "
-    "scaled to have it, too."
+    "strength o, with 95 % percentile bootstrap intervals over the same questions; of contrasts only at "
+    "β = 2, where base mode lies between both signs. *sign reversed*, *random directions*, *twins* (other "
+    "training seeds) and *placebo*: their own gains over base; of several the smallest and the largest, and "
+    "how many are less than the method's. *KL*: KL(base ‖ stream) on neutral text, nats a token, of the "
+    "forward pass that the direction acts in: of the method / with its sign reversed / of random directions, "
+    "which are scaled to have the first."
 )
 
 
@@ -68,42 +75,42 @@ def _parts(
     values: Mapping[str, np.ndarray], label: str, runs: "Controls", base: str, seed: int
 ) -> dict[str, Any]:
     zero, plus, minus = values[base], values[label], values[runs.flip]
-    by_item = {"gain": plus - zero, "odd": (plus - minus) / 2, "even": (plus + minus) / 2 - zero}
-    parts = {name: stats.mean(each, seed=seed).scaled(100) for name, each in by_item.items()}
-    parts["noise"] = [stats.mean(values[name] - zero, seed=seed).scaled(100)["value"] for name in runs.noise]
+    by_item = {"gain": plus - zero, "flip": minus - zero}
+    if runs.centred:
+        defined = np.where(np.isnan(zero + plus + minus), np.nan, 1.0)
+        by_item["gain"] = by_item["gain"] * defined
+        by_item |= {"odd": (plus - minus) / 2 * defined, "even": ((plus + minus) / 2 - zero) * defined}
     if runs.placebo:
-        parts["placebo"] = stats.mean(values[runs.placebo] - zero, seed=seed).scaled(100)
+        by_item["placebo"] = values[runs.placebo] - zero
+    parts = {name: stats.mean(each, seed=seed).scaled(100) for name, each in by_item.items()}
+    for name in ("noise", "twins"):
+        gains = [values[run] - zero for run in getattr(runs, name)]
+        parts[name] = [100 * float(np.nanmean(gain)) for gain in gains if not np.isnan(gain).all()]
     return parts
 
 
 def table(results: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
-    """Gains, their parts and those of random directions.
+    """Gains, their parts and those of other controls.
 
     Args:
         results: a `results.json` with `controls`.
         heads: names of the metrics.
     """
-    controls = results["controls"]
-    has_placebo = any("placebo" in parts for each in controls.values() for parts in each["metrics"].values())
+    optional = {"noise": "random directions", "twins": "twins", "placebo": "placebo"}
+    every = [parts for each in results["controls"].values() for parts in each["metrics"].values()]
+    optional = {name: head for name, head in optional.items() if any(parts.get(name) for parts in every)}
     rows = []
-    for label, each in controls.items():
-        kl = DASH if label not in each["kl"] else figure(each["kl"][label])
-        random_kl = [each["kl"][name] for name in each["noise"] if name in each["kl"]]
+    for label, each in results["controls"].items():
+        kl, noise = each["kl"], [name for name in each["runs"] if "/noise-" in name]
+        sizes = [figure(kl[name]) if name in kl else DASH for name in (label, f"{label}/flip")]
+        sizes.append(_range([kl[name] for name in noise if name in kl], figure))
         for metric, head in heads.items():
             parts = each["metrics"][metric]
-            placebo = _estimate(parts["placebo"]) if "placebo" in parts else DASH
-            cells = [_estimate(parts[name]) for name in PARTS]
-            cells += [_spread(parts), *([placebo] if has_placebo else []), kl, _range(random_kl, figure)]
-            rows.append((label, head, *cells))
-    columns = [
-        "method",
-        "metric",
-        *PARTS.values(),
-        "random directions",
-        *(["placebo"] if has_placebo else []),
-    ]
-    columns += ["KL(base ‖ stream)", "of random ones"]
-    return Table(f"{TITLE}: points over base [95 % interval]", tuple(columns), tuple(rows))
+            cells = [_estimate(parts[name]) if name in parts else DASH for name in PARTS]
+            cells += [_other(parts, name) for name in optional]
+            rows.append((label, head, *cells, " / ".join(sizes)))
+    columns = ("method", "metric", *PARTS.values(), *optional.values(), "KL: method / reversed / random")
+    return Table(f"{TITLE}: points over base [95 % interval]", columns, tuple(rows))
 
 
 def sentences(results: Mapping[str, Any], heads: Mapping[str, str]) -> list[str]:
@@ -114,12 +121,15 @@ def sentences(results: Mapping[str, Any], heads: Mapping[str, str]) -> list[str]
             parts = each["metrics"][metric]
             if parts["gain"]["value"] is None:
                 continue
-            gain, odd = parts["gain"]["value"], _estimate(parts["odd"])
-            line = f"{label}, {head}: of {gain:+.2f} points, {odd} are the direction's"
-            if parts["noise"]:
-                line += f"; random directions of its size gain {_spread(parts)}"
-            if "placebo" in parts:
-                line += f"; the placebo gains {_estimate(parts['placebo'])}"
+            if "odd" in parts:
+                gain, odd = parts["gain"]["value"], _estimate(parts["odd"])
+                line = f"{label}, {head}: of {gain:+.2f} points, {odd} are the direction's"
+            else:
+                gain, flip = (_estimate(parts[name]) for name in ("gain", "flip"))
+                line = f"{label}, {head}: {gain} points over base, {flip} with its sign reversed"
+            for name, words in OTHERS.items():
+                if parts.get(name):
+                    line += f"; {words} {_other(parts, name)}"
             lines.append(f"{line}.")
     return lines
 
@@ -153,13 +163,14 @@ def _estimate(mean: Mapping[str, Any]) -> Estimate:
     return Estimate(mean["value"], mean["interval"], sign=True)
 
 
-def _spread(parts: Mapping[str, Any]) -> str:
-    """`+0.1 … +1.9, 5 of 5 below`: gains of random directions, and how many the method exceeds."""
-    gains = [gain for gain in parts["noise"] if gain is not None]
-    if not gains:
+def _other(parts: Mapping[str, Any], name: str) -> Estimate | str:
+    """The placebo's gain; of several runs `+0.1 … +1.9, 5 of 5 less`: how many the method exceeds."""
+    if not parts.get(name):
         return DASH
-    below = sum(gain < parts["gain"]["value"] for gain in gains)
-    return f"{_range(gains, '{:+.2f}'.format)}, {below} of {len(gains)} less"
+    if name == "placebo":
+        return _estimate(parts[name])
+    below = sum(gain < parts["gain"]["value"] for gain in parts[name])
+    return f"{_range(parts[name], '{:+.2f}'.format)}, {below} of {len(parts[name])} less"
 
 
 def _range(values: Sequence[float], form: Callable[[float], str]) -> str:

@@ -27,7 +27,10 @@ def scores(results: Results) -> list[tuple[str, str, str, float | None, dict[str
 
 def summary_table(results: Results) -> Table:
     """Every score, and the divergence from base on neutral text where that was measured."""
-    methods = list(dict.fromkeys(label for _, run in results.values() for label in run["methods"]))
+    asked = [run for benchmark, run in results.values() if benchmark.questions] or [
+        run for _, run in results.values()
+    ]
+    methods = list(dict.fromkeys(label for run in asked for label in run["methods"]))
     rows = []
     for name, _, head, chance, by_method in scores(results):
         cells = (Estimate(*by_method.get(label, (None, None))) for label in methods)

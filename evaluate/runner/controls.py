@@ -5,6 +5,7 @@ A gain that these have too is what any change of that size brings, and not what 
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,11 @@ from imae_jax.language_model import LanguageModel
 
 NEUTRAL_TOKENS = 512
 MATCHING_STEPS, MATCHING_TOLERANCE = 6, 0.1
+# How much more than the other one sign may change neutral text before the run warns.
+UNEVEN = 2.0
 KL = STATISTICS.index("kl")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +39,34 @@ class Controls:
 
     Attributes:
         flip: reversed sign.
-        noise: random directions of the same size, or twins: contrasts with another training seed.
+        noise: random directions that change neutral text as much.
+        twins: the method with other training seeds.
         placebo: the same method, learned from what holds nothing to learn; None where none is given.
+        centred: whether base mode lies half-way between method and flip, see `Method.flipped`.
         kl: KL(base ‖ stream) on neutral text, nats a token, of the method and its controls by label, as far
             as they act in a stream of the model itself; `match_sizes` fills it in.
     """
 
     flip: str
-    noise: tuple[str, ...]
+    noise: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
     placebo: str | None = None
-    kl: dict[str, float] = dataclasses.field(default_factory=dict)
+    centred: bool = True
+    kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def labels(self) -> tuple[str, ...]:
-        return (self.flip, *self.noise, *([self.placebo] if self.placebo else []))
+        return (self.flip, *self.noise, *self.twins, *([self.placebo] if self.placebo else []))
 
 
 def with_controls(
-    methods: Mapping[str, Method], args: argparse.Namespace
+    methods: Mapping[str, Method], args: argparse.Namespace, *, needs_base: bool
 ) -> tuple[dict[str, Method], dict[str, Controls]]:
-    """Methods with their control runs, by label, and the `Controls` of every method that has some.
+    """Methods and their control runs by label, and which are whose.
 
     Args:
-        methods: methods of --methods.
-        args: arguments of `arguments.add_control_arguments`.
+        methods: those of --methods.
+        args: of `arguments.add_control_arguments`.
+        needs_base: whether gains are measured from base mode, which then must be among the methods.
 
     Raises:
         UserError: nothing is to be controlled, or a control is given for no method.
@@ -65,28 +75,35 @@ def with_controls(
         if args.placebo or args.twin:
             raise UserError("--placebo and --twin go together with --controls: pass it, too")
         return dict(methods), {}
-    directed = {label: method.flipped() for label, method in methods.items() if method.flipped()}
+    directed = {
+        label: method
+        for label, method in methods.items()
+        if method.flipped() is not None and getattr(method, "noise", None) is None
+    }
     if not directed:
         raise UserError(f"--controls: none of {', '.join(methods)} acts along a direction: leave it out")
-    base_label(methods)
+    if needs_base:
+        base_label(methods)
     placebos, twins = (_given(name, getattr(args, name), directed) for name in ("placebo", "twin"))
     extended, controls = dict(methods), {}
-    for label, flipped in directed.items():
-        runs: dict[str, Any] = {f"{label}/flip": flipped}
-        noise = {f"{label}/twin-{i}": twin for i, twin in enumerate(twins.get(label, []))}
-        if not noise and any(field.name == "noise" for field in setting_fields(type(methods[label]))):
-            noise = {
-                f"{label}/noise-{i}": dataclasses.replace(methods[label], noise=i)
-                for i in range(args.controls)
-            }
-        placebo = {f"{label}/placebo": method for method in placebos.get(label, [])}
+    for label, method in directed.items():
         if len(placebos.get(label, [])) > 1:
             raise UserError(f"--placebo {label} is given twice: give one")
-        clash = next((name for name in (*runs, *noise, *placebo) if name in methods), None)
+        has_noise = any(field.name == "noise" for field in setting_fields(type(method)))
+        noise = {
+            f"{label}/noise-{i}": dataclasses.replace(method, noise=i)
+            for i in range(args.controls if has_noise else 0)
+        }
+        twin = {f"{label}/twin-{i}": each for i, each in enumerate(twins.get(label, []))}
+        placebo = {f"{label}/placebo": each for each in placebos.get(label, [])}
+        runs = {f"{label}/flip": method.flipped(), **noise, **twin, **placebo}
+        clash = next((name for name in runs if name in methods), None)
         if clash is not None:
             raise UserError(f"method {clash!r} has the label of a control: give it another")
-        extended |= runs | noise | placebo
-        controls[label] = Controls(f"{label}/flip", tuple(noise), next(iter(placebo), None))
+        extended |= runs
+        controls[label] = Controls(
+            f"{label}/flip", tuple(noise), tuple(twin), next(iter(placebo), None), method.centred
+        )
     return extended, controls
 
 
@@ -106,7 +123,11 @@ class _Alone(Method):
 
 
 def match_sizes(
-    lm: LanguageModel, methods: Mapping[str, Method], controls: Mapping[str, Controls], items: Sequence[Item]
+    lm: LanguageModel,
+    methods: Mapping[str, Method],
+    controls: Mapping[str, Controls],
+    items: Sequence[Item],
+    recorded: Mapping[str, Any],
 ) -> tuple[dict[str, Method], dict[str, Controls]]:
     """Scales random directions so that they change neutral text as much as the learned ones do.
 
@@ -114,16 +135,47 @@ def match_sizes(
     divergence is of the stream in which the direction acts: that of a contrast's scores can have any size.
 
     Args:
-        lm: model that is evaluated.
-        methods: methods and their control runs, by label.
-        controls: controls of every method that has some.
-        items: items of the run; a method that has a file for each fold is measured with the first.
+        lm: the model.
+        methods: methods and their controls.
+        controls: which are whose.
+        items: of the run; a method that has a file for each fold is measured with the first.
+        recorded: `run.json` of a run to be resumed, whose scales stay; empty for a new one.
 
     Returns:
         The methods, those with noise with their `noise_scale`, and the controls with their `kl`. Both without
         noise where a direction lies in a second model.
     """
     matched, measured = dict(methods), {}
+    for label, runs in controls.items():
+        before = recorded.get("controls", {}).get(label)
+        if before is None:
+            scales, kl = _match(lm, methods, label, runs, items)
+        else:
+            settings = recorded["methods"]
+            scales = {name: settings[name].get("noise_scale", 1.0) for name in runs.noise if name in settings}
+            kl = before
+        for name in runs.noise:
+            if name in scales:
+                matched[name] = dataclasses.replace(methods[name], noise_scale=scales[name])
+            else:
+                del matched[name]
+        noise = tuple(name for name in runs.noise if name in scales)
+        measured[label] = dataclasses.replace(runs, noise=noise, kl=kl)
+        sizes = [kl[name] for name in (label, runs.flip) if kl.get(name)]
+        if len(sizes) == 2 and max(sizes) > UNEVEN * min(sizes) and runs.centred:
+            logger.warning(
+                "%s and its reversed sign change neutral text by %.3g and %.3g nats a token: the split of "
+                "its gain compares changes of different size",
+                label,
+                *sizes,
+            )
+    return matched, measured
+
+
+def _match(
+    lm: LanguageModel, methods: Mapping[str, Method], label: str, runs: Controls, items: Sequence[Item]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scales of a method's random directions, and the divergences of the method and all of its controls."""
     tokens = lm.tokenizer(NEUTRAL_TEXT.read_text(encoding="utf-8"))["input_ids"]
     (window, *_) = windows(tokens, min(NEUTRAL_TOKENS, lm.config.max_position_embeddings))
 
@@ -132,37 +184,38 @@ def match_sizes(
         ((_, (values,)),) = measure(lm, models, joint, {0: window}, len(window.tokens))
         return float(values[KL].mean())
 
-    def match(models: Models, stream: Stream, seed: int, target: float) -> tuple[float, float]:
-        """The scale of a random direction, and its divergence."""
-        scale = 1.0
+    def scaled(models: Models, stream: Stream, seed: int, scale: float) -> float:
+        noisy = with_noise(models.weights[0], [stream], seed, scale)
+        return divergence(dataclasses.replace(models, weights=(noisy, *models.weights[1:])), stream)
+
+    scales: dict[str, float] = {}
+    kl: dict[str, float] = {}
+    for name in (label, *runs.labels()):
+        ((method, _), *_) = split_folds(methods[name], items)
+        seed = getattr(method, "noise", None)
+        learned = method if seed is None else dataclasses.replace(method, noise=None)
+        models, resolved = lm.prepare(learned, generating=False)
+        acting = [s for s in resolved.streams if s.model == 0 and (s.strength or s.adapter or s.shift)]
+        if not acting:
+            continue
+        if seed is None:
+            kl[name] = divergence(models, acting[0])
+            continue
+        scale, target = 1.0, kl[label]
+        reached = scaled(models, acting[0], seed, scale)
         for _ in range(MATCHING_STEPS):
-            noisy = with_noise(models.weights[0], [stream], seed, scale)
-            weights = (noisy, *models.weights[1:])
-            reached = divergence(dataclasses.replace(models, weights=weights), stream)
             if not reached or not target or abs(reached / target - 1) < MATCHING_TOLERANCE:
                 break
             # The divergence grows with the square of a small change.
             scale = float(f"{scale * (target / reached) ** 0.5:.3g}")
-        return scale, reached
-
-    for label, runs in controls.items():
-        kl: dict[str, float] = {}
-        for name in (label, *runs.labels()):
-            ((method, _), *_) = split_folds(methods[name], items)
-            seed = getattr(method, "noise", None)
-            learned = method if seed is None else dataclasses.replace(method, noise=None)
-            models, resolved = lm.prepare(learned, generating=False)
-            streams = [s for s in resolved.streams if s.model == 0 and (s.strength or s.adapter or s.shift)]
-            if seed is not None and not streams:
-                del matched[name]
-            elif seed is not None:
-                scale, kl[name] = match(models, streams[0], seed, kl[label])
-                matched[name] = dataclasses.replace(methods[name], noise_scale=scale)
-            elif streams:
-                kl[name] = divergence(models, streams[0])
-        noise = tuple(name for name in runs.noise if name in matched)
-        measured[label] = dataclasses.replace(runs, noise=noise, kl=kl)
-    return matched, measured
+            reached = scaled(models, acting[0], seed, scale)
+        else:
+            logger.warning(
+                "%s changes neutral text by %.3g nats a token, %s by %.3g: no scale brought them nearer",
+                *(name, reached, label, target),
+            )
+        scales[name], kl[name] = scale, reached
+    return scales, kl
 
 
 def base_label(methods: Mapping[str, Method]) -> str:

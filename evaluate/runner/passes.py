@@ -25,7 +25,7 @@ from imae_jax.evaluate.benchmarks.benchmark import Item, Task
 from imae_jax.evaluate.iti import fold_files
 from imae_jax.evaluate.runner import divergence
 from imae_jax.evaluate.runner.identity import method_settings
-from imae_jax.language_model import Completion, LanguageModel
+from imae_jax.language_model import Completion, LanguageModel, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +132,12 @@ class Scores:
             yield missing[i], [[answer[:, k] for answer in scored.scores] for k in range(len(each.labels))]
 
 
+def first_line_with_text(text: str) -> str:
+    """The text up to the end of the first line that is not empty."""
+    stripped = text.lstrip()
+    return text[: len(text) - len(stripped)] + stripped.split("\n")[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """What a method continues a prompt with.
@@ -159,7 +165,7 @@ class Texts:
         defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
         self._options = {"format": "raw"} | defaults | task.options
         self._batch_size = self._options.pop("batch_size")
-        self._measured = self._options.pop("confidence", False)
+        self._measured = self._options.pop("confidence", None)
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
         lengths = [len(ids) for ids in self._lm.encode_prompts(self._prompts, self._options["format"])]
@@ -188,12 +194,17 @@ class Texts:
     def _confidence(
         self, each: Pass, prompts: Sequence[str], completions: Sequence[Completion]
     ) -> list[Mapping[str, float] | None]:
-        """How sure the method was of each of its texts."""
-        if not self._measured:
+        """How sure the method was of each of its texts, or of the first line that holds one."""
+        if self._measured is None:
             return [None] * len(completions)
         ids = self._lm.encode_prompts(prompts, self._options["format"])
-        written = [i for i, completion in enumerate(completions) if completion.tokens]
-        groups = [[Continuation((*ids[i], *completions[i].tokens), len(ids[i]))] for i in written]
+        tokens = [completion.tokens for completion in completions]
+        if self._measured == "line":
+            lines = (first_line_with_text(completion.text) for completion in completions)
+            each_line = zip(ids, tokens, lines, strict=True)
+            tokens = [tokens_of(self._lm.tokenizer, *arguments) for arguments in each_line]
+        written = [i for i, row in enumerate(tokens) if row]
+        groups = [[Continuation((*ids[i], *tokens[i]), len(ids[i]))] for i in written]
         means = [dict.fromkeys(CONFIDENCE, math.nan) for _ in completions]
         for number, scored in score(each.models, self._lm.config, groups, each.method, confidence=True):
             values = scored.confidence[0].mean(axis=0, dtype=np.float64)

@@ -20,10 +20,10 @@ from imae_jax.evaluate.reporting.controls import decompose
 from imae_jax.evaluate.reporting.tables import show
 from imae_jax.evaluate.runner.arguments import check_arguments, parse_methods
 from imae_jax.evaluate.runner.controls import Controls, base_label, match_sizes, with_controls
-from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, SCORES_FILE, Run, markdown
+from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RUN_FILE, SCORES_FILE, Run, markdown
 from imae_jax.evaluate.runner.identity import environment, model_settings
 from imae_jax.evaluate.runner.passes import KINDS, Pass, prepare
-from imae_jax.files import dumps
+from imae_jax.files import dumps, read_json
 from imae_jax.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, command: str) 
 
 def check(benchmark: Benchmark, args: argparse.Namespace, command: str) -> Request:
     """Refuses what can be refused before a model is loaded, and reads the data."""
-    methods, controls = with_controls(parse_methods(args.methods), args)
+    methods, controls = with_controls(parse_methods(args.methods), args, needs_base=benchmark.questions)
     check_arguments(args, methods)
     return Request(benchmark, args, command, methods, controls, benchmark.load(args, methods))
 
@@ -76,7 +76,8 @@ def run(request: Request, lm: LanguageModel) -> None:
     if benchmark.questions:
         task = choose_items(task, args)
     if controls:
-        methods, controls = match_sizes(lm, methods, controls, task.items)
+        recorded = read_json(args.out / RUN_FILE) if args.resume else {}
+        methods, controls = match_sizes(lm, methods, controls, task.items, recorded)
     outputs = KINDS[benchmark.output](lm, task)
     settings, passes = prepare(lm, methods, task.items, generating=outputs.generating)
     passes = outputs.plan(passes)
@@ -87,6 +88,8 @@ def run(request: Request, lm: LanguageModel) -> None:
         **task.settings,
     }
     identity = {**common, "methods": settings}
+    if controls:
+        identity["controls"] = {label: runs.kl for label, runs in controls.items()}
     directory = Run(args.out, identity, resume=args.resume, overwrite=args.overwrite)
     costs = {}
     for each in passes:
@@ -135,11 +138,13 @@ def move_controls(
         label: {
             "metrics": metrics[label],
             "kl": runs.kl,
-            "noise": runs.noise,
             "runs": {name: results["methods"].pop(name) for name in runs.labels()},
         }
         for label, runs in controls.items()
     }
+    for part in results.get("parts", {}).values():
+        for name in (name for runs in controls.values() for name in runs.labels()):
+            part.pop(name, None)
 
 
 def choose_items(task: Task, args: argparse.Namespace) -> Task:

@@ -28,7 +28,7 @@ from imae_jax.evaluate.reporting.suite import summary_table
 from imae_jax.evaluate.reporting.tables import show
 from imae_jax.evaluate.runner.arguments import benchmark_parser, parse_methods
 from imae_jax.evaluate.runner.directory import MARKDOWN_FILE, RESULTS_FILE, RUN_FILE, read_run
-from imae_jax.evaluate.runner.identity import differences
+from imae_jax.evaluate.runner.identity import differences, same_model
 from imae_jax.evaluate.runner.run import Request, check, run
 from imae_jax.files import (
     check_new_directory,
@@ -41,10 +41,12 @@ from imae_jax.files import (
 )
 
 SUITE_FILE, REPORT, CARD_FILE = "suite.json", "report", "model_card.md"
+# What the command gives to all runs.
+RESERVED = ("out", "model", "methods", "resume", "overwrite", "controls", "placebo", "twin")
 SUITES = Path(__file__).resolve().parents[1] / "suites"
 # Arguments that change what is computed.
 SETTINGS = (
-    *("model", "revision", "base", "tokenizer", "dtype", "data", "methods", "baseline", "controls"),
+    *("model", "revision", "base", "tokenizer", "dtype", "data", "primer", "methods", "baseline", "controls"),
     *("placebo", "twin", "limit", "split", "split_seed", "dev_share", "seed"),
 )
 
@@ -84,17 +86,20 @@ def read_suite(text: str) -> tuple[list[Member], str]:
         raise UserError(f"suite {path} must hold `NAME: {{benchmark: …}}` for every run")
     for name, settings in entries.items():
         benchmark = settings.get("benchmark") if isinstance(settings, dict) else None
-        if benchmark not in known:
+        if not isinstance(benchmark, str) or benchmark not in known:
             raise UserError(f"suite {path}: {name} needs benchmark: one of {', '.join(known)}")
         if not isinstance(name, str) or name != Path(name).name or name in (REPORT, "", ".", ".."):
             raise UserError(f"suite {path}: {name!r} is no name of a run's folder: give another")
+        taken = next((key for key in settings if key in RESERVED), None)
+        if taken is not None:
+            raise UserError(f"suite {path}: {name} sets {taken}, which all runs share: leave it out")
         arguments = {key: value for key, value in settings.items() if key != "benchmark"}
         members.append(Member(name, known[benchmark], arguments))
     return members, hashlib.sha256(content.encode()).hexdigest()
 
 
 def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of a member's own command: the suite's, with what all of its runs share.
+    """The arguments of a member's own command: the suite's file before what the command line says.
 
     Raises:
         UserError: an argument that the benchmark does not have.
@@ -104,14 +109,15 @@ def member_arguments(member: Member, args: argparse.Namespace) -> argparse.Names
         option = f"--{key.replace('_', '-')}"
         if key == "data" and args.data is not None and value not in ("demo", "hub"):
             value = args.data / str(value)
-        words += [option] if value is True else [option, str(value)]
+        if value is not False:
+            words += [option] if value is True else [option, str(value)]
     try:
         parsed = benchmark_parser(member.benchmark, f"suite {args.suite}, {member.name}").parse_args(words)
     except UserError as error:
         raise UserError(f"{member.name}: {error}") from error
-    shared = {key: value for key, value in vars(args).items() if key not in ("out", "data")}
-    for key, value in shared.items():
-        if hasattr(parsed, key):
+    own = {"out", "data", *(key.replace("-", "_") for key in member.arguments)}
+    for key, value in vars(args).items():
+        if key not in own and hasattr(parsed, key) and (key != "primer" or value is not None):
             setattr(parsed, key, value)
     parsed.resume = args.resume and (parsed.out / RUN_FILE).is_file()
     return parsed
@@ -175,6 +181,13 @@ def _check_out(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
 def _finish(args: argparse.Namespace, members: list[Member]) -> None:
     """Writes what the runs come to together, and shows it."""
     results = {member.name: (member.benchmark, read_run(args.out / member.name)) for member in members}
+    first, *others = results
+    for name in others:
+        if not same_model(results[first][1], results[name][1]):
+            raise UserError(
+                f"{args.out / name} was scored with another model than {args.out / first}: it has changed "
+                "since; remove one of them and pass --resume"
+            )
     table = summary_table(results)
     write_text(args.out / MARKDOWN_FILE, table.markdown())
     write_text(args.out / CARD_FILE, model_card(results, args.model))

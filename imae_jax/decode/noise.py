@@ -62,7 +62,7 @@ def _with_signs(layers: Any, output: str | None, seed: int, scale: float) -> Any
     stacked, inputs = layer_stack.is_stacked(layers), output is not None
 
     def change(path: Sequence[Any], array: jax.Array) -> jax.Array:
-        if inputs and path[-1].key != output:
+        if (inputs and path[-1].key != output) or isinstance(array, jax.ShapeDtypeStruct):
             return array
         name = jax.tree_util.keystr(path if stacked else path[1:])
         numbers = range(len(array)) if stacked else [path[0].idx]

@@ -63,6 +63,11 @@ class Contrast(Method):
     def flipped(self) -> Self:
         return dataclasses.replace(self, flip=not self.flip)
 
+    @property
+    def centred(self) -> bool:
+        """At β = 2 scores are log p of the stronger side and the contrast; else that has another factor."""
+        return getattr(self, "beta", 1.0) == 2
+
     def combine(
         self, strong: jax.Array, weak: jax.Array, strong_logits: jax.Array, beta: float = 1.0
     ) -> jax.Array:

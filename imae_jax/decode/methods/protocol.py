@@ -162,6 +162,11 @@ class Method(abc.ABC):
         """The method with the sign of its direction reversed: a control. None where it has no direction."""
         return None
 
+    @property
+    def centred(self) -> bool:
+        """Whether base mode lies half-way between the method and `flipped`."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         """What to write into results: enough to build the method again."""
         values = {field.name: getattr(self, field.name) for field in setting_fields(type(self))}
