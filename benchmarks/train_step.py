@@ -4,8 +4,8 @@ SmolLM2 on a CPU; and sizes of Llama-2-7B on one H200 (target: at least 45 % MFU
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --objective pairs --batch-size 4
-    python benchmarks/train_step.py --shapes llama2-7b --dtype bfloat16 --batch-size 24 --length 256 \\
-        --remat full --attention flash
+    python benchmarks/train_step.py --shapes meta-llama/Llama-2-7b-chat-hf --dtype bfloat16 --batch-size 24 \\
+        --length 256 --remat full --attention flash
 
 A step is what `train/step.py` compiles for an objective: the base mode without gradient (of `pairs` with
 its adapters beside), anti-expert and expert mode as one doubled batch, gradients of the units alone, AdamW;
@@ -61,29 +61,6 @@ from typing import Any
 
 # JAX and torch are imported in the functions of their side: what is imported here counts in both peaks, since
 # a process starts with the peak of the one that started it.
-SHAPES = {
-    "llama2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_layers": 32,
-        "num_heads": 32,
-        "num_kv_heads": 32,
-        "head_dim": 128,
-    }
-}
-# Dense bfloat16 TFLOP/s as published, by a part of JAX's name of the device; the first that matches counts.
-PEAKS = {
-    "h200": 989,
-    "h100": 989,
-    "a100": 312,
-    "v6 lite": 918,
-    "v6e": 918,
-    "v5 lite": 197,
-    "v5e": 197,
-    "v5": 459,
-    "v4": 275,
-}
 MATMUL_SIZE, MATMUL_REPEATS = 2048, 10
 TOLERANCE = 1e-4
 OURS, PEER = "imae_jax", "torch"
@@ -93,9 +70,8 @@ OBJECTIVES = ("paper", "pairs", "preference", "adapter")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--shapes", choices=SHAPES, help="random weights of these sizes instead of --model")
+    parser.add_argument("--shapes", help="reference of a model whose sizes random weights have, see --model")
     parser.add_argument("--objective", default="paper", choices=OBJECTIVES)
-    parser.add_argument("--layers", type=int, help="fewer layers, with --shapes")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="tokens a row")
@@ -105,7 +81,9 @@ def main() -> None:
     parser.add_argument("--attention", default="plain", choices=("plain", "flash"), help="imae_jax's")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the MFU (default: see PEAKS)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of the device, for the MFU (default: its data sheet's)"
+    )
     parser.add_argument("--no-peer", action="store_true", help="imae_jax alone")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -268,9 +246,10 @@ def prepare_model(args: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from imae_jax import runtime
-    from imae_jax.config import AntiExpertConfig, LlamaConfig
+    from imae_jax.config import AntiExpertConfig
     from imae_jax.convert import load_model
     from imae_jax.convert.hf import save_hf
+    from imae_jax.convert.references import model_config
     from imae_jax.losses import LossConfig
     from imae_jax.train.config import OptimizerConfig
 
@@ -282,8 +261,7 @@ def prepare_model(args: argparse.Namespace) -> dict[str, Any]:
         save_hf(lm.model, lm.tokenizer, directory)
         config = lm.config
     else:
-        sizes = SHAPES[args.shapes]
-        config = LlamaConfig(**sizes | {"num_layers": args.layers or sizes["num_layers"]})
+        config, _ = model_config(args.shapes)
         (directory / "config.json").write_text(json.dumps(config.to_hf()))
     unit_size = args.unit_size or AntiExpertConfig.scaled_to(config).intermediate_size
     trained = nnx.state(nnx.eval_shape(lambda: objective_of(args, unit_size).module(config, 0)))
@@ -301,6 +279,7 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from imae_jax import runtime
+    from imae_jax.compiled import held_bytes
     from imae_jax.config import LlamaConfig, LoraConfig
     from imae_jax.convert import load_model
     from imae_jax.convert.references import DTYPES
@@ -364,9 +343,10 @@ def measure_jax(args: argparse.Namespace) -> dict[str, Any]:
         state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         return {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
-    figures = {"compile_s": compile_s} | step() | timed(step, args.repeats)
-    stats = device.memory_stats() or {}
-    figures["peak_bytes"] = stats.get("peak_bytes_in_use") or peak_resident_bytes()
+    figures = {"compile_s": compile_s, "held_bytes": held_bytes(compiled)} | step()
+    figures |= timed(step, args.repeats)
+    figures["device_peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    figures["peak_bytes"] = figures["device_peak_bytes"] or peak_resident_bytes()
     figures["peak_tflops"], figures["peak_source"] = peak_of(device, args.peak_tflops)
     figures["device"], figures["backend"] = device.device_kind, device.platform
     versions = runtime.versions()
@@ -379,12 +359,13 @@ def peak_of(device: Any, given: float | None) -> tuple[float | None, str]:
     import jax
     import jax.numpy as jnp
 
+    from imae_jax.targets import of_kind
+
     if given is not None:
         return given, "as given"
-    kind = device.device_kind.lower()
-    for name, tflops in PEAKS.items():
-        if name in kind:
-            return float(tflops), "published, dense bfloat16"
+    target = of_kind(device.device_kind)
+    if target is not None:
+        return float(target.tflops), "published, dense bfloat16"
     if device.platform != "cpu":
         return None, device.device_kind
     matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)

@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 
-from imae_jax.compiled import Program
+from imae_jax.compiled import Program, held_bytes
 from imae_jax.convert.random_model import abstract_model
 from imae_jax.decode import Method
 from imae_jax.decode.loop import compile_programs
 from imae_jax.evaluate.reporting.tables import Table, number
 from imae_jax.evaluate.timing import Workload
 from imae_jax.sharding import make_mesh
-from imae_jax.targets import abstract_devices, find
+from imae_jax.targets import Target, abstract_devices, find
 
 GIB = 2**30
 
@@ -59,18 +59,27 @@ def bounds(
     began = time.perf_counter()
     shape = (workload.batch_size, workload.prompt_tokens, workload.new_tokens)
     chunk = compile_programs(models, method, *shape).chunk
-    seconds, memory, program = time.perf_counter() - began, chunk.memory_analysis(), Program(chunk.as_text())
+    seconds = time.perf_counter() - began
+    figures = {"weight_bytes": _bytes(models.weights), "layers": lm.config.num_layers, "compile_s": seconds}
+    return figures | step_figures(chunk, find(target))
+
+
+def step_figures(chunk: jax.stages.Compiled, target: Target | None) -> dict[str, Any]:
+    """What a compiled chunk of decoding tells of its device: see `bounds`.
+
+    Args:
+        chunk: from `compile_programs`.
+        target: the device's data sheet; without one there is no bound of the time.
+    """
+    program = Program(chunk.as_text())
     read = program.bytes_read(program.loop)
     return {
-        "weight_bytes": _bytes(models.weights),
-        "cache_bytes": memory.alias_size_in_bytes,
-        "held_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "cache_bytes": chunk.memory_analysis().alias_size_in_bytes,
+        "held_bytes": held_bytes(chunk),
         "read_bytes": read,
-        "bound_ms": read / find(target).bandwidth / 1e6,
+        "bound_ms": target and read / target.bandwidth / 1e6,
         "kernels": program.kernels(program.loop),
         "collectives": dict(program.collectives(program.loop)),
-        "layers": lm.config.num_layers,
-        "compile_s": seconds,
     }
 
 

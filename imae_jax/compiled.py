@@ -10,6 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -25,6 +29,13 @@ NOTHING = {
     "partition-id",
 }
 SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+def held_bytes(compiled: "jax.stages.Compiled") -> int:
+    """Bytes of a device that a program takes: arguments, temporaries, and results that are not updates."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Target:
             131 GiB): that is left to the runtime and to fragmentation.
         bandwidth: GB/s of its memory.
         tflops: 10¹² bfloat16 operations a second, of dense matrices.
+        kinds: names that JAX has for such a device (`jax.Device.device_kind`).
         gpu: for XLA, of a GPU.
         axes: dimensions of the grid of a TPU's slice, 2 or 3; 0 where its compiler is not asked.
     """
@@ -70,6 +71,7 @@ class Target:
     memory: int
     bandwidth: int
     tflops: int
+    kinds: tuple[str, ...]
     gpu: Gpu | None = None
     axes: int = 0
 
@@ -94,16 +96,17 @@ class Target:
 
 AMPERE, HOPPER = Gpu(8, 108, 40, 1.41), Gpu(9, 132, 50, 1.98)
 TARGETS = {
-    "a100-40gb": Target(40, 1555, 312, AMPERE),
-    "a100": Target(80, 2039, 312, AMPERE),
-    "h100": Target(80, 3350, 989, HOPPER),
-    "h200": Target(141, 4800, 989, HOPPER),
-    "b200": Target(180, 8000, 2250, Gpu(10, 148, 126, 1.965)),
+    # Of GPUs the SXM boards: others of the same name, such as an H100 PCIe, are slower.
+    "a100-40gb": Target(40, 1555, 312, ("NVIDIA A100-SXM4-40GB",), AMPERE),
+    "a100": Target(80, 2039, 312, ("NVIDIA A100-SXM4-80GB",), AMPERE),
+    "h100": Target(80, 3350, 989, ("NVIDIA H100 80GB HBM3",), HOPPER),
+    "h200": Target(141, 4800, 989, ("NVIDIA H200",), HOPPER),
+    "b200": Target(180, 8000, 2250, ("NVIDIA B200",), Gpu(10, 148, 126, 1.965)),
     # XLA counts two devices a chip of v4, which its users see as one.
-    "v4": Target(32, 1228, 275),
-    "v5e": Target(16, 819, 197, axes=2),
-    "v5p": Target(95, 2765, 459, axes=3),
-    "v6e": Target(32, 1638, 918, axes=2),
+    "v4": Target(32, 1228, 275, ("TPU v4",)),
+    "v5e": Target(16, 819, 197, ("TPU v5 lite", "TPU v5e"), axes=2),
+    "v5p": Target(95, 2765, 459, ("TPU v5", "TPU v5p"), axes=3),
+    "v6e": Target(32, 1638, 918, ("TPU v6 lite", "TPU v6e"), axes=2),
 }
 
 
@@ -112,6 +115,11 @@ def find(name: str) -> Target:
     if name not in TARGETS:
         raise UserError(f"--device {name} is not known: use one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def of_kind(kind: str) -> Target | None:
+    """The target that a device is (`jax.Device.device_kind`); None where its data sheet is not known."""
+    return next((target for target in TARGETS.values() if kind in target.kinds), None)
 
 
 def leave_out() -> None:

@@ -1,6 +1,7 @@
 """The cost of decoding: figures, the command, traces, models of random weights, the benchmarks' peers."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -10,13 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SMOLLM2, TINY, error_of, import_torch, user_error, with_random_units
+from conftest import SMOLLM2, TINY, error_of, import_torch, run_python, user_error, with_random_units
 from helpers.documents import blocks
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.random_model import random_model
-from imae_jax.convert.references import BUILT_IN
+from imae_jax.convert.references import BUILT_IN, model_config
 from imae_jax.decode import Continuation, generate, parse_method, score
 from imae_jax.evaluate import cost, report
 from imae_jax.evaluate.cost import main
@@ -291,6 +292,57 @@ def test_the_peer_of_decoding_is_timed_by_token(tiny):
     assert len(figures["times_ms"]) == 2
     assert all(math.isfinite(ms) and ms > 0 for ms in figures["times_ms"])
     assert figures["weight_bytes"] == 4 * sum(p.numel() for p in tiny("gqa").hf.parameters())
+
+
+@pytest.mark.slow
+def test_the_script_for_accelerators_runs_dry(tmp_path):
+    out = tmp_path / "out"
+    run = run_python([ROOT / "benchmarks" / "on_device.py", "--dry-run", "--out", out, "--quiet"], tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads((out / "on_device.json").read_text(), parse_constant=pytest.fail)
+    assert results["passed"] and results["environment"]["versions"]["jax"] == jax.__version__
+    rows = {row["what"]: row for part in results["parts"].values() for row in part["rows"]}
+    methods = ("base", "expert", "in-model-contrast", "icd:anti_expert=adapter", "dola", "sled:scale=10")
+    times = [rows[f"{name}, batch {size}"] for name in methods for size in (1, 2)]
+    assert all(row["measured"] > 0 and row["unit"] == "ms/token" for row in times)
+    memory = [row for what, row in rows.items() if what.startswith("memory")]
+    assert len(memory) == 2 and all(row["beside"] > 0 for row in memory)
+    # Without an allocator to ask, nothing is said to have passed.
+    asked = jax.devices()[0].memory_stats() is not None
+    assert [row["passed"] for row in memory] == [True if asked else None] * 2
+    assert 0 < rows["MFU"]["measured"] < 100
+    assert rows["flash, 1 × 128 tokens, both ways"]["measured"] > 0
+    # Two kernels round differently.
+    assert 0 < rows["largest difference / value"]["measured"] < 0.02
+    assert list((out / "trace").rglob("*.xplane.pb"))
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert all(f"| {what} |" in table for what in rows)
+
+
+def breaks(model: str):
+    raise ValueError("no kernel for this\nand more")
+
+
+def holds_two_layers(model: str):
+    num_layers = model_config(model)[0].num_layers
+    if num_layers > 2:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return [], {"num_layers": num_layers}
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_is_a_row_and_a_model_too_large_is_cut(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, model = importlib.import_module("on_device"), write_sizes(tmp_path / "model", num_layers=8)
+    parts = {"broken": script.run_part(breaks, model), "large": script.run_part(holds_two_layers, model)}
+    (row,) = parts["broken"]["rows"]
+    assert (row.what, row.passed) == ("error: no kernel for this", False)
+    assert "in breaks" in parts["broken"]["error"]
+    assert parts["large"]["model"] == f"{model}#layers=2"
+    assert parts["large"]["figures"] == {"num_layers": 2}
+    assert not script.write(tmp_path, "command", script.DRY, parts)
+    assert json.loads((tmp_path / "on_device.json").read_text())["passed"] is False
+    assert "| error: no kernel for this |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.docs

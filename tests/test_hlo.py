@@ -1,13 +1,16 @@
 """What the compiled train step does on a mesh, read from its program: gathers, replicas, donation."""
 
+import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.programs import gathered_shapes
 from helpers.training import examples
 
+from imae_jax.compiled import held_bytes
 from imae_jax.config import AntiExpertConfig
 from imae_jax.llama import Weights
 from imae_jax.losses import LossConfig
@@ -82,3 +85,14 @@ def test_the_state_is_updated_in_place(compiled):
     assert program.memory_analysis().alias_size_in_bytes == per_device
     outputs = {int(i) for i in re.findall(r"\{(\d+)\}: \(\d+, \{\}, may-alias\)", program.as_text())}
     assert len(outputs) == len(jax.tree.leaves(state))
+
+
+def test_bytes_of_a_program_count_what_it_updates_once(without_program_cache):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, x):
+        return state + 1, x * 2
+
+    state, x = jax.ShapeDtypeStruct((1000,), jnp.float32), jax.ShapeDtypeStruct((300,), jnp.float32)
+    held = held_bytes(update.lower(state, x).compile())
+    # Of results a program has a table besides.
+    assert 4 * (1000 + 300 + 300) <= held < 4 * (1000 + 300 + 300) + 100

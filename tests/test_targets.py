@@ -44,6 +44,14 @@ def test_unknown_devices_and_missing_compilers_are_named(monkeypatch):
             abstract_devices(name, 1)
 
 
+def test_data_sheets_are_those_of_the_very_device():
+    kinds = [kind for target in TARGETS.values() for kind in target.kinds]
+    assert len(set(kinds)) == len(kinds)
+    assert targets.of_kind("NVIDIA H200") == TARGETS["h200"]
+    for slower in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "cpu"):
+        assert targets.of_kind(slower) is None
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Python code in a process that JAX has not been imported to, with the platform left to it."""
     ours = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"} | environment
@@ -80,7 +88,10 @@ compilers = [
 def test_every_target_gives_devices_to_compile_for(name, without_program_cache):
     default = jax.devices()[0]
     for number in (1, 8):
-        mesh = make_mesh(tensor=number, devices=abstract_devices(name, number))
+        devices = abstract_devices(name, number)
+        # XLA calls a GPU as we describe it.
+        assert TARGETS[name].gpu or targets.of_kind(devices[0].device_kind) == TARGETS[name]
+        mesh = make_mesh(tensor=number, devices=devices)
         x = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16, sharding=sharding(mesh, None, "mlp"))
         compiled = jax.jit(lambda x: x @ x.T).lower(x).compile()
         assert ("all-reduce" in compiled.as_text()) == (number > 1)

@@ -23,16 +23,17 @@ from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.peft import write_adapter
+from imae_jax.convert.references import PUBLISHED_SIZES, model_config
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.scoring import Continuation, score
 from imae_jax.lora import side_by_side
-from imae_jax.sharding import make_mesh
+from imae_jax.sharding import check_divisible, make_mesh
 from imae_jax.train import data
 from imae_jax.train.__main__ import main
 from imae_jax.train.config import OptimizerConfig, TrainConfig, load_config
 from imae_jax.train.objectives import UNITS_OBJECTIVES, ImaeObjective
 from imae_jax.train.run_directory import ADAPTER_STAGES
-from imae_jax.train.setup import units_objective
+from imae_jax.train.setup import run_mesh, units_objective
 from imae_jax.train.stages import train
 from imae_jax.train.step import (
     init_state,
@@ -679,5 +680,30 @@ def test_shipped_data_and_configs_are_valid():
         np.mean([len(getattr(r, f)) for r in rows]) for f in ("right_answer", "hallucinated_answer")
     )
     assert wrong == pytest.approx(right, rel=0.03), "length alone must not tell the answers apart"
-    for path in (Path(data.__file__).parent / "configs").glob("*.yaml"):
-        assert load_config(path.stem).batch_size >= 1
+
+
+def test_shipped_configs_divide_their_batches_and_models():
+    published = json.loads(PUBLISHED_SIZES.read_text(encoding="utf-8"))
+    paths = sorted((Path(data.__file__).parent / "configs").glob("*.yaml"))
+    assert len({load_config(path.stem).out for path in paths}) == len(paths) >= 6
+    for path in paths:
+        config = load_config(path.stem)
+        devices = jax.devices()[: config.mesh.fsdp * config.mesh.tensor]
+        mesh = run_mesh(config, bool(config.adapters_to_train()), devices)
+        if config.model in published:
+            llama, _ = model_config(config.model)
+            check_divisible(llama, units_objective(config, llama).anti_expert, mesh.shape)
+
+
+def test_a_config_may_extend_another(tmp_path):
+    file, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    file.write_text("extends: llama2_7b_chat\nbatch_size: 8\nicd: {epochs: 1}\n")
+    config, extended = load_config(str(file), ["remat=full"]), load_config("llama2_7b_chat")
+    assert (config.batch_size, config.icd.epochs, config.remat) == (8, 1, "full")
+    assert (config.units, config.icd.batch_size) == (extended.units, extended.icd.batch_size)
+    other.write_text(f"extends: {file}\n")
+    with user_error(str(other), f"extends {file}, which extends another"):
+        load_config(str(other))
+    other.write_text("extends: llama9\n")
+    with user_error("config file llama9 does not exist", "llama2_7b_chat_v5e_8"):
+        load_config(str(other))

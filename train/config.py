@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from imae_jax.config import LoraConfig
@@ -392,7 +392,7 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         file: path of a YAML file, or the name of one that is shipped (`demo`); None starts from the
-            defaults.
+            defaults. Its key `extends` names another, whose settings hold where it has none.
         overrides: with dotted keys; later ones win.
 
     Raises:
@@ -402,10 +402,7 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         layers = [OmegaConf.structured(TrainConfig(model="", out=""))]
         layers[0].model, layers[0].out = MISSING, MISSING
         if file is not None:
-            loaded = OmegaConf.load(_find(file))
-            if not OmegaConf.is_dict(loaded):
-                raise UserError(f"{file} must hold settings as `key: value`")
-            layers.append(loaded)
+            layers += _read(file)
         for override in overrides:
             if "=" not in override:
                 raise UserError(f"{override!r} is not of the form key=value")
@@ -420,6 +417,19 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         raise UserError(f"config{f' key {key}' if key else ''}: {reason}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file or 'an override'} is not valid YAML: {first_line(error)}") from error
+
+
+def _read(file: str, extended_by: str | None = None) -> list[DictConfig]:
+    """The settings of a file, after those of the file that it extends."""
+    loaded = OmegaConf.load(_find(file))
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{file} must hold settings as `key: value`")
+    extends = loaded.pop("extends", None)
+    if extends is None:
+        return [loaded]
+    if extended_by is not None:
+        raise UserError(f"{extended_by} extends {file}, which extends another: name one that does not")
+    return [*_read(str(extends), extended_by=file), loaded]
 
 
 def _find(file: str) -> Path:
