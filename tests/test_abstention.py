@@ -11,7 +11,7 @@ from imae_jax import stats
 from imae_jax.continuation import CONFIDENCE
 from imae_jax.decode.methods import StreamLogits, parse_method
 from imae_jax.evaluate.benchmarks.benchmark import Item, Task
-from imae_jax.evaluate.benchmarks.choices import confidence
+from imae_jax.evaluate.benchmarks.multiple_choice import confidence
 from imae_jax.evaluate.reporting import abstention
 from imae_jax.evaluate.runner.passes import Texts, prepare
 

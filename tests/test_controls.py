@@ -94,7 +94,7 @@ def test_noise_of_a_method(tiny_imae):
     first, second = score("imae:noise=0"), score("imae:noise=1")
     assert (first != second).all()
     assert (first != score("expert")).all()
-    assert (score("imae:noise=0,noise_scale=0.01") - score("base")).max() < 0.01
+    assert np.abs(score("imae:noise=0,noise_scale=0.01") - score("base")).max() < 0.01
     methods = [parse_method(f"imae:noise={seed}") for seed in (0, 1)]
     assert methods[0] == methods[1], "one compiled program"
     assert methods[0].settings() != methods[1].settings()

@@ -15,7 +15,7 @@ from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.errors import UserError
 from imae_jax.evaluate.__main__ import main as evaluate
 from imae_jax.evaluate.benchmarks import benchmarks, gsm8k, ifeval, nq_context, short_answers, strategyqa
-from imae_jax.evaluate.benchmarks.choices import choose
+from imae_jax.evaluate.benchmarks.multiple_choice import choose
 from imae_jax.evaluate.compare import main as compare
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.runner.directory import read_records, read_run

@@ -13,7 +13,7 @@ normalization are left out, unless the protocol's name ends in `-published`.
 from typing import ClassVar
 
 from imae_jax.evaluate.benchmarks.benchmark import Item
-from imae_jax.evaluate.benchmarks.choices import ChoiceBenchmark
+from imae_jax.evaluate.benchmarks.multiple_choice import ChoiceBenchmark
 from imae_jax.evaluate.benchmarks.published import Published, check_row
 from imae_jax.evaluate.benchmarks.short_answers import normalized
 from imae_jax.prompts import question_text

@@ -17,7 +17,7 @@ import dataclasses
 from typing import ClassVar
 
 from imae_jax.evaluate.benchmarks.benchmark import Item
-from imae_jax.evaluate.benchmarks.choices import ChoiceBenchmark
+from imae_jax.evaluate.benchmarks.multiple_choice import ChoiceBenchmark
 from imae_jax.evaluate.benchmarks.published import Published
 
 SOURCE = "https://github.com/AI21Labs/factor"

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Item
-from imae_jax.evaluate.benchmarks.choices import ChoiceBenchmark
+from imae_jax.evaluate.benchmarks.multiple_choice import ChoiceBenchmark
 from imae_jax.evaluate.benchmarks.published import Published, check_row
 from imae_jax.evaluate.reporting.tables import Table, number
 from imae_jax.files import read_csv

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from imae_jax.errors import UserError
+from imae_jax.cli import at_least
 from imae_jax.evaluate.benchmarks.benchmark import Item
 from imae_jax.evaluate.benchmarks.published import Rows
 from imae_jax.evaluate.benchmarks.short_answers import contains, exact_match, f1
@@ -117,11 +117,9 @@ class NQContext(WrittenBenchmark):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument("--swap-seed", type=int, default=0, help="seed of …/swap (default: 0)")
+        parser.add_argument("--swap-seed", type=at_least(0), default=0, help="seed of …/swap (default: 0)")
 
     def load(self, args, methods):
-        if args.swap_seed < 0:
-            raise UserError(f"--swap-seed {args.swap_seed}: give at least 0")
         inputs = super().load(args, methods)
         if inputs.protocol.form == "swap" and args.swap_seed:
             inputs = dataclasses.replace(inputs, label=f"{inputs.label}+swap-seed-{args.swap_seed}")

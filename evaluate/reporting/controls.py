@@ -101,9 +101,9 @@ def table(results: Mapping[str, Any], heads: Mapping[str, str]) -> Table:
     optional = {name: head for name, head in optional.items() if any(parts.get(name) for parts in every)}
     rows = []
     for label, each in results["controls"].items():
-        kl, noise = each["kl"], [name for name in each["runs"] if "/noise-" in name]
-        sizes = [figure(kl[name]) if name in kl else DASH for name in (label, f"{label}/flip")]
-        sizes.append(_range([kl[name] for name in noise if name in kl], figure))
+        kl = each["kl"]
+        sizes = [figure(kl[name]) if name in kl else DASH for name in (label, each["flip"])]
+        sizes.append(_range([kl[name] for name in each["noise"] if name in kl], figure))
         for metric, head in heads.items():
             parts = each["metrics"][metric]
             cells = [_estimate(parts[name]) if name in parts else DASH for name in PARTS]

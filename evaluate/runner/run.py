@@ -138,6 +138,8 @@ def move_controls(
         label: {
             "metrics": metrics[label],
             "kl": runs.kl,
+            "flip": runs.flip,
+            "noise": runs.noise,
             "runs": {name: results["methods"].pop(name) for name in runs.labels()},
         }
         for label, runs in controls.items()
