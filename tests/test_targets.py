@@ -96,6 +96,10 @@ def test_every_target_gives_devices_to_compile_for(name, without_program_cache):
         compiled = jax.jit(lambda x: x @ x.T).lower(x).compile()
         assert ("all-reduce" in compiled.as_text()) == (number > 1)
     assert jax.devices()[0] == default
+    # A child process does not take this for a TPU host: libtpu sets variables behind os.environ.
+    child = subprocess.run(["env", "-0"], capture_output=True, text=True, check=True).stdout.split("\0")
+    names = {line.partition("=")[0] for line in child}
+    assert {name for name in names if "TPU" in name} <= os.environ.keys()
 
 
 @pytest.mark.compile
