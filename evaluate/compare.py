@@ -76,14 +76,14 @@ def compare_runs(
     settings = {}
     for label_a, label_b in pairs:
         for path, results, label in ((path_a, a, label_a), (path_b, b, label_b)):
-            if label not in results["methods"]:
-                raise UserError(f"{path} has no method {label!r}: it has {', '.join(results['methods'])}")
+            if label not in _settings(results):
+                raise UserError(f"{path} has no method {label!r}: it has {', '.join(_settings(results))}")
         rows_a, rows_b = _by_question(records_a, label_a), _by_question(records_b, label_b)
         both = [(row, rows_b[question]) for question, row in rows_a.items() if question in rows_b]
         if not both:
             raise UserError(f"{path_a} and {path_b} have no question in common")
         name = label_a if label_a == label_b else f"{label_a} → {label_b}"
-        settings[name] = [a["methods"][label_a]["settings"], b["methods"][label_b]["settings"]]
+        settings[name] = [_settings(a)[label_a], _settings(b)[label_b]]
         for subset in benchmark.subsets:
             rows = [
                 (x, y)
@@ -106,6 +106,12 @@ def compare_runs(
         "settings": settings,
         "parts": parts,
     }
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Those of every method of a run, its controls included, by label."""
+    controls = (each["runs"] for each in results.get("controls", {}).values())
+    return {label: run["settings"] for runs in (results["methods"], *controls) for label, run in runs.items()}
 
 
 def _by_question(
@@ -207,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs=2,
         action="append",
         metavar=("METHOD_OF_A", "METHOD_OF_B"),
-        help="methods to compare; may be given repeatedly (default: all that both have)",
+        help="methods to compare, or controls (expert/flip); may be repeated (default: all that both have)",
     )
     parser.add_argument("--anyway", action="store_true", help="also runs of different protocols or data")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the bootstrap")

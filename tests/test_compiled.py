@@ -38,6 +38,11 @@ def on(*names: str):
     return pytest.mark.parametrize("target", [param(name) for name in names])
 
 
+def skip_without(target: str):
+    if TARGETS[target].compiler is None:
+        pytest.skip(f"[{TARGETS[target].extra}] is not installed")
+
+
 def prepare(target, reference, name="base", *, dtype="bfloat16", tensor=1, generating=True):
     devices = abstract_devices(target, tensor)
     mesh = make_mesh(tensor=tensor, devices=devices) if tensor > 1 else None
@@ -64,7 +69,7 @@ def decoding(target, name, tensor=1, rows=1):
     return chunk, weights + caches, caches
 
 
-@on("v5e", "h200")
+@on("v5e", "v6e", "h200")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_decoded_token_reads_every_weight_once(target, name):
     chunk, at_best, caches = decoding(target, name)
@@ -104,8 +109,7 @@ one_row_on_gpus = pytest.mark.xfail(
     ],
 )
 def test_a_tensor_parallel_token_exchanges_activations_alone(target, tensor, rows):
-    if TARGETS[target].compiler is None:
-        pytest.skip(f"[{TARGETS[target].extra}] is not installed")
+    skip_without(target)
     chunk, _, caches = decoding(target, "base", tensor, rows)
     program = Program(chunk.as_text())
     assert set(program.collectives(program.loop)) == {"all-reduce"}
@@ -123,7 +127,7 @@ def test_a_tensor_parallel_token_exchanges_activations_alone(target, tensor, row
     assert chunk.memory_analysis().alias_size_in_bytes >= caches
 
 
-@on("v5e", "h200")
+@on("v5e", "v6e", "h200")
 @pytest.mark.parametrize(
     "name", ["0.5", "cd:amateur={small}", "dola", "sled:scale=2", "iti:directions=random"]
 )
@@ -154,7 +158,7 @@ def test_float32_is_multiplied_in_float32(target, small):
     assert [line for line in products if "operand_precision={highest,highest}" not in line] == []
 
 
-@on("v5e", "h200")
+@on("v5e", "v6e", "h200")
 def test_the_scorer_compiles(target, small, tiny, monkeypatch):
     calls = []
     score_nodes = scoring._score_nodes
@@ -188,20 +192,32 @@ def train_step(target, small, monkeypatch, *settings, devices=1):
     return compiled[0], stage
 
 
-@on("v5e", "v5p", "h200")
-def test_a_train_step_holds_its_state_once(target, small, monkeypatch):
-    """On a TPU with its own attention; on four devices with the weights spread both ways."""
-    on_one = target == "v5e"
-    sharded = () if on_one else ("mesh.fsdp=2", "mesh.tensor=2")
-    attention = "attention=flash" if on_one else "attention=plain"
-    devices = 1 if on_one else 4
-    compiled, stage = train_step(target, small, monkeypatch, attention, *sharded, devices=devices)
+@pytest.mark.parametrize(
+    ("target", "mesh"),
+    [
+        ("v5e", {}),
+        ("v6e", {}),
+        ("v5p", {"fsdp": 4}),
+        ("v5p", {"tensor": 4}),
+        ("v5p", {"fsdp": 2, "tensor": 2}),
+        ("h200", {}),
+        ("h200", {"fsdp": 8}),
+        ("h200", {"fsdp": 4, "tensor": 2}),
+    ],
+)
+def test_a_train_step_holds_its_state_once(target, mesh, small, monkeypatch):
+    """On one TPU with its own attention."""
+    skip_without(target)
+    flash = not mesh and TARGETS[target].gpu is None
+    settings = [f"attention={'flash' if flash else 'plain'}", *(f"mesh.{k}={v}" for k, v in mesh.items())]
+    devices = math.prod(mesh.values())
+    compiled, stage = train_step(target, small, monkeypatch, *settings, devices=devices)
     state, memory, text = stage.trainable + stage.optimizer, compiled.memory_analysis(), compiled.as_text()
     assert state <= memory.alias_size_in_bytes <= state * 1.01
     # Gradients and activations, and no second state.
     assert memory.temp_size_in_bytes < stage.gradients + state
     assert "f64[" not in text
-    assert ("splash" in text) == on_one
+    assert ("splash" in text) == flash
 
 
 @on("h200")

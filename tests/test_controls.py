@@ -23,6 +23,7 @@ from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode.methods import Stream, StreamLogits, parse_method
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.noise import with_noise
+from imae_jax.evaluate.compare import compare_runs
 from imae_jax.evaluate.halueval import main as halueval
 from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.iti import main as iti
@@ -212,6 +213,16 @@ def test_a_run_with_controls(controlled):
 
 
 CONTRAST = "in-model-contrast:beta=2,renormalize=true"
+
+
+def test_a_control_is_compared_like_a_method(controlled):
+    _, out = controlled
+    results = json.loads((out / "results.json").read_text())
+    (compared,) = compare_runs(out, out, [("expert", "expert/flip"), ("1", "expert/flip")])["parts"].values()
+    flip = results["controls"]["expert"]["runs"]["expert/flip"]["mc2"]
+    difference = compared["expert → expert/flip"]["mc2"]["value"]
+    assert difference == pytest.approx(flip - results["methods"]["expert"]["mc2"])
+    assert compared["1 → expert/flip"]["mc2"]["value"] == 0
 
 
 def test_a_killed_run_with_controls_goes_on(controlled, other_units, tmp_path):

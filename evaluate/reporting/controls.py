@@ -123,7 +123,7 @@ def sentences(results: Mapping[str, Any], heads: Mapping[str, str]) -> list[str]
                 continue
             if "odd" in parts:
                 gain, odd = parts["gain"]["value"], _estimate(parts["odd"])
-                line = f"{label}, {head}: of {gain:+.2f} points, {odd} are the direction's"
+                line = f"{label}, {head}: of {gain:+z.2f} points, {odd} are the direction's"
             else:
                 gain, flip = (_estimate(parts[name]) for name in ("gain", "flip"))
                 line = f"{label}, {head}: {gain} points over base, {flip} with its sign reversed"
@@ -170,7 +170,7 @@ def _other(parts: Mapping[str, Any], name: str) -> Estimate | str:
     if name == "placebo":
         return _estimate(parts[name])
     below = sum(gain < parts["gain"]["value"] for gain in parts[name])
-    return f"{_range(parts[name], '{:+.2f}'.format)}, {below} of {len(parts[name])} less"
+    return f"{_range(parts[name], '{:+z.2f}'.format)}, {below} of {len(parts[name])} less"
 
 
 def _range(values: Sequence[float], form: Callable[[float], str]) -> str:

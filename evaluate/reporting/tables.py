@@ -28,7 +28,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.value is None:
             return DASH
-        form = "+.2f" if self.sign else ".2f"
+        form = "+z.2f" if self.sign else "z.2f"  # z: no -0.00
         if self.interval is None:
             return f"{self.value:{form}}"
         low, high = self.interval
