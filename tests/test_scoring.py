@@ -24,7 +24,7 @@ from imae_jax.decode import Continuation, encode, score, windows
 from imae_jax.decode.methods import Method, Stream, StreamLogits
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
-from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _answer_trees, _projection_chunks
+from imae_jax.decode.scoring import GROUPS_PER_WINDOW, _answer_trees, _projection_chunks, _row_length
 from imae_jax.token_tree import token_tree
 from imae_jax.tokenizer import Tokenizer
 
@@ -139,6 +139,17 @@ def test_row_sizes_do_not_show(weights, row_length, rows_per_batch):
     # 3 rows of 160 are projected in chunks of less than the whole, 15 is no power of two.
     groups = TREES["a benchmark"] + TREES["a group longer than a row"]
     assert_scores_equal_reference(weights, groups, row_length=row_length, rows_per_batch=rows_per_batch)
+
+
+def test_rows_are_long_enough_for_the_groups():
+    """A prompt is computed once, not once an answer."""
+    short = [Continuation((1, 2, 3), 2)] * 2
+    long = [Continuation((*range(300), *answer), 300) for answer in ((1,) * 50, (2,) * 50)]
+    text = [Continuation((1,) * 500, start) for start in range(1, 500)]
+    for groups, expected in (([short] * 9 + [long], 256), ([short] + [long] * 9, 512), ([text], 1024)):
+        assert _row_length(groups, 0) == expected
+    (tree,) = _answer_trees(0, long, 0, 512)
+    assert len(tree.tree) == 400
 
 
 @pytest.mark.parametrize(

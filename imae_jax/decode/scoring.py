@@ -32,7 +32,7 @@ from imae_jax.llama import Llama, TreeLayout, Weights
 from imae_jax.sharding import row_shards, use_mesh
 from imae_jax.token_tree import TokenTree, attend_to_ancestors, common_length, token_tree
 
-ROW_LENGTH = 256
+ROW_LENGTH, LONGEST_ROW = 256, 1024
 PREFIX_BUCKET = 64
 ROWS_PER_BATCH = {"cpu": 1, "gpu": 16, "tpu": 16}
 GROUPS_PER_WINDOW = 32
@@ -68,7 +68,7 @@ def score(
     *,
     greedy: bool = False,
     confidence: bool = False,
-    row_length: int = ROW_LENGTH,
+    row_length: int | None = None,
     rows_per_batch: int | None = None,
     where: Where = "group {}, continuation {}".format,
 ) -> Iterator[tuple[int, Scored]]:
@@ -84,7 +84,7 @@ def score(
         greedy: also tell which tokens are the method's arg-max, which costs a pass over the vocabulary.
         confidence: also tell how sure the method is at every token, which costs as much; not of a `Joint`.
         row_length: tokens per row; a group's tree that is longer is cut, a longer continuation gets a
-            row of its own.
+            row of its own. Default: 256 to 1024, by the groups.
         rows_per_batch: rows computed at once, more where a mesh does not divide them; default by platform.
         where: names continuation j of group i in errors.
 
@@ -102,9 +102,11 @@ def score(
         return
     check_groups(models, groups)
     prefix = _common_prefix(c for group in groups for c in group)
+    if row_length is None:
+        row_length = _row_length(groups, len(prefix))
     with use_mesh(models.mesh):
         prefix_caches, shards = _prefix_caches(models, method, prefix), row_shards()
-        batch_rows = batch_size(rows_per_batch)
+        batch_rows = batch_size(rows_per_batch, row_length)
 
     window_size = GROUPS_PER_WINDOW * shards
     for window_start in range(0, len(groups), window_size):
@@ -126,16 +128,34 @@ def score(
         yield from results.items()
 
 
-def batch_size(rows: int | None = None) -> int:
+def batch_size(rows: int | None = None, length: int = ROW_LENGTH) -> int:
     """How many rows are computed at once on the ambient mesh, a multiple of `row_shards`.
 
     Args:
         rows: at least; default: for each shard what suits the platform.
+        length: tokens of a row.
     """
     shards = row_shards()
     if rows is None:
-        return ROWS_PER_BATCH.get(jax.default_backend(), 1) * shards
+        tokens = ROWS_PER_BATCH.get(jax.default_backend(), 1) * ROW_LENGTH
+        return max(1, tokens // length) * shards
     return round_up(rows, shards)
+
+
+def _row_length(groups: Sequence[Sequence[Continuation]], skip: int) -> int:
+    """At which nine of ten groups fit whole: of a group that is cut, every part begins with its prompt.
+
+    Args:
+        groups: see `score`.
+        skip: tokens that all sequences share.
+    """
+
+    def at_most(group: Sequence[Continuation]) -> int:
+        prompts = sum({item.start - skip for item in group})
+        return prompts + sum(len(item.tokens) - item.start for item in group)
+
+    most = int(np.quantile([at_most(group) for group in groups], 0.9))
+    return min(round_up(max(most, 1), ROW_LENGTH), LONGEST_ROW)
 
 
 def check_groups(
