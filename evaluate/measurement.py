@@ -15,6 +15,7 @@ from imae_jax.convert.random_model import random_model
 from imae_jax.convert.references import Reference
 from imae_jax.decode import Method
 from imae_jax.decode.loop import GenerationOptions, stream_tokens
+from imae_jax.decode.streams import num_prompts
 from imae_jax.evaluate.runner.identity import environment
 from imae_jax.evaluate.timing import MemoryMeter, Timing, Workload, time_runs
 from imae_jax.files import jsonable
@@ -96,13 +97,16 @@ def measure(
     del lm
     shape = (workload.batch_size, workload.prompt_tokens)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
+    other_prompts = [prompts] * (num_prompts(method) - 1)
     chunk_size = min(GenerationOptions.chunk_size, workload.new_tokens - 1)
     options = GenerationOptions(max_new_tokens=workload.new_tokens, chunk_size=chunk_size)
     num_chunks = -(-(workload.new_tokens - 1) // chunk_size)
 
     def run(at_end: Callable[[], None] = lambda: None) -> Timing:
         start = time.perf_counter()
-        stream = stream_tokens(models, prompts, method, options, eos_token_ids=())
+        stream = stream_tokens(
+            models, prompts, method, options, eos_token_ids=(), other_prompts=other_prompts
+        )
         with jax.profiler.StepTraceAnnotation("prefill", step_num=0):
             next(stream)
         prefilled = time.perf_counter()

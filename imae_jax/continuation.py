@@ -20,11 +20,13 @@ class Continuation:
         start: number of the prompt's own tokens.
         boundary_merged: the last token(s) of the prompt merged with the continuation's first, so that
             `tokens[:start]` is not what the prompt alone gives.
+        other_prompts: tokens of the prompts 1, 2, … of `Stream.prompt`, which the same tokens follow.
     """
 
     tokens: tuple[int, ...]
     start: int
     boundary_merged: bool = False
+    other_prompts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         if not 1 <= self.start < len(self.tokens):
@@ -32,6 +34,13 @@ class Continuation:
                 f"a continuation with start {self.start} of {len(self.tokens)} tokens: at least one token "
                 "before it and one to score are needed"
             )
+
+    def behind(self, prompt: int) -> "Continuation":
+        """The same tokens behind the prompt of that number; see `Stream.prompt`."""
+        if prompt == 0:
+            return self
+        tokens = self.other_prompts[prompt - 1]
+        return Continuation(tokens + self.tokens[self.start :], len(tokens))
 
 
 def encode(
@@ -41,6 +50,7 @@ def encode(
     *,
     add_special_tokens: bool = True,
     count: Literal["prompt", "continuation"] = "prompt",
+    without_context: Sequence[str] | None = None,
 ) -> list[Continuation]:
     """Tokenizes every prompt together with its continuation.
 
@@ -51,10 +61,19 @@ def encode(
             hold them already.
         count: which of the two is tokenized alone, to count where the scored part begins: after the
             prompt's own number of tokens, or the continuation's own number before the end.
+        without_context: the prompts without their contexts, for methods that compare the two.
 
     Raises:
-        UserError: a continuation adds no token to its prompt.
+        UserError: a continuation adds no token to its prompt, or other ones without a context.
     """
+    if without_context is not None:
+        options = {"add_special_tokens": add_special_tokens, "count": count}
+        pairs = zip(
+            encode(tokenizer, prompts, continuations, **options),
+            encode(tokenizer, without_context, continuations, **options),
+            strict=True,
+        )
+        return [_with_other_prompt(*pair, text) for text, pair in zip(continuations, pairs, strict=True)]
     texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
     counted = prompts if count == "prompt" else continuations
     unique = list(dict.fromkeys(counted))
@@ -72,6 +91,15 @@ def encode(
         merged = own != (tokens[:start] if count == "prompt" else tokens[start:])
         encoded.append(Continuation(tuple(tokens), start, merged))
     return encoded
+
+
+def _with_other_prompt(item: Continuation, other: Continuation, text: str) -> Continuation:
+    if item.tokens[item.start :] != other.tokens[other.start :]:
+        raise UserError(
+            f"the continuation {text!r} has other tokens behind the prompt without its context: let both "
+            "prompts end alike"
+        )
+    return dataclasses.replace(item, other_prompts=(other.tokens[: other.start],))
 
 
 def windows(tokens: Sequence[int], length: int) -> list[Continuation]:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stop": args.stop,
         "seed": args.seed,
     }
+    both = {"without_context": args.without_context} if args.without_context else {}
     names = [args.mode] if args.compare is None else split_methods(args.compare)
     methods = [parse_method(name) for name in names if name is not None]
     lm = load_model(args.model, **model_arguments(args))
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         _continue_file(lm, args, methods[0], options)
     elif args.stream:
-        _print_stream(lm, args, methods[0], options)
+        _print_stream(lm, args, methods[0], options | both)
     else:
-        _print_texts(lm, args, names, methods, options)
+        _print_texts(lm, args, names, methods, options | both)
 
 
 def _parser() -> ArgumentParser:
@@ -81,6 +82,13 @@ def _parser() -> ArgumentParser:
     source.add_argument("--prompt", action="append", help="may be given repeatedly")
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help='JSONL file of {"prompt": …}, with --out'
+    )
+    parser.add_argument(
+        "--without-context",
+        action="append",
+        metavar="PROMPT",
+        help="a --prompt without its context, one for each, for methods that compare the two, such as cad; "
+        'in FILE {"without_context": …}',
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write, or to resume")
     parser.add_argument(
@@ -123,6 +131,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--prompts FILE and --out FILE go together")
     if args.compare is not None and (args.stream or args.out):
         raise UserError("--compare goes neither with --stream nor with --out")
+    if args.without_context and len(args.without_context) != len(args.prompt or []):
+        raise UserError("--without-context: give one for each --prompt")
     if args.stream and (args.out or len(args.prompt) > 1):
         raise UserError("--stream goes with one --prompt")
 
@@ -178,7 +188,7 @@ def _continue_file(
     lines = read_text(source, "file of prompts").split("\n")
     # What is wrong with the settings is not a line's fault.
     resolve_format(lm.tokenizer, options["format"], allow_raw=True)
-    models, _ = lm.prepare(method, generating=True)
+    models, resolved = lm.prepare(method, generating=True)
     named = {} if method.resource is None else {"fingerprint": lm.resource_fingerprint(method)}
     model = {
         "reference": args.model,
@@ -196,7 +206,7 @@ def _continue_file(
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prompts[number] = _prompt_of(lm, line, options, models.context_length)
+                prompts[number] = _prompts_of(lm, line, resolved, options, models.context_length)
             except UserError as error:
                 bad[number] = str(error)
     other = next((number for number, prompt in done.items() if prompts.get(number) != prompt), None)
@@ -208,10 +218,13 @@ def _continue_file(
         if done.keys() >= set(batch):
             continue
         seeded = options | {"seed": (options["seed"] + index) % 2**31}
-        texts = lm.generate([prompts[number] for number in batch], method, **seeded)
+        both = {}
+        if "without_context" in prompts[batch[0]]:
+            both["without_context"] = [prompts[number]["without_context"] for number in batch]
+        texts = lm.generate([prompts[number]["prompt"] for number in batch], method, **seeded, **both)
         journal.append(
             *(
-                {"line": number, "prompt": prompts[number], "text": text, "settings": settings}
+                {"line": number, **prompts[number], "text": text, "settings": settings}
                 for number, text in zip(batch, texts, strict=True)
                 if number not in done
             )
@@ -222,26 +235,34 @@ def _continue_file(
         raise UserError(f"{len(bad)} lines of {source} were left out: {reasons}")
 
 
-def _prompt_of(lm: "LanguageModel", line: str, options: dict[str, Any], context: int) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError('no JSON object with "prompt"') from error
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError("prompt is empty or no text")
-    (tokens,) = lm.encode_prompts([prompt], options["format"])
-    length = len(tokens) + options["max_new_tokens"]
-    if length > context:
-        raise UserError(f"prompt and new tokens are {length}, the context is {context}")
-    return prompt
+def _prompts_of(
+    lm: "LanguageModel", line: str, method: "Method", options: dict[str, Any], context: int
+) -> dict[str, str]:
+    """A line's prompt, and the one without its context where the method compares the two."""
+    from imae_jax.decode.streams import num_prompts
+
+    prompts = {}
+    for name in ("prompt", "without_context")[: num_prompts(method)]:
+        try:
+            prompts[name] = json.loads(line)[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'no JSON object with "{name}"') from error
+        if not isinstance(prompts[name], str) or not prompts[name].strip():
+            raise UserError(f"{name} is empty or no text")
+        (tokens,) = lm.encode_prompts([prompts[name]], options["format"])
+        length = len(tokens) + options["max_new_tokens"]
+        if length > context:
+            raise UserError(f"{name} and new tokens are {length}, the context is {context}")
+    return prompts
 
 
-def _done(journal: Journal, settings: dict[str, Any]) -> dict[int, str]:
+def _done(journal: Journal, settings: dict[str, Any]) -> dict[int, dict[str, str]]:
     """Numbers and prompts of the lines that were continued before."""
     records = journal.resume() if journal.path.exists() else []
     if any(without_places(record["settings"]) != without_places(settings) for record in records):
         raise UserError(f"{journal.path} was written with other settings: choose another --out")
-    return {record["line"]: record["prompt"] for record in records}
+    names = ("prompt", "without_context")
+    return {record["line"]: {name: record[name] for name in names if name in record} for record in records}
 
 
 def _print_side_by_side(prompts: list[str], names: list[str], columns: list[list[str]]) -> None:

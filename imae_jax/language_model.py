@@ -176,8 +176,9 @@ class LanguageModel:
             options: `format`: `raw` continues the text as it is (the default), `plain` wraps it as
                 `Q: …\\nA:`, `chat` in the model's chat template. `stop`: strings that end a text and are not
                 part of it; the one that is complete first counts, and a special token, which is no part of
-                any text, ends it where it is drawn. And the fields of `GenerationOptions`, such as
-                `max_new_tokens`, `sampler` and `seed`.
+                any text, ends it where it is drawn. `without_context`: the same prompts without their
+                contexts, for methods that compare the two, such as `cad`. And the fields of
+                `GenerationOptions`, such as `max_new_tokens`, `sampler` and `seed`.
 
         Returns:
             The new text of every prompt, without special tokens.
@@ -217,12 +218,18 @@ class LanguageModel:
         *,
         format: str = "raw",
         stop: Sequence[str] = (),
+        without_context: Sequence[str] | None = None,
         **options: Any,
     ) -> Iterator[list[Completion]]:
         """Every prompt's next piece of text, whether it is the last one, and all tokens drawn so far."""
         ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
-        ids = self.encode_prompts(prompts, format)
+        ids, other_prompts = self.encode_prompts(prompts, format), []
+        if without_context is not None:
+            _check_texts("without_context", without_context)
+            if len(without_context) != len(prompts):
+                raise UserError(f"without_context: {len(without_context)} texts for {len(prompts)} prompts")
+            other_prompts.append(self.encode_prompts(without_context, format))
         rows: list[list[int]] = [[] for _ in prompts]
         emitted, closed = [0] * len(prompts), [False] * len(prompts)
 
@@ -239,7 +246,13 @@ class LanguageModel:
 
         options = GenerationOptions(**options)
         for tokens in stream_tokens(
-            models, ids, method, options, eos_token_ids=sorted(ends_text), closed=closed
+            models,
+            ids,
+            method,
+            options,
+            eos_token_ids=sorted(ends_text),
+            other_prompts=other_prompts,
+            closed=closed,
         ):
             for row, new in zip(rows, tokens, strict=True):
                 row += new
@@ -265,6 +278,7 @@ class LanguageModel:
         method: str | Method = "base",
         *,
         format: str = "plain",
+        without_context: str | None = None,
     ) -> list[float]:
         """Summed scores of answers to a prompt: log-probabilities for the modes of a model.
 
@@ -273,6 +287,7 @@ class LanguageModel:
             answers: what to score.
             method: as in `generate`.
             format: as in `generate`.
+            without_context: the same prompt without its context, for methods that compare the two.
 
         Raises:
             UserError: an answer without tokens, a method that the model cannot run, or logits that are not
@@ -280,6 +295,7 @@ class LanguageModel:
         """
         format = resolve_format(self.tokenizer, format, allow_raw=True)
         _check_texts("prompt", [prompt])
+        _check_texts("without_context", [] if without_context is None else [without_context])
         _check_texts("answers", answers)
         for i, answer in enumerate(answers):
             if not answer:
@@ -287,12 +303,16 @@ class LanguageModel:
         if not answers:
             return []
         lead, _ = answer_frame(self.tokenizer, format)
-        text = render(self.tokenizer, prompt, format)
+
+        def repeated(prompt: str | None) -> list[str] | None:
+            return None if prompt is None else [render(self.tokenizer, prompt, format)] * len(answers)
+
         group = encode(
             self.tokenizer,
-            [text] * len(answers),
+            repeated(prompt),
             [lead + answer for answer in answers],
             add_special_tokens=adds_special_tokens(format),
+            without_context=repeated(without_context),
         )
         models, method = self.prepare(method, generating=False)
         ((_, scored),) = score(models, self.config, [group], method, where=lambda _, j: f"answer {j}")

@@ -137,6 +137,7 @@ def test_scores_do_not_depend_on_padding(config, side):
 
     @jax.jit
     def next_scores(models, tokens, mask, caches):
+        tokens, mask = tokens[None], mask[None]
         hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
         return method.scores(streams.logits_of(models, method, hidden)), caches
 

@@ -53,13 +53,16 @@ METHODS = [
     "dola-static:layer=1",
     "sled:scale=5",
     "iti:directions={directions},heads=9",
+    "cad",
 ]
 # Rows that no mesh divides.
 PROMPTS = [random_tokens(n, seed=n, vocab_size=104).tolist() for n in (5, 12, 3)]
-GROUPS = [
-    [Continuation(tuple(random_tokens(n + 9, seed=9 * i + n, vocab_size=104).tolist()), 4) for n in range(3)]
-    for i in range(4)
+# The same without their beginning, for methods that compare two prompts.
+OTHER_PROMPTS = [[prompt[2:] for prompt in PROMPTS]]
+SEQUENCES = [
+    [tuple(random_tokens(n + 9, seed=9 * i + n, vocab_size=104).tolist()) for n in range(3)] for i in range(4)
 ]
+GROUPS = [[Continuation(x, 4, other_prompts=(x[2:4],)) for x in group] for group in SEQUENCES]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,15 @@ def assert_close(actual, expected):
 
 def greedy(lm, method, prompts):
     models, method = lm.prepare(method, generating=True)
-    return generate(models, lm.config, prompts, method=method, max_new_tokens=5, chunk_size=4)
+    return generate(
+        models,
+        lm.config,
+        prompts,
+        method=method,
+        other_prompts=[other[: len(prompts)] for other in OTHER_PROMPTS],
+        max_new_tokens=5,
+        chunk_size=4,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -29,7 +29,10 @@ from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
 from imae_jax.decode.joint import share_streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
+from imae_jax.decode.methods.adacad import AdaCAD
+from imae_jax.decode.methods.cad import CAD
 from imae_jax.decode.methods.cd import CD
+from imae_jax.decode.methods.coiecd import COIECD
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
@@ -108,6 +111,32 @@ def sled(final, exits, q, *, rate=2.5, scale, steps, lower_bound, renormalize=Tr
             z = z - rate * (1 - j / 10) * (softmax(z) - latent)
         scores[t, chosen] = z[chosen]
     return log_softmax(scores) if renormalize else scores
+
+
+def cad(with_context, without, *, alpha=1.0):
+    return log_softmax((1 + alpha) * np.float64(with_context) - alpha * without)
+
+
+def adacad(with_context, without, *, floor=0.0):
+    scores = []
+    for c, n in zip(with_context, without, strict=True):
+        p, q = softmax(c), softmax(n)
+        m = (p + q) / 2
+        divergence = (np.sum(p * np.log(p / m)) + np.sum(q * np.log(q / m))) / 2
+        scores.append(cad(c, n, alpha=max(divergence, floor)))
+    return np.stack(scores)
+
+
+def coiecd(with_context, without, *, alpha=1.0, ratio=4.0):
+    """As in the code: an entropy that is subtracted from all tokens before a softmax over them."""
+    scores = []
+    for c, n in zip(log_softmax(with_context), log_softmax(without), strict=True):
+        information = log_softmax(-c + np.sum(np.exp(n) * n))
+        low = information < information.min() + np.log(ratio)
+        take = low if low.sum() > 1 else np.zeros_like(low)
+        take = take | (information > information.max() - np.log(ratio))
+        scores.append(log_softmax(np.where(take, c, n) + alpha * (c - n)))
+    return np.stack(scores)
 
 
 V = TINY.vocab_size
@@ -251,6 +280,25 @@ def test_sled_without_a_direction_keeps_the_last_layer():
     assert_scores(actual, sled(FINAL, exits, softmax(exits), **settings))
 
 
+@pytest.mark.parametrize("spread", [0.1, 1, 5])
+def test_methods_of_two_prompts_equal_their_formulas(spread):
+    """With few and with many likely tokens."""
+    both = with_context, without = spread * FINAL, spread * EXITS[0]
+    for method, formula, settings in (
+        (CAD, cad, {"alpha": 0.5}),
+        (AdaCAD, adacad, {}),
+        (AdaCAD, adacad, {"floor": 0.3}),
+        (COIECD, coiecd, {"alpha": 0.7}),
+        (COIECD, coiecd, {"ratio": 2.0}),
+    ):
+        assert_scores(scores_of(method(**settings), with_context, second=without), formula(*both, **settings))
+        assert_scores(
+            scores_of(method(**settings).flipped().flipped(), with_context, second=without),
+            formula(*both, **settings),
+        )
+    assert_scores(scores_of(CAD().flipped(), with_context, second=without), cad(*both, alpha=-1.0))
+
+
 # Whole sequences without cache
 
 LAYERS, LENGTH, HEADS, ALPHA_ITI = 2, 32, 3, 3.0
@@ -368,6 +416,22 @@ def units_with(world, tokens, strength, **kwargs):
     return whole(world, tokens, "units", strength=np.float32([strength]), **kwargs).final
 
 
+def without_context(prompt):
+    """What stands for a prompt without its context: its last two thirds."""
+    return prompt[len(prompt) // 3 :]
+
+
+def contexts_with(formula, **settings):
+    def scores(world, tokens, start, task):
+        other = (*without_context(tokens[:start]), *tokens[start:])
+        cut = len(tokens) - len(other)
+        scores = np.full((len(tokens), V), np.nan)
+        scores[cut:] = formula(whole(world, tokens).final[cut:], whole(world, other).final, **settings)
+        return scores
+
+    return scores
+
+
 CASES = {
     "imae": Case("-3", lambda w, x, _, __: log_softmax(units_with(w, x, -3)), units=True),
     "in-model-contrast": Case(
@@ -399,6 +463,9 @@ CASES = {
         f"iti:directions={{directions}},heads={HEADS},alpha={ALPHA_ITI}",
         lambda w, x, start, _: log_softmax(baked(w, x, start).final),
     ),
+    "cad": Case("cad:alpha=0.5", contexts_with(cad, alpha=0.5)),
+    "adacad": Case("adacad:floor=0.1", contexts_with(adacad, floor=0.1)),
+    "coiecd": Case("coiecd:ratio=3", contexts_with(coiecd, ratio=3.0)),
 }
 
 
@@ -442,7 +509,8 @@ def test_scores_equal_recomputation_without_cache(world, name):
     for i in range(3):
         prompt, first, second = numbers(2 + 3 * i, 10 + i), numbers(3, 20 + i), numbers(4, 30 + i)
         answers = (first, first + second, second, first[:1] + second)
-        groups.append([Continuation((5, 6, 7, *prompt, *a), 3 + len(prompt)) for a in answers])
+        prompt, other = (5, 6, 7, *prompt), without_context((5, 6, 7, *prompt))
+        groups.append([Continuation((*prompt, *a), len(prompt), other_prompts=(other,)) for a in answers])
     models, method = prepared(world, name, generating=False)
     results = dict(score(models, world.config, groups, method, row_length=24, rows_per_batch=2))
     for i, group in enumerate(groups):
@@ -459,7 +527,16 @@ PROMPTS = [numbers(1 + (7 * i + 3) % 24, i) for i in range(32)]
 
 def generated(world, name, prompts=PROMPTS, **kwargs):
     models, method = prepared(world, name, generating=True)
-    return generate(models, world.config, prompts, method=method, max_new_tokens=6, chunk_size=5, **kwargs)
+    return generate(
+        models,
+        world.config,
+        prompts,
+        method=method,
+        other_prompts=[[*map(without_context, prompts)]],
+        max_new_tokens=6,
+        chunk_size=5,
+        **kwargs,
+    )
 
 
 @every_case
@@ -483,19 +560,25 @@ def test_a_row_does_not_depend_on_others_or_on_padding(world, name):
 
     @jax.jit
     def next_scores(tokens, mask):
-        B, T = tokens.shape
-        last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        _, B, T = tokens.shape
+        last = T - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
         caches = streams.empty_caches(models, method, B, T)
-        answer = jnp.arange(T) == last[:, None]
+        answer = jnp.arange(T) == last[..., None]
         hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
-        hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
+        hidden = [
+            jax.tree.map(lambda x, last=last[stream.prompt]: x[..., jnp.arange(B), last, :], states)
+            for states, stream in zip(hidden, method.streams, strict=True)
+        ]
         return method.scores(streams.logits_of(models, method, hidden))
 
     def scores(rows, side):
-        tokens, mask = np.zeros((len(rows), 24), np.int32), np.zeros((len(rows), 24), bool)
-        for i, row in enumerate(rows):
-            place = slice(24 - len(row), None) if side == "left" else slice(len(row))
-            tokens[i, place], mask[i, place] = row, True
+        every_prompt = [rows, [*map(without_context, rows)]][: streams.num_prompts(method)]
+        tokens = np.zeros((len(every_prompt), len(rows), 24), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for number, prompts in enumerate(every_prompt):
+            for i, row in enumerate(prompts):
+                place = slice(24 - len(row), None) if side == "left" else slice(len(row))
+                tokens[number, i, place], mask[number, i, place] = row, True
         return np.asarray(next_scores(tokens, mask))
 
     left, right = scores(PROMPTS, "left"), scores(PROMPTS, "right")

@@ -179,7 +179,7 @@ def test_the_second_model_of_a_method_is_looked_at(lm):
     weights = jax.tree.map(lambda x: x * jnp.inf, tiny_llama().weights())
     models = Models((tiny_llama().weights(), weights), (lm.config, lm.config))
     method = decode.parse_method("cd:amateur=x").resolve(lm.config, generating=True)
-    assert streams.first_layer_not_finite(models, method, PROMPT) == 0
+    assert streams.first_layer_not_finite(models, method, [PROMPT]) == 0
     with user_error("cd, prompt 0, prefill", "from the embeddings on"):
         decode.generate(models, lm.config, [PROMPT], method=method, max_new_tokens=2)
 

@@ -147,8 +147,8 @@ def test_rows_are_long_enough_for_the_groups():
     long = [Continuation((*range(300), *answer), 300) for answer in ((1,) * 50, (2,) * 50)]
     text = [Continuation((1,) * 500, start) for start in range(1, 500)]
     for groups, expected in (([short] * 9 + [long], 256), ([short] + [long] * 9, 512), ([text], 1024)):
-        assert _row_length(groups, 0) == expected
-    (tree,) = _answer_trees(0, long, 0, 512)
+        assert _row_length(groups, [0]) == expected
+    (tree,) = _answer_trees(0, long, [0], 512)
     assert len(tree.tree) == 400
 
 
@@ -244,7 +244,7 @@ def test_large_groups_are_cut_in_time_that_grows_with_their_size(monkeypatch):
     monkeypatch.setattr("imae_jax.decode.scoring.token_tree", counted)
     random = np.random.default_rng(0)
     group = [Continuation(tuple(row), 1) for row in random.integers(5, 90, (200, 24)).tolist()]
-    trees = list(_answer_trees(0, group, 0, 64))
+    trees = list(_answer_trees(0, group, [0], 64))
     assert [index for tree in trees for index in range(tree.first, tree.first + len(tree.tree.paths))] == [
         *range(200)
     ]

@@ -31,6 +31,8 @@ class Item:
         prompt: text in front of answers, or to be continued.
         answers: texts to be scored.
         data: anything else that `Benchmark.record` needs.
+        without_context: the prompt without its context, for methods that compare the two; None where prompts
+            have none.
     """
 
     index: int
@@ -38,6 +40,7 @@ class Item:
     prompt: str = ""
     answers: tuple[str, ...] = ()
     data: Any = None
+    without_context: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

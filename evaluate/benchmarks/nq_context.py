@@ -1,8 +1,9 @@
 """Natural Questions with a passage: does the answer follow the passage, also where it contradicts what is
 known?
 
-Prompt: that of context-aware decoding (Shi et al. 2023, arXiv 2305.14739), as in the data of AdaCAD
-(https://github.com/HanNight/AdaCAD); in the `-chat` protocols it is the user's turn. Passages:
+Prompts with and without the passage: those of context-aware decoding (Shi et al. 2023, arXiv 2305.14739), as
+in the data of AdaCAD (https://github.com/HanNight/AdaCAD); in the `-chat` protocols they are the user's turn.
+Passages:
 
 - `oracle`: one that holds the answer, from the file of DeCoRe (https://github.com/aryopg/DeCoRe).
 - `swap`: the same, with the accepted answers replaced by another question's answer of the same type (a
@@ -33,6 +34,7 @@ PROMPT = (
     "{passage}\nUsing only the references listed above, answer the following question: \n"
     "Question: {question}\nAnswer:"
 )
+WITHOUT_PASSAGE = "Answer the following question: \nQuestion: {question}\nAnswer:"
 ORACLE = {
     "sha256": "6a7f72b846f663a133ef952244e5a4e43f06bcf190afe34e8fbe687ce0d1653e",
     "rows": 2655,
@@ -150,6 +152,7 @@ class NQContext(WrittenBenchmark):
                 rows[i][1]["question"],
                 PROMPT.format(passage=passage, question=rows[i][1]["question"]),
                 data=(known[i], conflicting),
+                without_context=WITHOUT_PASSAGE.format(question=rows[i][1]["question"]),
             )
             for i, (passage, conflicting) in passages.items()
         ]

@@ -52,7 +52,7 @@ def measure(
         values = row[:, :, window.start - 1 : len(window.tokens) - 1].astype(np.float64)
         if np.isnan(values).any():
             where = f"{joint.name}, window {numbers[i]} of the text"
-            raise streams.not_finite_error(models, with_base, window.tokens, where)
+            raise streams.not_finite_error(models, with_base, [window.tokens], where)
         yield numbers[i], list(values)
 
 
@@ -62,7 +62,9 @@ def _statistics(models, method, tokens, lengths):
     B, T = tokens.shape
     mask = jnp.arange(T) < lengths[:, None]
     caches = streams.empty_caches(models, method, B, T)
-    hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=mask, caches=caches)
+    hidden, _ = streams.run(
+        models, method, tokens[None], attention_mask=mask[None], answer=mask[None], caches=caches
+    )
     # As in `scoring`: nothing of size B · T · V is ever built.
     limit = max(1, scoring.POSITIONS_PER_PROJECTION // streams.projections(method)) * row_shards()
     size = math.gcd(1 << (limit.bit_length() - 1), B * T)

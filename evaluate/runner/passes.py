@@ -8,14 +8,14 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imae_jax.continuation import CONFIDENCE
-from imae_jax.decode import Continuation, Method, encode, score
+from imae_jax.decode import Continuation, Method, encode, score, streams
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.loop import GenerationOptions
 from imae_jax.decode.methods.iti import ITI
@@ -91,6 +91,12 @@ def share(passes: Sequence[Pass], num_items: int) -> list[Pass]:
     return shared + [dataclasses.replace(each, method=Joint((each.method,))) for each in folds]
 
 
+def without_context(items: Iterable[Item]) -> list[str] | None:
+    """The prompts of items without their contexts; None where they have none."""
+    prompts = [item.without_context for item in items]
+    return None if None in prompts else prompts
+
+
 class Scores:
     """Token scores of every answer: of each item and method a list of [tokens] arrays."""
 
@@ -104,6 +110,7 @@ class Scores:
             lm.tokenizer,
             prompts,
             answers,
+            without_context=without_context(item for item in task.items for _ in item.answers),
             **{"add_special_tokens": True, "count": "prompt"} | dict(task.options),
         )
         self.facts = {
@@ -116,7 +123,7 @@ class Scores:
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
         passes = share(passes, len(self._items))
         for each in passes:
-            check_groups(each.models, self._groups, lambda i: f"question {self._items[i].index}")
+            check_groups(each.models, each.method, self._groups, lambda i: f"question {self._items[i].index}")
         return passes
 
     def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
@@ -161,6 +168,7 @@ class Texts:
 
     def __init__(self, lm: LanguageModel, task: Task):
         self._lm, self._prompts = lm, [item.prompt for item in task.items]
+        self._without_context = without_context(task.items)
         self._index = [item.index for item in task.items]
         defaults = {"max_new_tokens": GenerationOptions.max_new_tokens, "seed": 0, "batch_size": 8}
         self._options = {"format": "raw"} | defaults | task.options
@@ -168,6 +176,8 @@ class Texts:
         self._measured = self._options.pop("confidence", None)
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
+        for each in passes:
+            streams.check_prompts(each.method, 1 if self._without_context is None else 2)
         lengths = [len(ids) for ids in self._lm.encode_prompts(self._prompts, self._options["format"])]
         longest, index = max(zip(lengths, self._index, strict=True))
         context, new = min(each.models.context_length for each in passes), self._options["max_new_tokens"]
@@ -184,15 +194,21 @@ class Texts:
             batch = each.items[first : first + self._batch_size]
             if set(batch) & set(missing):
                 options = self._options | {"seed": (self._options["seed"] + number) % 2**31}
-                prompts = [self._prompts[i] for i in batch]
-                completions = self._lm.complete(prompts, each.method, **options)
-                measured = self._confidence(each, prompts, completions)
+                prompts, others = [self._prompts[i] for i in batch], None
+                if self._without_context is not None:
+                    others = [self._without_context[i] for i in batch]
+                completions = self._lm.complete(prompts, each.method, without_context=others, **options)
+                measured = self._confidence(each, prompts, others, completions)
                 for i, completion, confidence in zip(batch, completions, measured, strict=True):
                     if i in missing:
                         yield i, [Text(completion.text, completion.finished, confidence)]
 
     def _confidence(
-        self, each: Pass, prompts: Sequence[str], completions: Sequence[Completion]
+        self,
+        each: Pass,
+        prompts: Sequence[str],
+        without_context: Sequence[str] | None,
+        completions: Sequence[Completion],
     ) -> list[Mapping[str, float] | None]:
         """How sure the method was of each of its texts, or of the first line that holds one."""
         if self._measured is None:
@@ -204,7 +220,13 @@ class Texts:
             each_line = zip(ids, tokens, lines, strict=True)
             tokens = [tokens_of(self._lm.tokenizer, *arguments) for arguments in each_line]
         written = [i for i, row in enumerate(tokens) if row]
-        groups = [[Continuation((*ids[i], *tokens[i]), len(ids[i]))] for i in written]
+        others: list[tuple[tuple[int, ...], ...]] = [()] * len(ids)
+        if without_context is not None:
+            shorter = self._lm.encode_prompts(without_context, self._options["format"])
+            others = [(tuple(row),) for row in shorter]
+        groups = [
+            [Continuation((*ids[i], *tokens[i]), len(ids[i]), other_prompts=others[i])] for i in written
+        ]
         means = [dict.fromkeys(CONFIDENCE, math.nan) for _ in completions]
         for number, scored in score(each.models, self._lm.config, groups, each.method, confidence=True):
             values = scored.confidence[0].mean(axis=0, dtype=np.float64)
@@ -223,6 +245,8 @@ class Distributions:
         self.generating = task.options["generating"]
 
     def plan(self, passes: Sequence[Pass]) -> list[Pass]:
+        for each in passes:
+            streams.check_prompts(each.method, 1)
         return share(passes, len(self._windows))
 
     def run(self, each: Pass, missing: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:

@@ -84,6 +84,7 @@ def generate(
     method: Method = Strength(0.0),
     eos_token_ids: Sequence[int] = (),
     padding_side: str = "left",
+    other_prompts: Sequence[Sequence[Sequence[int]]] = (),
     **options: Any,
 ) -> list[list[int]]:
     """Continues token prompts with a decoding method.
@@ -98,6 +99,7 @@ def generate(
         method: what scores the next token.
         eos_token_ids: tokens that end a row; the one drawn is part of the result.
         padding_side: `left` or `right`; the results are the same.
+        other_prompts: for the prompts 1, 2, … of `Stream.prompt` those of every row.
         options: fields of `GenerationOptions`.
 
     Returns:
@@ -115,6 +117,7 @@ def generate(
         GenerationOptions(**options),
         eos_token_ids=eos_token_ids,
         padding_side=padding_side,
+        other_prompts=other_prompts,
     ):
         for row, new in zip(rows, tokens, strict=True):
             row += new
@@ -129,6 +132,7 @@ def stream_tokens(
     *,
     eos_token_ids: Sequence[int],
     padding_side: str = "left",
+    other_prompts: Sequence[Sequence[Sequence[int]]] = (),
     closed: Sequence[bool] | None = None,
 ) -> Iterator[list[list[int]]]:
     """As `generate`, but yields every row's new tokens after the prefill and after every chunk.
@@ -140,16 +144,19 @@ def stream_tokens(
     config, max_new_tokens, chunk_size = models.configs[0], options.max_new_tokens, options.chunk_size
     method = method.resolve(config, generating=True)
     streams.check(models, method)
+    streams.check_prompts(method, 1 + len(other_prompts))
     if not prompts:
         return
-    _check_prompts(prompts, max_new_tokens, config, models.context_length)
+    every_prompt = [prompts, *other_prompts][: streams.num_prompts(method)]
+    for each, suffix in zip(every_prompt, ("", " without its context"), strict=False):
+        _check_prompts(each, max_new_tokens, config, models.context_length, suffix)
 
     num_chunks = -(-(max_new_tokens - 1) // chunk_size)
     eos = np.asarray(list(eos_token_ids) or [-1], np.int32)
     with use_mesh(models.mesh):
         # Every device gets as many rows as any other; nobody reads the copies.
-        copies = [prompts[0]] * (-len(prompts) % row_shards())
-        tokens, mask = _pad([*prompts, *copies], padding_side)
+        copies = -len(prompts) % row_shards()
+        tokens, mask = _pad([[*each, *[each[0]] * copies] for each in every_prompt], padding_side)
         state = _prefill(
             models,
             tokens,
@@ -158,7 +165,7 @@ def stream_tokens(
             np.int32(options.seed),
             method=method,
             sampler=options.sampler,
-            capacity=tokens.shape[1] + num_chunks * chunk_size,
+            capacity=tokens.shape[-1] + num_chunks * chunk_size,
         )
     closed = [False] * len(prompts) if closed is None else closed
     rows: list[list[int]] = [[] for _ in prompts]
@@ -187,24 +194,29 @@ def stream_tokens(
             step, i = min(failed)
             at = "prefill" if step == 0 else f"new token {step}"
             where = f"{method.name}, prompt {i}, {at}"
-            raise streams.not_finite_error(models, method, [*prompts[i], *rows[i]], where)
+            sequences = [[*each[i], *rows[i]] for each in every_prompt]
+            raise streams.not_finite_error(models, method, sequences, where)
         if not still_open:
             return
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
 def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
-    (B, T), key = tokens.shape, jax.random.key(seed)
+    (_, B, T), key = tokens.shape, jax.random.key(seed)
     caches = streams.empty_caches(models, method, B, capacity)
-    last = T - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
-    answer = jnp.arange(T) == last[:, None]
+    last = T - 1 - jnp.argmax(mask[..., ::-1], axis=-1)  # [P, B]
+    answer = jnp.arange(T) == last[..., None]
     hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
-    # [..., B, T, D] to [..., B, D].
-    hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
+
+    def at_last(x, stream):  # [..., B, T, D] to [..., B, D].
+        return x[..., jnp.arange(B), streams.of_stream(last, stream), :]
+
+    each = zip(hidden, method.streams, strict=True)
+    hidden = tuple(jax.tree.map(lambda x, s=stream: at_last(x, s), states) for states, stream in each)
     scores, finite = _scores(models, method, hidden)
     seen = None
     if sampler.needs_seen:
-        seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens].max(mask)
+        seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens[0]].max(mask[0])
     token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
     seen = _with_token(seen, token)
     not_finite = jnp.where(finite, NEVER, 0).astype(jnp.int32)
@@ -232,7 +244,8 @@ def compile_programs(
     length = min(GenerationOptions.chunk_size, new_tokens - 1)
     num_chunks = -(-(new_tokens - 1) // length)
     T = round_up(prompt_tokens, PROMPT_BUCKET)
-    tokens, mask = (jax.ShapeDtypeStruct((batch_size, T), dtype) for dtype in (jnp.int32, bool))
+    shape = (streams.num_prompts(method), batch_size, T)
+    tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
     eos, static = np.full(1, -1, np.int32), {"method": method, "sampler": Sampler()}
     with use_mesh(models.mesh):
         capacity = T + num_chunks * length
@@ -266,9 +279,10 @@ def _with_token(seen, token):
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "length"), donate_argnames="state")
 def _decode_chunk(models, state, eos, *, method, sampler, length):
     def step(state: DecodeState, _):
-        every = jnp.ones((state.token.shape[0], 1), bool)
+        tokens = state.token[None, :, None]
+        every = jnp.ones(tokens.shape, bool)
         hidden, caches = streams.run(
-            models, method, state.token[:, None], attention_mask=every, answer=every, caches=state.caches
+            models, method, tokens, attention_mask=every, answer=every, caches=state.caches
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
         scores, finite = _scores(models, method, hidden)
@@ -284,27 +298,28 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
     return state, drawn.T
 
 
-def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
+def _pad(prompts: Sequence[Sequence[Sequence[int]]], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask [P, B, T] of P prompts of B rows."""
     if side not in ("left", "right"):
         raise UserError(f"padding_side {side!r}: use left or right")
-    longest = max(map(len, prompts))
-    length = round_up(max(longest, 1), PROMPT_BUCKET)
-    tokens = np.zeros((len(prompts), length), np.int32)
-    mask = np.zeros((len(prompts), length), bool)
-    for i, prompt in enumerate(prompts):
-        span = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
-        tokens[i, span] = prompt
-        mask[i, span] = True
+    length = round_up(max(len(prompt) for each in prompts for prompt in each), PROMPT_BUCKET)
+    tokens = np.zeros((len(prompts), len(prompts[0]), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for number, each in enumerate(prompts):
+        for i, prompt in enumerate(each):
+            span = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
+            tokens[number, i, span] = prompt
+            mask[number, i, span] = True
     return tokens, mask
 
 
-def _check_prompts(prompts, max_new_tokens: int, config: LlamaConfig, limit: int) -> None:
+def _check_prompts(prompts, max_new_tokens: int, config: LlamaConfig, limit: int, suffix: str) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {i} is empty: give at least one token")
+            raise UserError(f"prompt {i}{suffix} is empty: give at least one token")
         config.check_token_ids(prompt)
         if len(prompt) + max_new_tokens > limit:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: "
+                f"prompt {i}{suffix} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: "
                 f"together they exceed the model's context of {limit}; shorten one of them"
             )

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -100,27 +100,31 @@ def score(
     streams.check(models, method)
     if not groups:
         return
-    check_groups(models, groups)
-    prefix = _common_prefix(c for group in groups for c in group)
+    check_groups(models, method, groups)
+    prompts = range(streams.num_prompts(method))
+    prefixes = [_common_prefix(c.behind(prompt) for group in groups for c in group) for prompt in prompts]
+    skips = [*map(len, prefixes)]
     if row_length is None:
-        row_length = _row_length(groups, len(prefix))
+        row_length = _row_length(groups, skips)
     with use_mesh(models.mesh):
-        prefix_caches, shards = _prefix_caches(models, method, prefix), row_shards()
+        prefix_caches, shards = _prefix_caches(models, method, prefixes), row_shards()
         batch_rows = batch_size(rows_per_batch, row_length)
 
     window_size = GROUPS_PER_WINDOW * shards
     for window_start in range(0, len(groups), window_size):
         window = range(window_start, min(window_start + window_size, len(groups)))
-        trees = [tree for i in window for tree in _answer_trees(i, groups[i], len(prefix), row_length)]
+        trees = [tree for i in window for tree in _answer_trees(i, groups[i], skips, row_length)]
         rows = _fill_rows(trees, row_length)
         wanted = {"greedy": greedy, "confidence": confidence}
         results = {i: Scored.empty(len(groups[i]), **wanted) for i in window}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
-            arrays, parents = _batch_arrays(batch, batch_rows, row_length)
+            arrays, parents = _batch_arrays(batch, len(prompts), batch_rows, row_length)
             chunks = _projection_chunks(parents, streams.projections(method), shards)
             with use_mesh(models.mesh):
-                values = _score_nodes(models, prefix_caches, arrays, chunks, method=method, **wanted)
+                values = _score_nodes(
+                    models, prefix_caches, np.int32(skips), arrays, chunks, method=method, **wanted
+                )
             values = jax.tree.map(to_host, values)
             for i, row in enumerate(batch):
                 _collect(row, jax.tree.map(lambda x, i=i: x[i], values), results)
@@ -142,16 +146,16 @@ def batch_size(rows: int | None = None, length: int = ROW_LENGTH) -> int:
     return round_up(rows, shards)
 
 
-def _row_length(groups: Sequence[Sequence[Continuation]], skip: int) -> int:
+def _row_length(groups: Sequence[Sequence[Continuation]], skips: Sequence[int]) -> int:
     """At which nine of ten groups fit whole: of a group that is cut, every part begins with its prompt.
 
     Args:
         groups: see `score`.
-        skip: tokens that all sequences share.
+        skips: of every prompt, tokens that all sequences share.
     """
 
     def at_most(group: Sequence[Continuation]) -> int:
-        prompts = sum({item.start - skip for item in group})
+        prompts = sum({max(_starts(item, skips)) for item in group})
         return prompts + sum(len(item.tokens) - item.start for item in group)
 
     most = int(np.quantile([at_most(group) for group in groups], 0.9))
@@ -160,22 +164,28 @@ def _row_length(groups: Sequence[Sequence[Continuation]], skip: int) -> int:
 
 def check_groups(
     models: Models,
+    method: Method,
     groups: Sequence[Sequence[Continuation]],
     name: Callable[[int], str] = "group {}".format,
 ) -> None:
-    """Raises a `UserError` if a sequence holds a token that does not exist, or is over the context.
+    """Raises a `UserError` if a sequence holds a token that does not exist, is over the context, or has
+    fewer prompts than the method needs.
 
     Args:
-        models: what scores.
+        models, method: what scores.
         groups: see `score`.
         name: names a group in errors.
     """
     # Not `context_length`: beyond this `dynamic` RoPE follows each row's length, and no two can share tokens.
     limit = models.max_positions
     for i, group in enumerate(groups):
+        longest = 0
         for item in group:
-            models.configs[0].check_token_ids(item.tokens)
-        longest = max((len(c.tokens) for c in group), default=0)
+            streams.check_prompts(method, 1 + len(item.other_prompts))
+            for prompt in range(streams.num_prompts(method)):
+                tokens = item.behind(prompt).tokens
+                models.configs[0].check_token_ids(tokens)
+                longest = max(longest, len(tokens))
         # A sequence's last token predicts nothing, so that it needs no place in the context.
         if longest > limit + 1:
             raise UserError(
@@ -195,7 +205,8 @@ def _check_finite(models, method, groups, results: dict[int, Scored], where: Whe
     if not bad:
         return
     # An overflow passes to what lies in the same row through weights of 0: the one to name overflows alone.
-    texts = {index: groups[index[0]][index[1]].tokens[:-1] for index in bad}
+    prompts = range(streams.num_prompts(method))
+    texts = {(i, j): [groups[i][j].behind(prompt).tokens[:-1] for prompt in prompts] for i, j in bad}
     overflows = (
         index for index in bad if streams.first_layer_not_finite(models, method, texts[index]) is not None
     )
@@ -207,29 +218,47 @@ def _check_finite(models, method, groups, results: dict[int, Scored], where: Whe
 class _AnswerTree:
     """Continuations of one group as a tree, behind the tokens that all sequences share.
 
+    Where a method has several prompts, a node is a token behind each of them. Shorter prompts are padded on
+    the left: their nodes of a negative position are no tokens.
+
     Attributes:
-        tree: its sequences are the continuations'.
+        tree: its sequences are the continuations', of tuples [P] of tokens where there are several prompts.
         group: their group.
         first: index in the group of the first of them; the others follow.
         start: depth of the first scored token, the same of all.
+        padding: [P] nodes in front of every prompt.
     """
 
     tree: TokenTree
     group: int
     first: int
     start: int
+    padding: tuple[int, ...]
+
+
+def _starts(item: Continuation, skips: Sequence[int]) -> tuple[int, ...]:
+    """[P] where the answer begins behind what all sequences share."""
+    return tuple(item.behind(prompt).start - skip for prompt, skip in enumerate(skips))
 
 
 def _answer_trees(
-    group: int, continuations: Sequence[Continuation], skip: int, length: int
+    group: int, continuations: Sequence[Continuation], skips: Sequence[int], length: int
 ) -> Iterator[_AnswerTree]:
     """One tree, or several where one would exceed `length` or prompts differ in length."""
     first = 0
-    for start, items in itertools.groupby(continuations, lambda item: item.start - skip):
-        sequences = [item.tokens[skip:] for item in items]
+    for starts, items in itertools.groupby(continuations, lambda item: _starts(item, skips)):
+        start = max(starts)
+        padding = tuple(start - each for each in starts)
+
+        def aligned(item: Continuation, padding: tuple[int, ...] = padding) -> Sequence[Any]:
+            numbered = enumerate(zip(skips, padding, strict=True))
+            rows = [(0,) * pad + item.behind(prompt).tokens[skip:] for prompt, (skip, pad) in numbered]
+            return rows[0] if len(rows) == 1 else [*zip(*rows, strict=True)]
+
+        sequences = [*map(aligned, items)]
         while sequences:
             count = _how_many_fit(sequences, length)
-            yield _AnswerTree(token_tree(sequences[:count]), group, first, start)
+            yield _AnswerTree(token_tree(sequences[:count]), group, first, start, padding)
             sequences, first = sequences[count:], first + count
 
 
@@ -267,8 +296,8 @@ class TreeRows(NamedTuple):
     """Trees laid out one after another in rows, padded on the right.
 
     Attributes:
-        tokens: int32 [B, T].
-        depths: int32 [B, T], positions behind the common prefix.
+        tokens: int32 [P, B, T], behind each of P prompts.
+        depths: int32 [P, B, T], positions behind the common prefix, negative at padding of the prompt.
         ends: int32 [B, T], see `TokenTree.ends`, of the row; 0 at padding.
         answer: bool [B, T], nodes that predict a token of an answer.
     """
@@ -280,18 +309,23 @@ class TreeRows(NamedTuple):
 
 
 def _batch_arrays(
-    rows: Sequence[Sequence[_AnswerTree]], batch_rows: int, row_length: int
+    rows: Sequence[Sequence[_AnswerTree]], num_prompts: int, batch_rows: int, row_length: int
 ) -> tuple[TreeRows, np.ndarray]:
     """Rows as arrays, and the parents of the nodes to score, else -1, int32 [B, T]."""
     longest = max(sum(len(each.tree) for each in row) for row in rows)
     shape = (batch_rows, round_up(longest, row_length))
-    arrays = TreeRows(*(np.zeros(shape, np.int32) for _ in range(3)), np.zeros(shape, bool))
+    arrays = TreeRows(
+        *(np.zeros((num_prompts, *shape), np.int32) for _ in range(2)),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, bool),
+    )
     parents = np.full(shape, -1, np.int32)
     for number, row in enumerate(rows):
         offset = 0
         for each in row:
             tree, span = each.tree, slice(offset, offset + len(each.tree))
-            arrays.tokens[number, span], arrays.depths[number, span] = tree.tokens, tree.depths
+            arrays.tokens[:, number, span] = np.reshape(tree.tokens, (-1, num_prompts)).T
+            arrays.depths[:, number, span] = np.subtract(tree.depths, np.vstack(each.padding))
             arrays.ends[number, span] = np.add(tree.ends, offset)
             arrays.answer[number, span] = np.greater_equal(tree.depths, each.start - 1)
             for path in tree.paths:
@@ -327,18 +361,18 @@ def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
     return prefix or ()
 
 
-def _prefix_caches(models: Models, method: Method, prefix: Sequence[int]) -> Caches:
-    length = round_up(len(prefix), PREFIX_BUCKET)
-    tokens = np.zeros((1, length), np.int32)
-    tokens[0, : len(prefix)] = prefix
-    mask = np.arange(length)[None] < len(prefix)
+def _prefix_caches(models: Models, method: Method, prefixes: Sequence[Sequence[int]]) -> Caches:
+    length = round_up(max(map(len, prefixes)), PREFIX_BUCKET)
+    tokens, mask = np.zeros((len(prefixes), 1, length), np.int32), np.zeros((len(prefixes), 1, length), bool)
+    for number, prefix in enumerate(prefixes):
+        tokens[number, 0, : len(prefix)], mask[number, 0, : len(prefix)] = prefix, True
     return _fill_prefix(models, tokens, mask, method=method)
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def _fill_prefix(models, tokens, mask, *, method):
-    caches = streams.empty_caches(models, method, 1, tokens.shape[1])
-    if tokens.shape[1] == 0:
+    caches = streams.empty_caches(models, method, 1, tokens.shape[-1])
+    if tokens.shape[-1] == 0:
         return caches
     nowhere = jnp.zeros_like(mask)
     return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
@@ -409,6 +443,7 @@ def confidence_of(scores: jax.Array) -> jax.Array:
 def _score_nodes(
     models: Models,
     prefix: Caches,
+    prefix_lengths: np.ndarray,
     rows: TreeRows,
     chunks: Chunks,
     *,
@@ -418,27 +453,31 @@ def _score_nodes(
 ) -> Scored:
     """`Scored` with arrays [B, T, …], of the scored nodes' tokens from the hidden states of their parents;
     scores are NaN where logits are not finite."""
-    B, T = rows.tokens.shape
-    chex.assert_equal_shape(rows)
-    last_position = models.max_positions - 1
-    real, capacity = prefix[0].real[0], prefix[0].capacity
-    in_prefix = jnp.broadcast_to(real, (B, T, capacity))
+    P, B, T = rows.tokens.shape
+    chex.assert_equal_shape(rows[:2])
+    chex.assert_shape(rows[2:], (B, T))
+    last_position, capacity = models.max_positions - 1, prefix[0].capacity
+    lengths = prefix_lengths[:, None, None]
+    in_prefix = jnp.broadcast_to((jnp.arange(capacity) < lengths)[:, :, None], (P, B, T, capacity))
+    real = rows.depths >= 0
+    in_tree = attend_to_ancestors(rows.ends) & real[:, :, None]
     hidden, _ = streams.run(
         models,
         method,
         rows.tokens,
         # What nothing follows, padding too, is attended to by nobody else: its overflow must not show.
-        attention_mask=rows.ends - jnp.arange(T) > 1,
-        answer=rows.answer,
+        attention_mask=(rows.ends - jnp.arange(T) > 1) & real,
+        answer=rows.answer[None],
         # Only tokens that predict nothing lie beyond; `dynamic` RoPE would stretch their whole row.
         tree=TreeLayout(
-            positions=jnp.minimum(jnp.sum(real, dtype=jnp.int32) + rows.depths, last_position),
-            attend=jnp.concatenate([in_prefix, attend_to_ancestors(rows.ends)], axis=-1),
+            positions=jnp.clip(lengths + rows.depths, 0, last_position),
+            attend=jnp.concatenate([in_prefix, in_tree], axis=-1),
         ),
         caches=tuple(cache.repeat_rows(B).with_capacity(capacity + T) for cache in prefix),
     )
     hidden = jax.tree.map(lambda x: x.reshape(*x.shape[:-3], B * T, x.shape[-1]), hidden)
-    tokens = rows.tokens.reshape(-1)
+    # Those to score are the same behind every prompt.
+    tokens = rows.tokens[0].reshape(-1)
 
     # Nothing of size B · T · V is ever built.
     def add_chunk(chunk, values):

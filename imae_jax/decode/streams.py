@@ -102,6 +102,25 @@ def check(models: Models, method: Method) -> None:
             raise UserError(f"method {method.name} needs shifts of heads: give it a file of directions")
 
 
+def num_prompts(method: Method) -> int:
+    """How many prompts every row has, see `Stream.prompt`."""
+    return 1 + max(stream.prompt for stream in method.streams)
+
+
+def check_prompts(method: Method, given: int) -> None:
+    """Raises a `UserError` if rows have fewer prompts than the method needs."""
+    if given < num_prompts(method):
+        raise UserError(
+            f"method {method.name} compares a prompt to the same without its context: give both "
+            "(without_context)"
+        )
+
+
+def of_stream(x: jax.Array, stream: Stream) -> jax.Array:
+    """What belongs to a stream's prompt in [P, …], P = 1 where it is the same for all prompts."""
+    return x[stream.prompt if x.shape[0] > 1 else 0]
+
+
 def empty_caches(models: Models, method: Method, batch_size: int, capacity: int) -> Caches:
     """One cache a model, with a row for every stream and row of the batch."""
     return tuple(
@@ -120,28 +139,31 @@ def run(
     caches: Caches,
     tree: TreeLayout | None = None,
 ) -> tuple[tuple[StreamHidden, ...], Caches]:
-    """One forward pass of every stream over the same tokens.
+    """One forward pass of every stream.
 
     Args:
         models: with what the method needs.
         method: resolved.
-        tokens, attention_mask, tree: as in `llama.forward`, for [B, …] rows.
-        answer: bool [B, T], positions that predict a token of an answer: where heads are shifted.
+        tokens, attention_mask, tree: as in `llama.forward`, for [P, B, …] rows of every prompt of the method;
+            P = 1 where they are the same for all.
+        answer: bool [1, B, T] or as above, positions that predict a token of an answer: where heads are
+            shifted.
         caches: from `empty_caches`.
 
     Returns:
         Hidden states [B, T, D] of every stream, in the method's order, and the new caches.
     """
-    B = tokens.shape[0]
-    chex.assert_equal_shape([tokens, attention_mask, answer])
+    _, B, T = tokens.shape
+    chex.assert_equal_shape([tokens, attention_mask])
+    chex.assert_shape(answer, (None, B, T))
     hidden: list[StreamHidden | None] = [None] * len(method.streams)
     new_caches = []
     for model, (group, cache) in enumerate(zip(_groups(method), caches, strict=True)):
         weights, config = models.weights[model], models.configs[model]
         streams = [method.streams[i] for i in group]
 
-        def tile(x: Any, copies: int = len(group)) -> Any:
-            return x if copies == 1 else jax.tree.map(lambda a: jnp.concatenate([a] * copies), x)
+        def rows_of(x: Any, streams: Sequence[Stream] = tuple(streams)) -> Any:
+            return jax.tree.map(lambda a: jnp.concatenate([of_stream(a, each) for each in streams]), x)
 
         def per_row(values: Sequence[float]) -> jax.Array | None:
             return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
@@ -151,13 +173,13 @@ def run(
         output = forward(
             weights,
             config,
-            tile(tokens),
-            attention_mask=tile(attention_mask),
-            tree=tile(tree),
+            rows_of(tokens),
+            attention_mask=rows_of(attention_mask),
+            tree=rows_of(tree),
             interventions=Interventions(
                 strength=per_row([stream.strength for stream in streams]),
                 adapter=per_row([stream.adapter for stream in streams]),
-                shift=None if shift is None else shift[:, None] * tile(answer),
+                shift=None if shift is None else shift[:, None] * rows_of(answer),
             ),
             cache=cache,
             options=Options(Taps(hidden_layers=layers)),
@@ -199,15 +221,18 @@ def finite(logits: Sequence[StreamLogits]) -> jax.Array:
     return jnp.stack([jnp.isfinite(x.final).all(axis=-1) for x in logits]).all(axis=0)
 
 
-def not_finite_error(models: Models, method: Method, tokens: Sequence[int], where: str) -> UserError:
+def not_finite_error(
+    models: Models, method: Method, sequences: Sequence[Sequence[int]], where: str
+) -> UserError:
     """The error for logits or scores that are NaN or infinite.
 
     Args:
         models, method: as in `run`.
-        tokens: after which they are; one more pass over them finds the layer where it begins.
+        sequences: tokens after which they are, behind every prompt; one more pass over them finds the layer
+            where it begins.
         where: what was computed.
     """
-    layer = first_layer_not_finite(models, method, tokens)
+    layer = first_layer_not_finite(models, method, sequences)
     begins = "" if layer is None else f", from layer {layer} on" if layer else ", from the embeddings on"
     dtype = models.weights[0].dtype
     if dtype == jnp.float16:
@@ -217,16 +242,17 @@ def not_finite_error(models: Models, method: Method, tokens: Sequence[int], wher
     return UserError(f"{where}: logits or scores are not finite in {dtype.name}{begins}; {cure}")
 
 
-def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]) -> int | None:
+def first_layer_not_finite(models: Models, method: Method, sequences: Sequence[Sequence[int]]) -> int | None:
     """The first layer of any stream after which a text's residual stream is not finite, or None.
 
-    0 is the embedding's output.
+    0 is the embedding's output. `sequences`: the text behind every prompt.
     """
-    length, first_layers = len(tokens), []
-    rows = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
-    mask = np.arange(rows.shape[1])[None] < length
+    first_layers = []
     for stream in method.streams:
-        config = models.configs[stream.model]
+        config, tokens = models.configs[stream.model], sequences[stream.prompt]
+        length = len(tokens)
+        rows = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, -length % LENGTH_BUCKET)))
+        mask = np.arange(rows.shape[1])[None] < length
         with use_mesh(models.mesh):
             hidden_layers = _forward(
                 models.weights[stream.model],

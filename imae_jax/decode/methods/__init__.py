@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from imae_jax.anti_expert import MODES, parse_mode
+from imae_jax.decode.methods.adacad import AdaCAD
+from imae_jax.decode.methods.cad import CAD
 from imae_jax.decode.methods.cd import CD
+from imae_jax.decode.methods.coiecd import COIECD
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
@@ -32,6 +35,9 @@ REGISTRY: dict[str, type[Method]] = {
     "dola-static": StaticDoLa,
     "sled": SLED,
     "iti": ITI,
+    "cad": CAD,
+    "adacad": AdaCAD,
+    "coiecd": COIECD,
 }
 
 __all__ = ["REGISTRY", "Method", "Resource", "Stream", "StreamLogits", "parse_method", "split_methods"]

@@ -25,6 +25,8 @@ class Stream:
 
     Attributes:
         model: 0 for the model itself, 1 for the method's second one.
+        prompt: 0 for the prompt itself, 1 for the same without its context: the tokens that follow are the
+            same in all streams.
         strength: the anti-expert units' `o`; 0 leaves them out.
         adapter: factor of the low-rank deltas; 0 leaves them out.
         shift: factor of the heads' shifts; 0 leaves them out.
@@ -33,6 +35,7 @@ class Stream:
     """
 
     model: int = 0
+    prompt: int = 0
     strength: float = 0.0
     adapter: float = 0.0
     shift: float = 0.0
