@@ -246,7 +246,7 @@ def test_decoding_gathers_nothing_along_tensor(on_many, method):
     """Neither weights nor logits; along `fsdp` the weights of a layer are. Caches stay in their place."""
     models, method = on_many.prepare(method, generating=True)
     rows, eos = 4, np.array([-1], np.int32)
-    tokens = np.ones((rows, 32), np.int32)
+    tokens = np.ones((1, rows, 32), np.int32)
     settings = {"method": method, "sampler": Sampler()}
     with use_mesh(on_many.mesh):
         args = models, tokens, tokens.astype(bool), eos, np.int32(0)

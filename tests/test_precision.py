@@ -57,7 +57,7 @@ def model_with_everything(dtype) -> Models:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decoding(dtype, method):
     models, eos = model_with_everything(dtype), jnp.array([2])
-    tokens = jnp.asarray(random_tokens(1, 8), jnp.int32)
+    tokens = jnp.asarray(random_tokens(1, 8), jnp.int32)[None]
     args = models, tokens, jnp.ones(tokens.shape, bool), eos, np.int32(0)
     settings = {"method": method.resolve(TINY, generating=True), "sampler": Sampler()}
     # Attention's two, a layer's seven, the vocabulary.
