@@ -52,6 +52,8 @@ METHODS = [
     "dola:candidates=all",
     "dola-static:layer=1",
     "sled:scale=5",
+    "end:candidates=all",
+    "delta:virtual_layer=4",
     "iti:directions={directions},heads=9",
 ]
 # Rows that no mesh divides.

@@ -14,7 +14,9 @@ from typing import Any
 
 from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.cd import CD
+from imae_jax.decode.methods.delta import DeLTa
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
+from imae_jax.decode.methods.end import END
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
@@ -31,6 +33,8 @@ REGISTRY: dict[str, type[Method]] = {
     "dola": DoLa,
     "dola-static": StaticDoLa,
     "sled": SLED,
+    "end": END,
+    "delta": DeLTa,
     "iti": ITI,
 }
 

@@ -12,17 +12,22 @@ from imae_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class CD(Contrast):
-    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097).
+    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097, equations 2 and 3).
+
+    With β, `(1 + β) log p_exp(v) − β log p_ama(v)`: the form of O'Brien and Lewis (arXiv 2309.09117, section
+    3), who write it with logits, which differ from this by a number that all tokens share. They take β = 0.5.
 
     Cost: two models with two caches.
 
     Attributes:
         amateur: reference of the amateur, such as `MODEL#layers=24`.
         temperature: of the amateur; the paper takes 0.5 for GPT-2, the published TruthfulQA scripts 1.
+        beta: β of the second form; None for the first.
     """
 
     amateur: str = ""
     temperature: float = 1.0
+    beta: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -30,6 +35,12 @@ class CD(Contrast):
             raise UserError("cd needs amateur=MODEL: a weaker model with the same vocabulary")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"cd: temperature={self.temperature} must be above 0")
+        if self.beta is not None and not self.beta > 0:
+            raise UserError(f"cd: beta={self.beta} must be above 0: leave it out for log p_exp - log p_ama")
+
+    @property
+    def centred(self) -> bool:
+        return self.beta is not None
 
     @property
     def name(self) -> str:
@@ -46,4 +57,6 @@ class CD(Contrast):
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         expert = jax.nn.log_softmax(logits[0].final)
         amateur = jax.nn.log_softmax(logits[1].final / self.temperature)
-        return self.combine(expert, amateur, logits[0].final)
+        if self.beta is None:
+            return self.combine(expert - amateur, logits[0].final)
+        return self.combine(self.beta * (expert - amateur), logits[0].final, expert)
