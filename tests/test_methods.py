@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from conftest import (
     with_random_units,
 )
 from helpers.models import random_adapter, random_directions
+from safetensors.numpy import load_file, save_file
 
 from imae_jax.cache import KVCache
 from imae_jax.convert import load_model
@@ -31,12 +33,14 @@ from imae_jax.decode.joint import share_streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.delta import DeLTa
+from imae_jax.decode.methods.dexperts import DExperts
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
 from imae_jax.decode.methods.end import END
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
+from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.llama import Taps, project
 
@@ -68,6 +72,12 @@ def cd(expert, amateur, *, temperature=1.0, beta=None, **settings):
     if beta is None:
         return contrast(expert, amateur, **settings)
     return contrast(expert, beta * amateur, weight=1 + beta, **settings)
+
+
+def dexperts(base, expert, anti, *, weight, renormalize=True, alpha=0.0, implausible=-1000.0):
+    scores = log_softmax(base) + weight * (log_softmax(expert) - log_softmax(anti))
+    scores = log_softmax(scores) if renormalize else scores
+    return masked(scores, softmax(base), alpha=alpha, implausible=implausible)
 
 
 def masked(scores, p, *, alpha, implausible):
@@ -331,16 +341,34 @@ def world(tiny, tmp_path_factory):
         "second": str(second.directory),
         "cut": f"{checkpoint.directory}#layers=1",
         "adapter": str(random_adapter(directory / "adapter", lm.config, lm.base.reference)),
+        "right": str(random_adapter(directory / "right", lm.config, lm.base.reference, rank=5, seed=4)),
+        "pruned": str(without_layer_1(checkpoint.directory, directory / "pruned")),
         "directions": str(directory / "directions.safetensors"),
     }
     directions = random_directions(lm.config)
     write_directions(directory / "directions.safetensors", directions)
-    loaded = {name: load_model(references[name]) for name in ("second", "cut", "adapter")}
+    names = ("second", "cut", "adapter", "right", "pruned")
+    loaded = {name: load_model(references[name]) for name in names}
     weights = {name: (other.model.weights(), other.config) for name, other in loaded.items()}
     weights |= {"base": (lm.model.weights(), lm.config), "units": (tiny_weights_with_units(lm), lm.config)}
     return SimpleNamespace(
         lm=lm, config=lm.config, references=references, directions=directions, weights=weights
     )
+
+
+def without_layer_1(checkpoint, path):
+    """Of a checkpoint with two layers, one that has the upper one alone."""
+    path.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["num_hidden_layers"] == LAYERS == 2
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {k.replace(".layers.1.", ".layers.0."): v for k, v in tensors.items() if ".layers.0." not in k}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def tiny_weights_with_units(lm):
@@ -464,6 +492,21 @@ CASES = {
     "cd, beta": Case(
         "cd:amateur={cut},beta=0.5",
         lambda w, x, _, task: cd(whole(w, x).final, whole(w, x, "cut").final, beta=0.5, **task),
+    ),
+    "prunecd": Case(
+        "prunecd:skip=1", lambda w, x, _, task: cd(whole(w, x).final, whole(w, x, "pruned").final, **task)
+    ),
+    "prunecd, beta": Case(
+        "prunecd:skip=1,beta=0.5,renormalize=true",
+        lambda w, x, _, task: cd(
+            whole(w, x).final, whole(w, x, "pruned").final, beta=0.5, renormalize=True, **task
+        ),
+    ),
+    "dexperts": Case(
+        "dexperts:expert={right},anti_expert={adapter},weight=1.5",
+        lambda w, x, _, task: dexperts(
+            *(whole(w, x, name).final for name in ("base", "right", "adapter")), weight=1.5, **task
+        ),
     ),
     "dola": Case("dola:candidates=all", exits_with(dola, range(LAYERS))),
     "dola-static": Case(
@@ -694,6 +737,9 @@ def test_text_and_tokens_of_a_method_agree(world):
         ("dola:divergence=jensen-shannon,early_exit_norm=true", DoLa("high", "jensen-shannon", True)),
         ("dola-static:layer=8", StaticDoLa(8)),
         ("cd:amateur=m,beta=0.5", CD("m", beta=0.5)),
+        ("prunecd:skip=10..14,beta=0.5", PruneCD("10..14", beta=0.5)),
+        ({"name": "prunecd", "skip": [3, 5]}, PruneCD((3, 5))),
+        ("dexperts:expert=a,anti_expert=b,weight=1", DExperts("a", "b", 1.0)),
         (
             "end:weight=3,candidates=16+18,with_last=false",
             END(weight=3.0, candidates="16+18", with_last=False),
@@ -730,6 +776,9 @@ ROUND = [
     InModelContrast(2.0, alpha=0.1),
     ICD("m", 2.0),
     CD("m", renormalize=True),
+    CD("m", beta=0.5),
+    PruneCD("1", beta=0.5),
+    DExperts("a", "b", 1.0, renormalize=False),
     DoLa("low", "jensen-shannon"),
     DoLa((0, 1)),
     StaticDoLa(1, implausible=-7.0),
@@ -849,6 +898,10 @@ def test_buckets_of_layers(layers, tied, low, high):
         ("dola:divergence=kl", ["dola", "'kl'", "published", "jensen-shannon"]),
         ("cd:amateur=m,temperature=0", ["cd", "temperature=0"]),
         ("cd:amateur=m,beta=0", ["cd", "beta=0"]),
+        ("prunecd", ["prunecd", "skip="]),
+        ("prunecd:skip=1,beta=-1", ["prunecd", "beta=-1"]),
+        ("dexperts:expert=m", ["dexperts", "anti_expert="]),
+        ("dexperts:anti_expert=m", ["dexperts", "expert="]),
         ("end:weight=nan", ["end", "weight=", "nan"]),
         ("delta:virtual_layer=inf", ["delta", "virtual_layer=", "inf"]),
         ("sled:scale=0", ["sled", "scale=0"]),
@@ -876,6 +929,11 @@ def test_wrong_settings_are_refused(settings, parts):
         ("dola:candidates=-1", ["dola", "layer -1"]),
         ("dola:candidates=2..1", ["dola", "candidates='2..1'"]),
         ("end:candidates=0..3", ["end", "layer 3"]),
+        ("prunecd:skip=0..1", ["prunecd", "layer 0", "3"]),
+        ("prunecd:skip=4", ["prunecd", "layer 4", "3"]),
+        ("prunecd:skip=1..3", ["prunecd", "skip='1..3'", "not all"]),
+        ("prunecd:skip=2..1", ["prunecd", "skip='2..1'"]),
+        ("prunecd:skip=high", ["prunecd", "skip='high'", "a..b"]),
         ("delta:layers=0..2", ["delta", "layers='0..2'", "3"]),
         ("delta:layers=3", ["delta", "layers='3'", "two"]),
         ("delta:layers=-1..3", ["delta", "layer -1"]),
@@ -925,6 +983,9 @@ def misfits(world, tiny, tmp_path_factory):
         ("cd:amateur={wider}", ["amateur", "{wider}", "vocabulary"]),
         ("icd:anti_expert={wider}", ["anti_expert", "{wider}", "vocabulary"]),
         ("cd:amateur={nothing}", ["amateur", "{nothing}"]),
+        ("dexperts:expert={second},anti_expert={adapter}", ["expert", "{second}", "no LoRA adapter of"]),
+        ("dexperts:expert={adapter},anti_expert={nothing}", ["anti_expert", "{nothing}", "no LoRA adapter"]),
+        ("dexperts:expert={adapter},anti_expert={narrower}", ["anti_expert", "{narrower}", "wrong shape"]),
         ("icd:anti_expert={nothing}", ["anti_expert", "{nothing}"]),
         ("icd:anti_expert={moved}", ["anti_expert", "{moved}", "say where it is in adapter_config.json"]),
         ("icd:anti_expert={narrower}", ["anti_expert", "{narrower}", "wrong shape"]),
@@ -950,6 +1011,7 @@ def test_resources_that_do_not_fit_are_refused(world, misfits, settings, parts, 
         (CD("m"), ["cd", "second model", "prepare"]),
         (ICD("m"), ["icd", "second model", "prepare"]),
         (ICD("m", shared=True), ["icd", "adapter"]),
+        (DExperts("a", "b"), ["dexperts", "adapter"]),
         (ITI("f"), ["iti", "directions"]),
     ],
     ids=lambda value: getattr(value, "name", ""),

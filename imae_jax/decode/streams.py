@@ -24,6 +24,7 @@ from imae_jax.llama import (
     forward,
     project,
 )
+from imae_jax.lora import rank_of
 from imae_jax.sharding import constrain, mesh_of, use_mesh
 
 LENGTH_BUCKET = 64
@@ -143,10 +144,6 @@ def run(
         def tile(x: Any, copies: int = len(group)) -> Any:
             return x if copies == 1 else jax.tree.map(lambda a: jnp.concatenate([a] * copies), x)
 
-        def per_row(values: Sequence[float]) -> jax.Array | None:
-            return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
-
-        shift = per_row([stream.shift for stream in streams])
         layers = tuple(sorted({layer for stream in streams for layer in stream.exits}))
         output = forward(
             weights,
@@ -154,11 +151,7 @@ def run(
             tile(tokens),
             attention_mask=tile(attention_mask),
             tree=tile(tree),
-            interventions=Interventions(
-                strength=per_row([stream.strength for stream in streams]),
-                adapter=per_row([stream.adapter for stream in streams]),
-                shift=None if shift is None else shift[:, None] * tile(answer),
-            ),
+            interventions=_interventions(weights, config, streams, answer),
             cache=cache,
             options=Options(Taps(hidden_layers=layers)),
         )
@@ -233,10 +226,8 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
                 config,
                 rows,
                 attention_mask=mask,
-                interventions=Interventions(
-                    strength=stream.strength or None,
-                    adapter=stream.adapter or None,
-                    shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
+                interventions=_interventions(
+                    models.weights[stream.model], config, [stream], np.ones(rows.shape, bool)
                 ),
                 options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers
@@ -248,6 +239,37 @@ def first_layer_not_finite(models: Models, method: Method, tokens: Sequence[int]
 def projections(method: Method) -> int:
     """Projections to the vocabulary at every position."""
     return sum(1 + len(stream.exits) for stream in method.streams)
+
+
+def _interventions(
+    weights: Weights, config: LlamaConfig, streams: Sequence[Stream], answer: jax.Array
+) -> Interventions:
+    """What acts on the rows of streams of one model, stream-major.
+
+    Args:
+        weights, config: of the model.
+        streams: S of them.
+        answer: bool [B, T], as in `run`.
+    """
+
+    def per_row(values: Any) -> jax.Array:
+        return jnp.repeat(jnp.asarray(values), answer.shape[0], axis=0)
+
+    strength, shift = (
+        np.asarray([getattr(s, name) for s in streams], np.float32) for name in ("strength", "shift")
+    )
+    # [S, 1], or [S, rank] where adapters lie side by side.
+    count = max((len(s.adapter) for s in streams if isinstance(s.adapter, tuple)), default=1)
+    adapter = np.asarray([np.broadcast_to(s.adapter, count) for s in streams], np.float32)
+    if count > 1:
+        adapter = np.repeat(adapter, rank_of(weights.lora) // count, axis=1)
+    skip = np.asarray([np.isin(np.arange(config.num_layers) + 1, s.skip) for s in streams])
+    return Interventions(
+        strength=per_row(strength) if strength.any() else None,
+        adapter=per_row(adapter) if adapter.any() else None,
+        shift=(per_row(shift)[:, None] * jnp.tile(answer, (len(streams), 1))) if shift.any() else None,
+        skip=per_row(skip) if skip.any() else None,
+    )
 
 
 def _groups(method: Method) -> list[list[int]]:

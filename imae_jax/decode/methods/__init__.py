@@ -15,6 +15,7 @@ from typing import Any
 from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.delta import DeLTa
+from imae_jax.decode.methods.dexperts import DExperts
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
 from imae_jax.decode.methods.end import END
 from imae_jax.decode.methods.icd import ICD
@@ -22,6 +23,7 @@ from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits, setting_fields
+from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
 
@@ -29,7 +31,9 @@ REGISTRY: dict[str, type[Method]] = {
     "imae": Strength,
     "in-model-contrast": InModelContrast,
     "icd": ICD,
+    "dexperts": DExperts,
     "cd": CD,
+    "prunecd": PruneCD,
     "dola": DoLa,
     "dola-static": StaticDoLa,
     "sled": SLED,

@@ -26,16 +26,19 @@ class Stream:
     Attributes:
         model: 0 for the model itself, 1 for the method's second one.
         strength: the anti-expert units' `o`; 0 leaves them out.
-        adapter: factor of the low-rank deltas; 0 leaves them out.
+        adapter: factor of the low-rank deltas; 0 leaves them out. Of several adapters side by side, a factor
+            each.
         shift: factor of the heads' shifts; 0 leaves them out.
+        skip: numbers of layers, from 1 on, that are passed by.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
         exit_norm: whether the final norm comes before that projection.
     """
 
     model: int = 0
     strength: float = 0.0
-    adapter: float = 0.0
+    adapter: float | tuple[float, ...] = 0.0
     shift: float = 0.0
+    skip: tuple[int, ...] = ()
     exits: tuple[int, ...] = ()
     exit_norm: bool = False
 
@@ -60,14 +63,19 @@ class Resource:
 
     Attributes:
         kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
-            `directions`, shifts of heads; `units`, anti-expert units instead of the model's own.
-        reference: what to load.
+            `adapters`, several of this model side by side; `directions`, shifts of heads; `units`,
+            anti-expert units instead of the model's own.
+        reference: what to load; of `adapters`, one for each.
         setting: which setting named it, for errors.
     """
 
     kind: str
-    reference: str
+    reference: str | tuple[str, ...]
     setting: str
+
+    def __str__(self) -> str:
+        reference = self.reference
+        return f"{self.setting}={reference if isinstance(reference, str) else ', '.join(reference)}"
 
 
 class Method(abc.ABC):
