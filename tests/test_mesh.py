@@ -56,6 +56,7 @@ METHODS = [
     "sled:scale=5",
     "end:candidates=all",
     "delta:virtual_layer=4",
+    "activation-decoding:weight=2",
     "iti:directions={directions},heads=9",
 ]
 # Rows that no mesh divides.

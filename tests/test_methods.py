@@ -31,6 +31,7 @@ from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
 from imae_jax.decode.joint import share_streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
+from imae_jax.decode.methods.activation_decoding import ActivationDecoding
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.delta import DeLTa
 from imae_jax.decode.methods.dexperts import DExperts
@@ -91,6 +92,15 @@ def end(final, exits, *, weight, with_last, renormalize=True, alpha=0.0, implaus
         shares = softmax(layers[:, t, v])
         scores[t, v] += weight * np.sum(shares * np.log(shares))
     scores = log_softmax(scores) if renormalize else scores
+    return masked(scores, softmax(final), alpha=alpha, implausible=implausible)
+
+
+def activation_decoding(final, prompt, *, weight, alpha=0.0, implausible=-1000.0):
+    """`prompt` [positions, V] are logits of one layer."""
+    scores = log_softmax(final)
+    for v in range(V):
+        shares = softmax(prompt[:, v])
+        scores[:, v] += weight * np.sum(shares * np.log(shares))
     return masked(scores, softmax(final), alpha=alpha, implausible=implausible)
 
 
@@ -467,6 +477,15 @@ def of_exits(formula, early, *, norm=False, scoring, generating, **fixed):
     return scores
 
 
+def activation_decoding_with(layer, *, norm=False, **fixed):
+    def scores(world, tokens, start, task):
+        logits = whole(world, tokens, norm=norm)
+        of_layer = logits.final if layer == LAYERS else logits.exits[layer]
+        return activation_decoding(logits.final, of_layer[:start], **task | fixed)
+
+    return scores
+
+
 def units_with(world, tokens, strength, **kwargs):
     return whole(world, tokens, "units", strength=np.float32([strength]), **kwargs).final
 
@@ -536,6 +555,17 @@ CASES = {
             generating={"alpha": 0.1},
             layers=(0, 1, 2),
             virtual_layer=4.0,
+        ),
+    ),
+    "activation-decoding": Case("activation-decoding:weight=2", activation_decoding_with(1, weight=2.0)),
+    "activation-decoding, normed": Case(
+        "activation-decoding:layer=1,early_exit_norm=true,weight=3",
+        activation_decoding_with(1, norm=True, weight=3.0),
+    ),
+    "activation-decoding, last": Case(
+        "activation-decoding:layer=2,weight=3,alpha=0.05",
+        lambda w, x, start, task: activation_decoding_with(LAYERS, weight=3.0)(
+            w, x, start, task | {"alpha": 0.05}
         ),
     ),
     "iti": Case(
@@ -631,8 +661,9 @@ def test_a_row_does_not_depend_on_others_or_on_padding(world, name):
         caches = streams.empty_caches(models, method, B, T)
         answer = jnp.arange(T) == last[:, None]
         hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
+        entropies = streams.entropies(streams.prompt_sums(models, method, hidden, mask))
         hidden = jax.tree.map(lambda x: x[..., jnp.arange(B), last, :], hidden)
-        return method.scores(streams.logits_of(models, method, hidden))
+        return method.scores(streams.logits_of(models, method, hidden, entropies))
 
     def scores(rows, side):
         tokens, mask = np.zeros((len(rows), 24), np.int32), np.zeros((len(rows), 24), bool)
@@ -744,6 +775,7 @@ def test_text_and_tokens_of_a_method_agree(world):
             "end:weight=3,candidates=16+18,with_last=false",
             END(weight=3.0, candidates="16+18", with_last=False),
         ),
+        ("activation-decoding:layer=26,weight=0.8", ActivationDecoding(layer=26, weight=0.8)),
         ("delta:layers=28..30,virtual_layer=31.5", DeLTa(layers="28..30", virtual_layer=31.5)),
         ("sled:rate=2,scale=50,steps=1", SLED(rate=2.0, scale=50, steps=1)),
         ("iti:directions=file,alpha=15,heads=48", ITI("file", 15.0, 48)),
@@ -786,6 +818,7 @@ ROUND = [
     END(candidates="0+1"),
     DeLTa(),
     DeLTa(layers=(0, 2), virtual_layer=9.0),
+    ActivationDecoding(),
     ITI("f", heads=3),
 ]
 
@@ -929,6 +962,8 @@ def test_wrong_settings_are_refused(settings, parts):
         ("dola:candidates=-1", ["dola", "layer -1"]),
         ("dola:candidates=2..1", ["dola", "candidates='2..1'"]),
         ("end:candidates=0..3", ["end", "layer 3"]),
+        ("activation-decoding:layer=0", ["activation-decoding", "layer 0", "3"]),
+        ("activation-decoding:layer=4", ["activation-decoding", "layer 4", "3"]),
         ("prunecd:skip=0..1", ["prunecd", "layer 0", "3"]),
         ("prunecd:skip=4", ["prunecd", "layer 4", "3"]),
         ("prunecd:skip=1..3", ["prunecd", "skip='1..3'", "not all"]),

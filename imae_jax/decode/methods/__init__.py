@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imae_jax.anti_expert import MODES, parse_mode
+from imae_jax.decode.methods.activation_decoding import ActivationDecoding
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.delta import DeLTa
 from imae_jax.decode.methods.dexperts import DExperts
@@ -39,6 +40,7 @@ REGISTRY: dict[str, type[Method]] = {
     "sled": SLED,
     "end": END,
     "delta": DeLTa,
+    "activation-decoding": ActivationDecoding,
     "iti": ITI,
 }
 

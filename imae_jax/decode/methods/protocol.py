@@ -31,7 +31,8 @@ class Stream:
         shift: factor of the heads' shifts; 0 leaves them out.
         skip: numbers of layers, from 1 on, that are passed by.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
-        exit_norm: whether the final norm comes before that projection.
+        prompt_exit: number of the layer whose residual stream is projected at the prompt's positions, if any.
+        exit_norm: whether the final norm comes before these projections; of the last layer it always does.
     """
 
     model: int = 0
@@ -40,6 +41,7 @@ class Stream:
     shift: float = 0.0
     skip: tuple[int, ...] = ()
     exits: tuple[int, ...] = ()
+    prompt_exit: int | None = None
     exit_norm: bool = False
 
 
@@ -51,10 +53,13 @@ class StreamLogits:
     Attributes:
         final: float32 [..., V].
         exits: float32 [n, ..., V], one for each of `Stream.exits`; None where there are none.
+        prompt_entropy: float32 [..., V], entropy in nats of the softmax of a token's logits over the prompt's
+            positions, after layer `Stream.prompt_exit`; None without it.
     """
 
     final: jax.Array
     exits: jax.Array | None = None
+    prompt_entropy: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
