@@ -11,6 +11,7 @@ from imae_jax import layer_stack
 from imae_jax.config import AntiExpertConfig, LoraConfig
 from imae_jax.convert.references import check_same_vocabulary, model_config, parse_dtype
 from imae_jax.decode.methods import Resource
+from imae_jax.errors import UserError
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 from imae_jax.llama import Llama
 from imae_jax.lora import LoraDeltas
@@ -29,7 +30,7 @@ def random_model(
 ) -> LanguageModel:
     """A model with random weights of another's sizes, without a tokenizer.
 
-    What methods name besides is drawn, too: any directions, `adapter` for a LoRA adapter of rank 16, and a
+    What methods name besides is drawn, too: any directions, `adapter` for each LoRA adapter of rank 16, and a
     model of any reference's sizes.
 
     Args:
@@ -103,8 +104,9 @@ def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResour
         shape = (config.num_layers, config.num_heads, config.head_dim)
         shifts = tuple(jax.random.normal(jax.random.key(0), shape))
         return LoadedResource(weights=lambda method: {"shifts": shifts})
-    if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
-        lora = LoraConfig()
+    if resource.kind in ("adapters", "anti_expert_llm") and set(_names(resource)) == {RANDOM_ADAPTER}:
+        count = len(_names(resource))  # Side by side.
+        lora = LoraConfig(rank=count * LoraConfig.rank, alpha=count * LoraConfig.alpha)
 
         def declare():
             rngs = nnx.Rngs(0)
@@ -114,6 +116,12 @@ def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResour
 
         deltas = layer_stack.arrays(make(declare, lm.mesh))
         return LoadedResource(weights=lambda method: {"lora": deltas, "lora_scale": lora.scale})
+    if resource.kind == "adapters":
+        raise UserError(f"adapters of random weights are drawn, too: give {RANDOM_ADAPTER} for each")
     second = _model(resource.reference, lm.base.dtype, False, lm.mesh, make)
     check_same_vocabulary(lm, second)
     return LoadedResource(second=second)
+
+
+def _names(resource: Resource) -> tuple[str, ...]:
+    return resource.reference if isinstance(resource.reference, tuple) else (resource.reference,)

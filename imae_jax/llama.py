@@ -210,11 +210,13 @@ class Interventions:
         adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base; or
             [B, rank], see `lora.adapter_factors`.
         shift: float32 [B, T], factor of the heads' shifts at every position.
+        skip: bool [B, L], layers that a row passes by.
     """
 
     strength: float | jax.Array | None = None
     adapter: float | jax.Array | None = None
     shift: jax.Array | None = None
+    skip: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -347,6 +349,7 @@ def forward(
         unit=None if interventions.strength is None else weights.units,
         lora=None if interventions.adapter is None else weights.lora,
         shift=None if interventions.shift is None else weights.shifts,
+        skip=None if interventions.skip is None else interventions.skip.T,
     )
     if layer_stack.is_stacked(stack.base) and cache is None:
         x, after, gates, heads = _scan_layers(call, stack, x)
@@ -369,6 +372,7 @@ class LayerWeights(NamedTuple):
     unit: Any
     lora: Any
     shift: Any
+    skip: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,7 +502,7 @@ def layer_forward(
         The residual stream after it, its slots with this call's keys and values, and what `Taps` ask for: the
         gate, float32 [B, T], and the heads' outputs [B, T, N, H].
     """
-    config, layer, taps = call.config, weights.base, call.options.taps
+    config, layer, taps, before = call.config, weights.base, call.options.taps, x
 
     def linear(x, name):
         y = matmul(x, layer[name], num_inputs=x.ndim - 2)
@@ -527,7 +531,10 @@ def layer_forward(
     if config.post_norms:
         out = norm(config, out, layer["norm_mlp_out"])
     tapped = (gate if taps.gates else None, heads if taps.heads else None)
-    return constrain(x + out, "batch", "length", "act_embed"), kv, tapped
+    x = x + out
+    if weights.skip is not None:
+        x = jnp.where(weights.skip[:, None, None], before, x)
+    return constrain(x, "batch", "length", "act_embed"), kv, tapped
 
 
 def _attention(call, slides, linear, layer, h, kv):

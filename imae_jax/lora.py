@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imae_jax import layer_stack
 from imae_jax.config import LlamaConfig, LoraConfig
 from imae_jax.layers import matmul
 from imae_jax.params import LoraParam, uniform_fan_in, weight, zeros
@@ -98,6 +99,12 @@ def side_by_side(adapters: Sequence[tuple[Mapping[str, Any], float]]) -> dict[st
     return combined
 
 
+def rank_of(deltas: Any) -> int:
+    """The rank of deltas in either of the layouts of `imae_jax.layer_stack`."""
+    layer = deltas if layer_stack.is_stacked(deltas) else deltas[0]
+    return next(iter(layer.values()))["a"].shape[-1]
+
+
 def adapter_factors(deltas: Mapping[str, Any], count: int, numbers: Sequence[int | None]) -> jax.Array:
     """Which of the adapters `side_by_side` rows get.
 
@@ -109,6 +116,6 @@ def adapter_factors(deltas: Mapping[str, Any], count: int, numbers: Sequence[int
     Returns:
         Float32 [rows, rank]: `Interventions.adapter` of `llama`.
     """
-    rank = next(iter(deltas.values()))["a"].shape[-1] // count
+    rank = rank_of(deltas) // count
     one_hot = jnp.asarray([[number == i for i in range(count)] for number in numbers], jnp.float32)
     return jnp.repeat(one_hot, rank, axis=1)

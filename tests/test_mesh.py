@@ -49,9 +49,14 @@ METHODS = [
     "icd:anti_expert={adapter}",
     "icd:anti_expert={second}",
     "cd:amateur={second}",
+    "prunecd:skip=1",
+    "dexperts:expert={right},anti_expert={adapter}",
     "dola:candidates=all",
     "dola-static:layer=1",
     "sled:scale=5",
+    "end:candidates=all",
+    "delta:virtual_layer=4",
+    "activation-decoding:weight=2",
     "iti:directions={directions},heads=9",
     "cad",
 ]
@@ -81,6 +86,7 @@ def paths(tiny, tmp_path_factory):
         "model": str(directory / "imae"),
         "second": str(tiny("gqa", initializer_range=0.2, seed=1, **SIZES).directory),
         "adapter": str(random_adapter(directory / "adapter", lm.config, lm.base.reference)),
+        "right": str(random_adapter(directory / "right", lm.config, lm.base.reference, rank=8, seed=4)),
         "directions": str(directory / "directions"),
     }
 

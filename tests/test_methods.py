@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from conftest import (
     with_random_units,
 )
 from helpers.models import random_adapter, random_directions
+from safetensors.numpy import load_file, save_file
 
 from imae_jax.cache import KVCache
 from imae_jax.convert import load_model
@@ -29,15 +31,20 @@ from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
 from imae_jax.decode.joint import share_streams
 from imae_jax.decode.methods import REGISTRY, Stream, StreamLogits
+from imae_jax.decode.methods.activation_decoding import ActivationDecoding
 from imae_jax.decode.methods.adacad import AdaCAD
 from imae_jax.decode.methods.cad import CAD
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.coiecd import COIECD
+from imae_jax.decode.methods.delta import DeLTa
+from imae_jax.decode.methods.dexperts import DExperts
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
+from imae_jax.decode.methods.end import END
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
+from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.llama import Taps, project
 
@@ -64,8 +71,48 @@ def icd(base, anti, *, beta=1.0, **settings):
     return contrast(base, log_softmax(anti), weight=beta, **settings)
 
 
-def cd(expert, amateur, *, temperature=1.0, **settings):
-    return contrast(expert, log_softmax(np.float64(amateur) / temperature), **settings)
+def cd(expert, amateur, *, temperature=1.0, beta=None, **settings):
+    amateur = log_softmax(np.float64(amateur) / temperature)
+    if beta is None:
+        return contrast(expert, amateur, **settings)
+    return contrast(expert, beta * amateur, weight=1 + beta, **settings)
+
+
+def dexperts(base, expert, anti, *, weight, renormalize=True, alpha=0.0, implausible=-1000.0):
+    scores = log_softmax(base) + weight * (log_softmax(expert) - log_softmax(anti))
+    scores = log_softmax(scores) if renormalize else scores
+    return masked(scores, softmax(base), alpha=alpha, implausible=implausible)
+
+
+def masked(scores, p, *, alpha, implausible):
+    return np.where(p >= alpha * p.max(axis=-1, keepdims=True) if alpha else True, scores, implausible)
+
+
+def end(final, exits, *, weight, with_last, renormalize=True, alpha=0.0, implausible=-1000.0):
+    scores = log_softmax(final)
+    layers = np.concatenate([exits, final[None]]) if with_last else exits
+    for t, v in np.ndindex(*final.shape):
+        shares = softmax(layers[:, t, v])
+        scores[t, v] += weight * np.sum(shares * np.log(shares))
+    scores = log_softmax(scores) if renormalize else scores
+    return masked(scores, softmax(final), alpha=alpha, implausible=implausible)
+
+
+def activation_decoding(final, prompt, *, weight, alpha=0.0, implausible=-1000.0):
+    """`prompt` [positions, V] are logits of one layer."""
+    scores = log_softmax(final)
+    for v in range(V):
+        shares = softmax(prompt[:, v])
+        scores[:, v] += weight * np.sum(shares * np.log(shares))
+    return masked(scores, softmax(final), alpha=alpha, implausible=implausible)
+
+
+def delta(final, exits, *, layers, virtual_layer, renormalize=True, alpha=0.0, implausible=-1000.0):
+    trajectory = np.concatenate([exits, final[None]]).astype(np.float64)
+    slope, start = np.polyfit(layers, trajectory.reshape(len(layers), -1), 1)
+    z = (start + slope * virtual_layer).reshape(final.shape)
+    scores = log_softmax(z) if renormalize else z
+    return masked(scores, softmax(z), alpha=alpha, implausible=implausible)
 
 
 def static_dola(final, exits, **settings):
@@ -178,6 +225,10 @@ def test_contrasts_equal_their_formulas(mask, generating):
             cd(FINAL, weak, temperature=0.5, **settings),
         ),
         (
+            scores_of(CD(amateur="m", beta=0.5, **mask), FINAL, second=weak, generating=generating),
+            cd(FINAL, weak, beta=0.5, **settings),
+        ),
+        (
             scores_of(ICD(anti_expert="m", beta=2.0, **mask), FINAL, second=weak, generating=generating),
             icd(FINAL, weak, beta=2.0, **settings),
         ),
@@ -226,6 +277,39 @@ def test_dola_chooses_a_layer_for_every_position_and_by_its_divergence():
         assert_scores(actual, dola(logits[0], logits[1:], divergence=divergence), atol=1e-4)
         chosen[divergence] = actual
     assert np.abs(chosen["published"] - chosen["jensen-shannon"]).max() > 1
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("mask", [{}, {"alpha": 0.3, "implausible": -50.0}], ids=str)
+def test_end_equals_its_literal_formula(renormalize, mask):
+    for with_last, early in itertools.product((True, False), (EXITS[:2], EXITS[:2] * 30)):
+        settings = {"weight": 1.5, "with_last": with_last, "renormalize": renormalize, **mask}
+        actual = scores_of(END(candidates="0..1", **settings), FINAL, early)
+        assert_scores(actual, end(FINAL, early, **settings), atol=1e-4)
+
+
+def test_end_penalizes_tokens_whose_logit_is_the_same_in_all_layers():
+    """By log of the number of layers times the weight; a token that one layer alone knows loses nothing."""
+    exits = np.zeros((2, 1, V), np.float32)
+    exits[0, 0, 0] = 100
+    method = END(candidates="0..1", weight=2.0, with_last=False, renormalize=False)
+    expected = np.full((1, V), -np.log(V) - 2 * np.log(2))
+    expected[0, 0] = -np.log(V)
+    assert_scores(scores_of(method, np.zeros((1, V), np.float32), exits), expected)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("mask", [{}, {"alpha": 0.3, "implausible": -50.0}], ids=str)
+def test_delta_equals_least_squares(renormalize, mask):
+    for layers, virtual_layer in (((1, 2, 3), 3.0), ((1, 2, 3), 4.0), ((0, 1, 2, 3), 7.5), ((0, 3), 5.0)):
+        settings = {"layers": layers, "virtual_layer": virtual_layer, "renormalize": renormalize, **mask}
+        early = EXITS[: len(layers) - 1]
+        actual = scores_of(DeLTa(**settings), FINAL, early)
+        assert_scores(actual, delta(FINAL, early, **settings), atol=1e-4)
+        if layers == (0, 3):
+            base = scores_of(DeLTa(**settings | {"virtual_layer": 3.0, "renormalize": True}), FINAL, early)
+            kept = base > -50
+            assert_scores(base[kept], log_softmax(FINAL)[kept])
 
 
 SLEDS = [
@@ -315,16 +399,34 @@ def world(tiny, tmp_path_factory):
         "second": str(second.directory),
         "cut": f"{checkpoint.directory}#layers=1",
         "adapter": str(random_adapter(directory / "adapter", lm.config, lm.base.reference)),
+        "right": str(random_adapter(directory / "right", lm.config, lm.base.reference, rank=5, seed=4)),
+        "pruned": str(without_layer_1(checkpoint.directory, directory / "pruned")),
         "directions": str(directory / "directions.safetensors"),
     }
     directions = random_directions(lm.config)
     write_directions(directory / "directions.safetensors", directions)
-    loaded = {name: load_model(references[name]) for name in ("second", "cut", "adapter")}
+    names = ("second", "cut", "adapter", "right", "pruned")
+    loaded = {name: load_model(references[name]) for name in names}
     weights = {name: (other.model.weights(), other.config) for name, other in loaded.items()}
     weights |= {"base": (lm.model.weights(), lm.config), "units": (tiny_weights_with_units(lm), lm.config)}
     return SimpleNamespace(
         lm=lm, config=lm.config, references=references, directions=directions, weights=weights
     )
+
+
+def without_layer_1(checkpoint, path):
+    """Of a checkpoint with two layers, one that has the upper one alone."""
+    path.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["num_hidden_layers"] == LAYERS == 2
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {k.replace(".layers.1.", ".layers.0."): v for k, v in tensors.items() if ".layers.0." not in k}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def tiny_weights_with_units(lm):
@@ -412,6 +514,26 @@ def sled_with(layers, *, norm=False, **fixed):
     return scores
 
 
+def of_exits(formula, early, *, norm=False, scoring, generating, **fixed):
+    """Of END and DeLTa, whose settings differ between the tasks."""
+
+    def scores(world, tokens, start, task):
+        logits = whole(world, tokens, norm=norm)
+        settings = fixed | (generating if task["alpha"] else scoring)
+        return formula(logits.final, logits.exits[list(early)], implausible=task["implausible"], **settings)
+
+    return scores
+
+
+def activation_decoding_with(layer, *, norm=False, **fixed):
+    def scores(world, tokens, start, task):
+        logits = whole(world, tokens, norm=norm)
+        of_layer = logits.final if layer == LAYERS else logits.exits[layer]
+        return activation_decoding(logits.final, of_layer[:start], **task | fixed)
+
+    return scores
+
+
 def units_with(world, tokens, strength, **kwargs):
     return whole(world, tokens, "units", strength=np.float32([strength]), **kwargs).final
 
@@ -450,6 +572,25 @@ CASES = {
             whole(w, x).final, whole(w, x, "cut").final, temperature=0.5, renormalize=True, **task
         ),
     ),
+    "cd, beta": Case(
+        "cd:amateur={cut},beta=0.5",
+        lambda w, x, _, task: cd(whole(w, x).final, whole(w, x, "cut").final, beta=0.5, **task),
+    ),
+    "prunecd": Case(
+        "prunecd:skip=1", lambda w, x, _, task: cd(whole(w, x).final, whole(w, x, "pruned").final, **task)
+    ),
+    "prunecd, beta": Case(
+        "prunecd:skip=1,beta=0.5,renormalize=true",
+        lambda w, x, _, task: cd(
+            whole(w, x).final, whole(w, x, "pruned").final, beta=0.5, renormalize=True, **task
+        ),
+    ),
+    "dexperts": Case(
+        "dexperts:expert={right},anti_expert={adapter},weight=1.5",
+        lambda w, x, _, task: dexperts(
+            *(whole(w, x, name).final for name in ("base", "right", "adapter")), weight=1.5, **task
+        ),
+    ),
     "dola": Case("dola:candidates=all", exits_with(dola, range(LAYERS))),
     "dola-static": Case(
         "dola-static:layer=1,renormalize=true,early_exit_norm=true",
@@ -458,6 +599,38 @@ CASES = {
     "sled": Case(
         "sled:candidates=0..1,scale=20,rate=2,early_exit_norm=true",
         sled_with((0, 1), norm=True, scale=20, rate=2.0),
+    ),
+    "end": Case(
+        "end:candidates=0..1",
+        of_exits(
+            end,
+            (0, 1),
+            scoring={"weight": 0.25, "with_last": True, "alpha": 0.0},
+            generating={"weight": 1.0, "with_last": False, "alpha": 0.01},
+        ),
+    ),
+    "delta": Case(
+        "delta:virtual_layer=4",
+        of_exits(
+            delta,
+            (0, 1),
+            norm=True,
+            scoring={"alpha": 0.0},
+            generating={"alpha": 0.1},
+            layers=(0, 1, 2),
+            virtual_layer=4.0,
+        ),
+    ),
+    "activation-decoding": Case("activation-decoding:weight=2", activation_decoding_with(1, weight=2.0)),
+    "activation-decoding, normed": Case(
+        "activation-decoding:layer=1,early_exit_norm=true,weight=3",
+        activation_decoding_with(1, norm=True, weight=3.0),
+    ),
+    "activation-decoding, last": Case(
+        "activation-decoding:layer=2,weight=3,alpha=0.05",
+        lambda w, x, start, task: activation_decoding_with(LAYERS, weight=3.0)(
+            w, x, start, task | {"alpha": 0.05}
+        ),
     ),
     "iti": Case(
         f"iti:directions={{directions}},heads={HEADS},alpha={ALPHA_ITI}",
@@ -565,11 +738,12 @@ def test_a_row_does_not_depend_on_others_or_on_padding(world, name):
         caches = streams.empty_caches(models, method, B, T)
         answer = jnp.arange(T) == last[..., None]
         hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
+        entropies = streams.entropies(streams.prompt_sums(models, method, hidden, mask))
         hidden = [
             jax.tree.map(lambda x, last=last[stream.prompt]: x[..., jnp.arange(B), last, :], states)
             for states, stream in zip(hidden, method.streams, strict=True)
         ]
-        return method.scores(streams.logits_of(models, method, hidden))
+        return method.scores(streams.logits_of(models, method, hidden, entropies))
 
     def scores(rows, side):
         every_prompt = [rows, [*map(without_context, rows)]][: streams.num_prompts(method)]
@@ -676,6 +850,16 @@ def test_text_and_tokens_of_a_method_agree(world):
         ("dola:candidates=0+2+4,renormalize=True", DoLa("0+2+4", renormalize=True)),
         ("dola:divergence=jensen-shannon,early_exit_norm=true", DoLa("high", "jensen-shannon", True)),
         ("dola-static:layer=8", StaticDoLa(8)),
+        ("cd:amateur=m,beta=0.5", CD("m", beta=0.5)),
+        ("prunecd:skip=10..14,beta=0.5", PruneCD("10..14", beta=0.5)),
+        ({"name": "prunecd", "skip": [3, 5]}, PruneCD((3, 5))),
+        ("dexperts:expert=a,anti_expert=b,weight=1", DExperts("a", "b", 1.0)),
+        (
+            "end:weight=3,candidates=16+18,with_last=false",
+            END(weight=3.0, candidates="16+18", with_last=False),
+        ),
+        ("activation-decoding:layer=26,weight=0.8", ActivationDecoding(layer=26, weight=0.8)),
+        ("delta:layers=28..30,virtual_layer=31.5", DeLTa(layers="28..30", virtual_layer=31.5)),
         ("sled:rate=2,scale=50,steps=1", SLED(rate=2.0, scale=50, steps=1)),
         ("iti:directions=file,alpha=15,heads=48", ITI("file", 15.0, 48)),
         ({"name": "iti", "directions": "file", "heads": 3}, ITI("file", heads=3)),
@@ -707,10 +891,17 @@ ROUND = [
     InModelContrast(2.0, alpha=0.1),
     ICD("m", 2.0),
     CD("m", renormalize=True),
+    CD("m", beta=0.5),
+    PruneCD("1", beta=0.5),
+    DExperts("a", "b", 1.0, renormalize=False),
     DoLa("low", "jensen-shannon"),
     DoLa((0, 1)),
     StaticDoLa(1, implausible=-7.0),
     SLED("0+1", scale=9, renormalize=False),
+    END(candidates="0+1"),
+    DeLTa(),
+    DeLTa(layers=(0, 2), virtual_layer=9.0),
+    ActivationDecoding(),
     ITI("f", heads=3),
 ]
 
@@ -822,6 +1013,13 @@ def test_buckets_of_layers(layers, tied, low, high):
         ("dola:plausibility=odds", ["dola", "'odds'", "probability", "logit"]),
         ("dola:divergence=kl", ["dola", "'kl'", "published", "jensen-shannon"]),
         ("cd:amateur=m,temperature=0", ["cd", "temperature=0"]),
+        ("cd:amateur=m,beta=0", ["cd", "beta=0"]),
+        ("prunecd", ["prunecd", "skip="]),
+        ("prunecd:skip=1,beta=-1", ["prunecd", "beta=-1"]),
+        ("dexperts:expert=m", ["dexperts", "anti_expert="]),
+        ("dexperts:anti_expert=m", ["dexperts", "expert="]),
+        ("end:weight=nan", ["end", "weight=", "nan"]),
+        ("delta:virtual_layer=inf", ["delta", "virtual_layer=", "inf"]),
         ("sled:scale=0", ["sled", "scale=0"]),
         ("sled:steps=0", ["sled", "steps=0"]),
         ("sled:rate=nan", ["sled", "rate=", "nan"]),
@@ -846,6 +1044,20 @@ def test_wrong_settings_are_refused(settings, parts):
         ("dola:candidates=0+3", ["dola", "layer 3", "2"]),
         ("dola:candidates=-1", ["dola", "layer -1"]),
         ("dola:candidates=2..1", ["dola", "candidates='2..1'"]),
+        ("end:candidates=0..3", ["end", "layer 3"]),
+        ("activation-decoding:layer=0", ["activation-decoding", "layer 0", "3"]),
+        ("activation-decoding:layer=4", ["activation-decoding", "layer 4", "3"]),
+        ("prunecd:skip=0..1", ["prunecd", "layer 0", "3"]),
+        ("prunecd:skip=4", ["prunecd", "layer 4", "3"]),
+        ("prunecd:skip=1..3", ["prunecd", "skip='1..3'", "not all"]),
+        ("prunecd:skip=2..1", ["prunecd", "skip='2..1'"]),
+        ("prunecd:skip=high", ["prunecd", "skip='high'", "a..b"]),
+        ("delta:layers=0..2", ["delta", "layers='0..2'", "3"]),
+        ("delta:layers=3", ["delta", "layers='3'", "two"]),
+        ("delta:layers=-1..3", ["delta", "layer -1"]),
+        ("delta:layers=0..4", ["delta", "layers='0..4'", "3"]),
+        ("delta:layers=high", ["delta", "layers='high'", "a..b"]),
+        ("delta:virtual_layer=2.5", ["delta", "virtual_layer=2.5", "3"]),
         ("sled:candidates=0..3", ["sled", "layer 3"]),
         ("sled:candidates=0..999999999999", ["sled", "layer 3"]),
         ("sled:candidates=", ["sled", "candidates=''"]),
@@ -889,6 +1101,9 @@ def misfits(world, tiny, tmp_path_factory):
         ("cd:amateur={wider}", ["amateur", "{wider}", "vocabulary"]),
         ("icd:anti_expert={wider}", ["anti_expert", "{wider}", "vocabulary"]),
         ("cd:amateur={nothing}", ["amateur", "{nothing}"]),
+        ("dexperts:expert={second},anti_expert={adapter}", ["expert", "{second}", "no LoRA adapter of"]),
+        ("dexperts:expert={adapter},anti_expert={nothing}", ["anti_expert", "{nothing}", "no LoRA adapter"]),
+        ("dexperts:expert={adapter},anti_expert={narrower}", ["anti_expert", "{narrower}", "wrong shape"]),
         ("icd:anti_expert={nothing}", ["anti_expert", "{nothing}"]),
         ("icd:anti_expert={moved}", ["anti_expert", "{moved}", "say where it is in adapter_config.json"]),
         ("icd:anti_expert={narrower}", ["anti_expert", "{narrower}", "wrong shape"]),
@@ -914,6 +1129,7 @@ def test_resources_that_do_not_fit_are_refused(world, misfits, settings, parts, 
         (CD("m"), ["cd", "second model", "prepare"]),
         (ICD("m"), ["icd", "second model", "prepare"]),
         (ICD("m", shared=True), ["icd", "adapter"]),
+        (DExperts("a", "b"), ["dexperts", "adapter"]),
         (ITI("f"), ["iti", "directions"]),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -186,6 +186,9 @@ METHODS = (
     "dola-static:layer=1,early_exit_norm=true",
     "sled:scale=5",
     "cd:amateur={path}#layers=2",
+    "prunecd:skip=2",
+    "activation-decoding:layer=2",
+    "activation-decoding:layer=1,early_exit_norm=true",
 )
 
 
@@ -195,9 +198,9 @@ def test_methods_that_share_streams_get_the_scores_that_they_get_alone(tiny_imae
     prepared = [lm.prepare(method, generating=False) for method in methods]
     passes = share_streams(prepared)
     # The expert's stream is nobody else's; early exits with and without the final norm are two streams.
-    assert sorted(sorted(places) for _, _, places in passes) == [[0, 2, 3, 4, 5, 6, 7], [1]]
+    assert sorted(sorted(places) for _, _, places in passes) == [[0, *range(2, 11)], [1]]
     joint = next(joint for _, joint, places in passes if len(places) > 1)
-    assert len(joint.streams) == 4
+    assert len(joint.streams) == 5
     assert {len(stream.exits) for stream in joint.streams if stream.exits} == {1, 3}
     answers = [" t9 t10", " t9 t11 t12", " t13"]
     groups = [encode(lm.tokenizer, [f"Q: {question}\nA:"] * 3, answers) for question in ("t5", "t6 t7")]

@@ -106,6 +106,7 @@ class Harm(Benchmark):
 
     def task(self, args, data, lm):
         from imae_jax.decode import windows
+        from imae_jax.decode.streams import needs_prompts
         from imae_jax.evaluate.runner.divergence import RULED_OUT
 
         text, methods = data
@@ -114,8 +115,11 @@ class Harm(Benchmark):
             raise UserError(f"text {args.text} has fewer than 2 tokens: give a longer one")
         lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
-        models = [lm.prepare(method, generating=generating)[0] for method in methods.values()]
-        context = min(each.max_positions for each in models)
+        prepared = {label: lm.prepare(method, generating=generating) for label, method in methods.items()}
+        for label, (_, method) in prepared.items():
+            if needs_prompts(method):
+                raise UserError(f"{label} needs prompts, and a text alone has none: leave it out")
+        context = min(models.max_positions for models, _ in prepared.values())
         length = min(args.window, context)
         settings = {
             "data": {"path": str(args.text), "sha256": hashlib.sha256(text.encode()).hexdigest()},

@@ -35,9 +35,10 @@ class Joint(Method):
             index = _find_stream(merged, stream)
             if index is None:
                 merged.append(stream)
-            elif stream.exits:
+            elif _projects_early(stream):
                 exits = tuple(sorted({*merged[index].exits, *stream.exits}))
-                merged[index] = dataclasses.replace(stream, exits=exits)
+                prompt_exit = merged[index].prompt_exit if stream.prompt_exit is None else stream.prompt_exit
+                merged[index] = dataclasses.replace(stream, exits=exits, prompt_exit=prompt_exit)
         return tuple(merged)
 
     @property
@@ -55,7 +56,7 @@ class Joint(Method):
         def logits_for(stream: Stream) -> StreamLogits:
             index = _find_stream(merged, stream)
             if not stream.exits:
-                return StreamLogits(logits[index].final)
+                return StreamLogits(logits[index].final, prompt_entropy=logits[index].prompt_entropy)
             exits = logits[index].exits
             if stream.exits != merged[index].exits:
                 exits = exits[jnp.asarray([merged[index].exits.index(layer) for layer in stream.exits])]
@@ -106,13 +107,21 @@ def _find_stream(streams: Sequence[Stream], wanted: Stream) -> int | None:
     """The stream with the interventions of `wanted` whose early exits can be merged with its own."""
 
     def interventions(stream: Stream) -> Stream:
-        return dataclasses.replace(stream, exits=(), exit_norm=False)
+        return dataclasses.replace(stream, exits=(), prompt_exit=None, exit_norm=False)
 
     for index, stream in enumerate(streams):
-        exits_merge = not stream.exits or not wanted.exits or stream.exit_norm == wanted.exit_norm
-        if exits_merge and interventions(stream) == interventions(wanted):
+        both_project = _projects_early(stream) and _projects_early(wanted)
+        exits_merge = not both_project or stream.exit_norm == wanted.exit_norm
+        prompts_merge = None in (stream.prompt_exit, wanted.prompt_exit) or (
+            stream.prompt_exit == wanted.prompt_exit
+        )
+        if exits_merge and prompts_merge and interventions(stream) == interventions(wanted):
             return index
     return None
+
+
+def _projects_early(stream: Stream) -> bool:
+    return bool(stream.exits) or stream.prompt_exit is not None
 
 
 def _merge_models(a: Models, b: Models) -> Models | None:

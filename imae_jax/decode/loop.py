@@ -41,6 +41,7 @@ class DecodeState:
         step: int32 [], number of tokens drawn.
         seen: bool [B, V], tokens of prompt and new text, where the sampler needs them; else None.
         not_finite: int32 [B], the first step whose logits or scores were not finite, else `NEVER`.
+        entropies: of the prompts, see `streams.entropies`.
     """
 
     caches: streams.Caches
@@ -50,6 +51,7 @@ class DecodeState:
     step: jax.Array
     seen: jax.Array | None
     not_finite: jax.Array
+    entropies: tuple[jax.Array | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,20 +209,22 @@ def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
     last = T - 1 - jnp.argmax(mask[..., ::-1], axis=-1)  # [P, B]
     answer = jnp.arange(T) == last[..., None]
     hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=answer, caches=caches)
+    entropies = streams.entropies(streams.prompt_sums(models, method, hidden, mask))
 
     def at_last(x, stream):  # [..., B, T, D] to [..., B, D].
         return x[..., jnp.arange(B), streams.of_stream(last, stream), :]
 
     each = zip(hidden, method.streams, strict=True)
     hidden = tuple(jax.tree.map(lambda x, s=stream: at_last(x, s), states) for states, stream in each)
-    scores, finite = _scores(models, method, hidden)
+    scores, finite = _scores(models, method, hidden, entropies)
     seen = None
     if sampler.needs_seen:
         seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens[0]].max(mask[0])
     token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
     seen = _with_token(seen, token)
     not_finite = jnp.where(finite, NEVER, 0).astype(jnp.int32)
-    return DecodeState(caches, token, jnp.isin(token, eos), key, jnp.ones((), jnp.int32), seen, not_finite)
+    done, step = jnp.isin(token, eos), jnp.ones((), jnp.int32)
+    return DecodeState(caches, token, done, key, step, seen, not_finite, entropies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +265,9 @@ def compile_programs(
     return Compiled(prefill, chunk)
 
 
-def _scores(models, method, hidden):
+def _scores(models, method, hidden, entropies):
     """What tokens are drawn from, float32 [B, V], and whether it is sound, bool [B]."""
-    logits = streams.logits_of(models, method, hidden)
+    logits = streams.logits_of(models, method, hidden, entropies)
     with jax.named_scope(method.name):
         scores = method.unnormalized_scores(logits)
         # Of a method of one's own, an axis too many would be drawn from in silence.
@@ -285,14 +289,15 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
             models, method, tokens, attention_mask=every, answer=every, caches=state.caches
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
-        scores, finite = _scores(models, method, hidden)
+        scores, finite = _scores(models, method, hidden, state.entropies)
         token = sampler.sample(scores, jax.random.fold_in(state.key, state.step), state.seen)
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
         seen = _with_token(state.seen, token)
         not_finite = jnp.where(finite | state.done, NEVER, state.step)
         not_finite = jnp.minimum(state.not_finite, not_finite)
-        return DecodeState(caches, token, done, state.key, state.step + 1, seen, not_finite), token
+        new = (caches, token, done, state.key, state.step + 1, seen, not_finite, state.entropies)
+        return DecodeState(*new), token
 
     state, drawn = jax.lax.scan(step, state, length=length)
     return state, drawn.T

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -25,7 +25,7 @@ from imae_jax.continuation import CONFIDENCE, Continuation
 from imae_jax.cpu import argmax
 from imae_jax.decode import streams
 from imae_jax.decode.methods import Method
-from imae_jax.decode.streams import Caches, Models
+from imae_jax.decode.streams import POSITIONS_PER_PROJECTION, Caches, Models, PromptSums
 from imae_jax.distributed import to_host
 from imae_jax.errors import UserError
 from imae_jax.llama import Llama, TreeLayout, Weights
@@ -36,9 +36,10 @@ ROW_LENGTH, LONGEST_ROW = 256, 1024
 PREFIX_BUCKET = 64
 ROWS_PER_BATCH = {"cpu": 1, "gpu": 16, "tpu": 16}
 GROUPS_PER_WINDOW = 32
-POSITIONS_PER_PROJECTION = 128
 
 Where = Callable[[int, int], str]
+Prompt = tuple[tuple[int, ...], tuple[Any, ...]]
+"""Padding and tokens of an `_AnswerTree` in front of an answer."""
 
 
 class Scored(NamedTuple):
@@ -101,13 +102,15 @@ def score(
     if not groups:
         return
     check_groups(models, method, groups)
-    prompts = range(streams.num_prompts(method))
-    prefixes = [_common_prefix(c.behind(prompt) for group in groups for c in group) for prompt in prompts]
+    num_prompts = streams.num_prompts(method)
+    prefixes = [
+        _common_prefix(c.behind(number) for group in groups for c in group) for number in range(num_prompts)
+    ]
     skips = [*map(len, prefixes)]
     if row_length is None:
         row_length = _row_length(groups, skips)
     with use_mesh(models.mesh):
-        prefix_caches, shards = _prefix_caches(models, method, prefixes), row_shards()
+        (prefix_caches, prefix_sums), shards = _run_prefix(models, method, prefixes), row_shards()
         batch_rows = batch_size(rows_per_batch, row_length)
 
     window_size = GROUPS_PER_WINDOW * shards
@@ -115,15 +118,18 @@ def score(
         window = range(window_start, min(window_start + window_size, len(groups)))
         trees = [tree for i in window for tree in _answer_trees(i, groups[i], skips, row_length)]
         rows = _fill_rows(trees, row_length)
+        prompts = _prompts(trees) if streams.needs_prompts(method) else {}
+        with use_mesh(models.mesh):
+            entropies = _prompt_entropies(models, method, prefix_caches, prefix_sums, prompts, batch_rows)
         wanted = {"greedy": greedy, "confidence": confidence}
         results = {i: Scored.empty(len(groups[i]), **wanted) for i in window}
         for first in range(0, len(rows), batch_rows):
             batch = rows[first : first + batch_rows]
-            arrays, parents = _batch_arrays(batch, len(prompts), batch_rows, row_length)
+            arrays, parents = _batch_arrays(batch, num_prompts, batch_rows, row_length, prompts)
             chunks = _projection_chunks(parents, streams.projections(method), shards)
             with use_mesh(models.mesh):
                 values = _score_nodes(
-                    models, prefix_caches, np.int32(skips), arrays, chunks, method=method, **wanted
+                    models, prefix_caches, np.int32(skips), entropies, arrays, chunks, method=method, **wanted
                 )
             values = jax.tree.map(to_host, values)
             for i, row in enumerate(batch):
@@ -235,6 +241,10 @@ class _AnswerTree:
     start: int
     padding: tuple[int, ...]
 
+    def prompt(self, path: Sequence[int]) -> Prompt:
+        """The tokens in front of the answer that ends a path."""
+        return self.padding, tuple(self.tree.tokens[node] for node in path[: self.start])
+
 
 def _starts(item: Continuation, skips: Sequence[int]) -> tuple[int, ...]:
     """[P] where the answer begins behind what all sequences share."""
@@ -300,25 +310,31 @@ class TreeRows(NamedTuple):
         depths: int32 [P, B, T], positions behind the common prefix, negative at padding of the prompt.
         ends: int32 [B, T], see `TokenTree.ends`, of the row; 0 at padding.
         answer: bool [B, T], nodes that predict a token of an answer.
+        prompts: int32 [B, T], of these the number of their prompt, where prompts have one.
     """
 
     tokens: np.ndarray
     depths: np.ndarray
     ends: np.ndarray
     answer: np.ndarray
+    prompts: np.ndarray
 
 
 def _batch_arrays(
-    rows: Sequence[Sequence[_AnswerTree]], num_prompts: int, batch_rows: int, row_length: int
+    rows: Sequence[Sequence[_AnswerTree]],
+    num_prompts: int,
+    batch_rows: int,
+    row_length: int,
+    prompts: Mapping[Prompt, int],
 ) -> tuple[TreeRows, np.ndarray]:
     """Rows as arrays, and the parents of the nodes to score, else -1, int32 [B, T]."""
     longest = max(sum(len(each.tree) for each in row) for row in rows)
     shape = (batch_rows, round_up(longest, row_length))
-    arrays = TreeRows(
-        *(np.zeros((num_prompts, *shape), np.int32) for _ in range(2)),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, bool),
-    )
+
+    def zeros(*leading: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((*leading, *shape), dtype)
+
+    arrays = TreeRows(zeros(num_prompts), zeros(num_prompts), zeros(), zeros(dtype=bool), zeros())
     parents = np.full(shape, -1, np.int32)
     for number, row in enumerate(rows):
         offset = 0
@@ -331,6 +347,8 @@ def _batch_arrays(
             for path in tree.paths:
                 scored, before = path[each.start :], path[each.start - 1 : -1]
                 parents[number, np.add(scored, offset)] = np.add(before, offset)
+                if prompts:
+                    arrays.prompts[number, np.add(before, offset)] = prompts[each.prompt(path)]
             offset = span.stop
     return arrays, parents
 
@@ -361,7 +379,9 @@ def _common_prefix(continuations: Iterable[Continuation]) -> tuple[int, ...]:
     return prefix or ()
 
 
-def _prefix_caches(models: Models, method: Method, prefixes: Sequence[Sequence[int]]) -> Caches:
+def _run_prefix(
+    models: Models, method: Method, prefixes: Sequence[Sequence[int]]
+) -> tuple[Caches, PromptSums | None]:
     length = round_up(max(map(len, prefixes)), PREFIX_BUCKET)
     tokens, mask = np.zeros((len(prefixes), 1, length), np.int32), np.zeros((len(prefixes), 1, length), bool)
     for number, prefix in enumerate(prefixes):
@@ -373,9 +393,55 @@ def _prefix_caches(models: Models, method: Method, prefixes: Sequence[Sequence[i
 def _fill_prefix(models, tokens, mask, *, method):
     caches = streams.empty_caches(models, method, 1, tokens.shape[-1])
     if tokens.shape[-1] == 0:
-        return caches
+        return caches, None
     nowhere = jnp.zeros_like(mask)
-    return streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)[1]
+    hidden, caches = streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)
+    return caches, streams.prompt_sums(models, method, hidden, mask)
+
+
+def _prompts(trees: Iterable[_AnswerTree]) -> dict[Prompt, int]:
+    """Numbers of the prompts of trees, from the tokens behind the common prefix."""
+    distinct = dict.fromkeys(each.prompt(path) for each in trees for path in each.tree.paths)
+    return {prompt: number for number, prompt in enumerate(distinct)}
+
+
+def _prompt_entropies(
+    models: Models,
+    method: Method,
+    prefix: Caches,
+    before: PromptSums | None,
+    prompts: Mapping[Prompt, int],
+    batch_rows: int,
+) -> tuple[jax.Array | None, ...]:
+    """Of every stream [prompts, V], see `streams.entropies`; padded, so that few shapes are compiled."""
+    if not prompts:
+        return (None,) * len(method.streams)
+    rows = list(prompts)
+    rows += rows[:1] * (-len(rows) % batch_rows)
+    num_prompts, length = len(rows[0][0]), round_up(max(len(row) for _, row in rows), PREFIX_BUCKET)
+    tokens, mask = (
+        np.zeros((num_prompts, len(rows), length), np.int32),
+        np.zeros((num_prompts, len(rows), length), bool),
+    )
+    for i, (padding, row) in enumerate(rows):
+        tokens[:, i, : len(row)] = np.reshape(row, (-1, num_prompts)).T
+        mask[:, i, : len(row)] = np.arange(len(row)) >= np.vstack(padding)
+    batches = [
+        _run_prompts(models, prefix, before, tokens[:, span], mask[:, span], method=method)
+        for span in (slice(i, i + batch_rows) for i in range(0, len(rows), batch_rows))
+    ]
+    padding = ((0, -len(rows) % GROUPS_PER_WINDOW), (0, 0))
+    return jax.tree.map(lambda *parts: jnp.pad(jnp.concatenate(parts), padding), *batches)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _run_prompts(models, prefix, before, tokens, mask, *, method):
+    _, B, T = tokens.shape
+    caches = tuple(c.repeat_rows(B).with_capacity(c.capacity + T) for c in prefix)
+    nowhere = jnp.zeros_like(mask)
+    hidden, _ = streams.run(models, method, tokens, attention_mask=mask, answer=nowhere, caches=caches)
+    before = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, x.shape[-1])), before)
+    return streams.entropies(streams.prompt_sums(models, method, hidden, mask, before))
 
 
 class Chunks(NamedTuple):
@@ -444,6 +510,7 @@ def _score_nodes(
     models: Models,
     prefix: Caches,
     prefix_lengths: np.ndarray,
+    entropies: tuple[jax.Array | None, ...],
     rows: TreeRows,
     chunks: Chunks,
     *,
@@ -477,13 +544,14 @@ def _score_nodes(
     )
     hidden = jax.tree.map(lambda x: x.reshape(*x.shape[:-3], B * T, x.shape[-1]), hidden)
     # Those to score are the same behind every prompt.
-    tokens = rows.tokens[0].reshape(-1)
+    tokens, prompts = rows.tokens[0].reshape(-1), rows.prompts.reshape(-1)
 
     # Nothing of size B · T · V is ever built.
     def add_chunk(chunk, values):
         nodes, parents = chunks.nodes[chunk], chunks.parents[chunk]
         parent_states = jax.tree.map(lambda x: x[..., chunks.positions[chunk], :], hidden)
-        logits = streams.logits_of(models, method, parent_states)
+        of_prompts = jax.tree.map(lambda x: x[prompts[chunks.positions[chunk]]], entropies)
+        logits = streams.logits_of(models, method, parent_states, of_prompts)
         chosen = tokens[jnp.minimum(nodes, B * T - 1)]
         scores = method.token_scores(logits, parents, chosen)
         chex.assert_shape(scores, (*chosen.shape, *method.columns))

@@ -1,8 +1,9 @@
 """Runs the streams of a method: those of one model as rows of one batch, stream-major (row `s · B + b`)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -24,9 +25,13 @@ from imae_jax.llama import (
     forward,
     project,
 )
+from imae_jax.lora import rank_of
 from imae_jax.sharding import constrain, mesh_of, use_mesh
 
 LENGTH_BUCKET = 64
+POSITIONS_PER_PROJECTION = 128
+# Of a logit that does not count: exp of it is 0, and products with 0 are.
+FAR_BELOW = 1e30
 
 _forward = jax.jit(forward, static_argnames=("config", "options"))
 
@@ -75,13 +80,36 @@ class StreamHidden:
         final: [..., D], after the final norm.
         exits: [n, ..., D], the residual stream after each of `Stream.exits`, normed if `Stream.exit_norm`;
             None where there are none.
+        prompt: [..., D], the same after `Stream.prompt_exit`, at all positions.
     """
 
     final: jax.Array
     exits: jax.Array | None
+    prompt: jax.Array | None = None
+
+
+class PositionSums(NamedTuple):
+    """A softmax over positions so far, of the logits z of every token: float32 [B, V] each.
+
+    Attributes:
+        peak: the largest z.
+        total: Σ exp(z − peak).
+        dot: Σ (z − peak) exp(z − peak).
+    """
+
+    peak: jax.Array
+    total: jax.Array
+    dot: jax.Array
+
+    @property
+    def entropy(self) -> jax.Array:
+        """In nats."""
+        return jnp.log(self.total) - self.dot / self.total
 
 
 Caches = tuple[KVCache, ...]
+PromptSums = tuple[PositionSums | None, ...]
+"""Of every stream with a `prompt_exit`, and None of the others."""
 
 
 def check(models: Models, method: Method) -> None:
@@ -165,39 +193,105 @@ def run(
         def rows_of(x: Any, streams: Sequence[Stream] = tuple(streams)) -> Any:
             return jax.tree.map(lambda a: jnp.concatenate([of_stream(a, each) for each in streams]), x)
 
-        def per_row(values: Sequence[float]) -> jax.Array | None:
-            return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
-
-        shift = per_row([stream.shift for stream in streams])
-        layers = tuple(sorted({layer for stream in streams for layer in stream.exits}))
+        prompt_exits = {stream.prompt_exit for stream in streams} - {None}
+        layers = tuple(sorted(prompt_exits.union(*(stream.exits for stream in streams))))
         output = forward(
             weights,
             config,
             rows_of(tokens),
             attention_mask=rows_of(attention_mask),
             tree=rows_of(tree),
-            interventions=Interventions(
-                strength=per_row([stream.strength for stream in streams]),
-                adapter=per_row([stream.adapter for stream in streams]),
-                shift=None if shift is None else shift[:, None] * rows_of(answer),
-            ),
+            interventions=_interventions(weights, config, streams, answer),
             cache=cache,
             options=Options(Taps(hidden_layers=layers)),
         )
         after = dict(zip(layers, output.hidden_layers, strict=True))
         for copy, i in enumerate(group):
             rows, stream = slice(copy * B, (copy + 1) * B), method.streams[i]
-            exits = None
+            exits = prompt = None
             if stream.exits:
                 exits = jnp.stack([after[layer][rows] for layer in stream.exits])
                 exits = final_norm(weights, config, exits) if stream.exit_norm else exits
-            hidden[i] = StreamHidden(output.hidden_states[rows], exits)
+            if stream.prompt_exit is not None:
+                prompt = after[stream.prompt_exit][rows]
+                if stream.exit_norm or stream.prompt_exit == config.num_layers:
+                    prompt = final_norm(weights, config, prompt)
+            hidden[i] = StreamHidden(output.hidden_states[rows], exits, prompt)
         new_caches.append(output.cache)
     return tuple(hidden), tuple(new_caches)
 
 
-def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) -> tuple[StreamLogits, ...]:
-    """Logits of every stream. The streams of one model, early exits included, are projected in one matmul."""
+def prompt_sums(
+    models: Models,
+    method: Method,
+    hidden: Sequence[StreamHidden],
+    mask: jax.Array,
+    before: PromptSums | None = None,
+) -> PromptSums:
+    """Every stream's softmax of logits over the positions of prompts.
+
+    Args:
+        hidden: from `run`, [B, T, D].
+        mask: bool [P, B, T], True at the prompts' positions.
+        before: of the positions before these.
+    """
+    before = before or (None,) * len(hidden)
+    sums: list[PositionSums | None] = []
+    for stream, states, so_far in zip(method.streams, hidden, before, strict=True):
+        weights, looks = models.weights[stream.model], states.prompt is not None
+        sums.append(
+            _sums_over_positions(weights, states.prompt, of_stream(mask, stream), so_far) if looks else None
+        )
+    return tuple(sums)
+
+
+def _sums_over_positions(
+    weights: Weights, states: jax.Array, mask: jax.Array, before: PositionSums | None
+) -> PositionSums:
+    B, T, _ = states.shape
+    size = math.gcd(1 << (max(1, POSITIONS_PER_PROJECTION // B).bit_length() - 1), T)
+    if before is None:
+        zeros = jnp.zeros((B, weights.base["embed"].shape[0]), jnp.float32)
+        before = PositionSums(zeros - FAR_BELOW, zeros, zeros)
+
+    def add_chunk(sums: PositionSums, chunk: tuple[jax.Array, jax.Array]) -> tuple[PositionSums, None]:
+        states, mask = chunk
+        z = constrain(project(weights, states), "batch", None, "act_vocab")
+        z = jnp.where(mask[..., None], z, -FAR_BELOW)
+        peak = jnp.maximum(sums.peak, z.max(axis=1))
+        z, fall = z - peak[:, None], sums.peak - peak
+        shares = jnp.where(mask[..., None], jnp.exp(z), 0.0)
+        total = jnp.exp(fall) * sums.total + shares.sum(axis=1)
+        dot = jnp.exp(fall) * (sums.dot + fall * sums.total) + (z * shares).sum(axis=1)
+        return PositionSums(peak, total, dot), None
+
+    chunks = (jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0) for x in (states, mask))
+    return jax.lax.scan(add_chunk, before, tuple(chunks))[0]
+
+
+def entropies(sums: PromptSums) -> tuple[jax.Array | None, ...]:
+    """What `logits_of` takes, from `prompt_sums`."""
+    return tuple(None if each is None else each.entropy for each in sums)
+
+
+def logits_of(
+    models: Models,
+    method: Method,
+    hidden: Sequence[StreamHidden],
+    prompt_entropies: Sequence[jax.Array | None] | None = None,
+) -> tuple[StreamLogits, ...]:
+    """Logits of every stream. The streams of one model, early exits included, are projected in one matmul.
+
+    Args:
+        prompt_entropies: of every stream, float32 [..., V] or None.
+
+    Raises:
+        UserError: the method looks at a prompt, and there is none.
+    """
+    if prompt_entropies is None:
+        if needs_prompts(method):
+            raise UserError(f"method {method.name} needs prompts, and texts alone have none: leave it out")
+        prompt_entropies = (None,) * len(hidden)
     logits: list[StreamLogits | None] = [None] * len(method.streams)
     for model, group in enumerate(_groups(method)):
         states = []
@@ -211,7 +305,7 @@ def logits_of(models: Models, method: Method, hidden: Sequence[StreamHidden]) ->
         for i in group:
             end = start + 1 + len(method.streams[i].exits)
             exits = projected[start + 1 : end] if end > start + 1 else None
-            logits[i] = StreamLogits(projected[start], exits)
+            logits[i] = StreamLogits(projected[start], exits, prompt_entropies[i])
             start = end
     return tuple(logits)
 
@@ -259,10 +353,8 @@ def first_layer_not_finite(models: Models, method: Method, sequences: Sequence[S
                 config,
                 rows,
                 attention_mask=mask,
-                interventions=Interventions(
-                    strength=stream.strength or None,
-                    adapter=stream.adapter or None,
-                    shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
+                interventions=_interventions(
+                    models.weights[stream.model], config, [stream], np.ones((1, *rows.shape), bool)
                 ),
                 options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers
@@ -271,9 +363,46 @@ def first_layer_not_finite(models: Models, method: Method, sequences: Sequence[S
     return min((layer for layer in first_layers if layer is not None), default=None)
 
 
+def needs_prompts(method: Method) -> bool:
+    """Whether a method, once it is resolved, looks at the positions of a prompt."""
+    return any(stream.prompt_exit is not None for stream in method.streams)
+
+
 def projections(method: Method) -> int:
     """Projections to the vocabulary at every position."""
     return sum(1 + len(stream.exits) for stream in method.streams)
+
+
+def _interventions(
+    weights: Weights, config: LlamaConfig, streams: Sequence[Stream], answer: jax.Array
+) -> Interventions:
+    """What acts on the rows of streams of one model, stream-major.
+
+    Args:
+        weights, config: of the model.
+        streams: S of them.
+        answer: bool [P, B, T], as in `run`.
+    """
+
+    def per_row(values: Any) -> jax.Array:
+        return jnp.repeat(jnp.asarray(values), answer.shape[1], axis=0)
+
+    strength, shift = (
+        np.asarray([getattr(s, name) for s in streams], np.float32) for name in ("strength", "shift")
+    )
+    # [S, 1], or [S, rank] where adapters lie side by side.
+    count = max((len(s.adapter) for s in streams if isinstance(s.adapter, tuple)), default=1)
+    adapter = np.asarray([np.broadcast_to(s.adapter, count) for s in streams], np.float32)
+    if count > 1:
+        adapter = np.repeat(adapter, rank_of(weights.lora) // count, axis=1)
+    acting = jnp.concatenate([of_stream(answer, s) for s in streams])
+    skip = np.asarray([np.isin(np.arange(config.num_layers) + 1, s.skip) for s in streams])
+    return Interventions(
+        strength=per_row(strength) if strength.any() else None,
+        adapter=per_row(adapter) if adapter.any() else None,
+        shift=per_row(shift)[:, None] * acting if shift.any() else None,
+        skip=per_row(skip) if skip.any() else None,
+    )
 
 
 def _groups(method: Method) -> list[list[int]]:

@@ -23,9 +23,17 @@ from imae_jax.evaluate.benchmarks.protocols import load_primer
 from imae_jax.evaluate.benchmarks.questions import DEMO_DATA, read_questions
 
 MODEL = "smollm2-135m-instruct"
-QUESTIONS = (0, 40, 80)
-EVEN, EARLY = range(0, 15, 2), range(30)
-METHODS = json.loads((Path(__file__).parent / "truthfulqa_sums.json").read_text())["methods"]
+QUESTIONS = (0, 20, 40, 60, 80)
+# Beside -1000 a sum to some digits would say nothing of the plausible tokens.
+IMPLAUSIBLE = -20.0
+EVEN, UPPER, EARLY = range(0, 15, 2), range(16, 30, 2), range(30)
+METHODS = json.loads((Path(__file__).parent / "truthfulqa_sums.json").read_text())["methods"] | {
+    "end": "end:candidates=16+18+20+22+24+26+28",
+    "end_rt0.01": "end:candidates=16+18+20+22+24+26+28,weight=1,with_last=false,renormalize=false,alpha=0.01,"
+    f"implausible={IMPLAUSIBLE}",
+    "delta_rt0.1": f"delta:layers=28..30,virtual_layer=31,alpha=0.1,implausible={IMPLAUSIBLE}",
+    "delta_upper": "delta:layers=15..30,virtual_layer=32",
+}
 
 
 def contrast(strong, weak, alpha=0.0, renormalize=False):
@@ -66,16 +74,53 @@ def sled(z, early, rate, renormalize):
     return evolved.log_softmax(-1) if renormalize else evolved
 
 
-# By name in truthfulqa_sums.json: next-token scores [V] from the last logits [V] and those of a layer.
+def plausible(scores, logits, alpha):
+    log_p = logits.log_softmax(-1)
+    return scores.masked_fill(log_p < log_p.max() + math.log(alpha), IMPLAUSIBLE)
+
+
+def entropy_over_layers(layers):
+    return torch.distributions.Categorical(probs=torch.stack(layers, dim=-1).softmax(-1)).entropy()
+
+
+def end(z, early):
+    """Of the code's multiple choice, at the position that predicts the token."""
+    H = entropy_over_layers([*map(early, UPPER), z])
+    return (z.log_softmax(-1) - 0.25 * H).log_softmax(-1)
+
+
+def end_generating(z, early):
+    """Of the code's generation, but that implausible tokens are masked there only for the penalty."""
+    return plausible(z.log_softmax(-1) - entropy_over_layers([*map(early, UPPER)]), z, 0.01)
+
+
+def delta(z, normed, first, virtual):
+    x = torch.arange(first, 31, dtype=torch.float32)
+    y = torch.stack([*map(normed, range(first, 30)), z])
+    slope = ((x - x.mean())[:, None] * (y - y.mean(0))).mean(0) / (x.var(unbiased=False) + 1e-9)
+    return slope * virtual + y.mean(0) - slope * x.mean()
+
+
+def delta_masked(z, normed):
+    extrapolated = delta(z, normed, 28, 31)
+    return plausible(extrapolated.log_softmax(-1), extrapolated, 0.1)
+
+
+# By name in METHODS: next-token scores [V] from the last logits [V], those of a layer without and with the
+# final norm, and those of the amateur.
 SCORES = {
-    "baseline": lambda final, early, amateur: final.log_softmax(-1),
-    "dola": lambda final, early, amateur: dola(final, early),
-    "dola_rt0.1": lambda final, early, amateur: dola(final, early, alpha=0.1),
-    "dola_static8": lambda final, early, amateur: contrast(final, early(8)),
-    "cd": lambda final, early, amateur: contrast(final, amateur),
-    "cd_rt0.1_ps": lambda final, early, amateur: contrast(final, amateur, 0.1, renormalize=True),
-    "sled": lambda final, early, amateur: sled(final, early, 2.5, renormalize=False),
-    "sled_ps": lambda final, early, amateur: sled(final, early, 2.0, renormalize=True),
+    "baseline": lambda final, early, normed, amateur: final.log_softmax(-1),
+    "dola": lambda final, early, normed, amateur: dola(final, early),
+    "dola_rt0.1": lambda final, early, normed, amateur: dola(final, early, alpha=0.1),
+    "dola_static8": lambda final, early, normed, amateur: contrast(final, early(8)),
+    "cd": lambda final, early, normed, amateur: contrast(final, amateur),
+    "cd_rt0.1_ps": lambda final, early, normed, amateur: contrast(final, amateur, 0.1, renormalize=True),
+    "sled": lambda final, early, normed, amateur: sled(final, early, 2.5, renormalize=False),
+    "sled_ps": lambda final, early, normed, amateur: sled(final, early, 2.0, renormalize=True),
+    "end": lambda final, early, normed, amateur: end(final, early),
+    "end_rt0.01": lambda final, early, normed, amateur: end_generating(final, early),
+    "delta_rt0.1": lambda final, early, normed, amateur: delta_masked(final, normed),
+    "delta_upper": lambda final, early, normed, amateur: delta(final, normed, 15, 32).log_softmax(-1),
 }
 
 
@@ -90,11 +135,14 @@ def sums_of(model, tokenizer, prompt, answer):
         def early(layer, at=place - 1):
             return model.lm_head(hidden[layer][0, at])
 
+        @functools.cache
+        def normed(layer, at=place - 1):
+            return model.lm_head(model.model.norm(hidden[layer][0, at]))
+
         # The last hidden state of transformers has passed the final norm, as the amateur's has to.
-        final = early(-1)
-        amateur = model.lm_head(model.model.norm(hidden[24][0, place - 1]))
+        final, amateur = early(-1), normed(24)
         for name, scores in SCORES.items():
-            sums[name] += float(scores(final, early, amateur)[tokens[place]])
+            sums[name] += float(scores(final, early, normed, amateur)[tokens[place]])
     return sums
 
 
@@ -114,9 +162,13 @@ def main():
         digest = hashlib.sha256(text.encode()).hexdigest()
         lines.append(json.dumps({"index": index, "sha256": digest, "sums": sums}))
     about = (
-        "As truthfulqa_sums.json, by tests/goldens/make.py, of demo_truthfulqa.csv with the demo's primer."
+        "As truthfulqa_sums.json, by tests/goldens/make.py, of demo_truthfulqa.csv with the demo's primer. "
+        "END is that of github.com/Arcade-Master/END at 9526d97, "
+        "DeLTa of github.com/githubhyz/DeLTa at 05c0dc8."
     )
-    text = f'{{"about": {json.dumps(about)},\n"questions": [\n' + ",\n".join(lines) + "\n]}\n"
+    methods = json.dumps(METHODS)
+    questions = ",\n".join(lines)
+    text = f'{{"about": {json.dumps(about)},\n"methods": {methods},\n"questions": [\n{questions}\n]}}\n'
     (Path(__file__).parent / "demo_sums.json").write_text(text)
 
 

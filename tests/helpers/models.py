@@ -9,8 +9,8 @@ from imae_jax.convert.peft import write_adapter
 from imae_jax.lora import projections
 
 
-def random_adapter(path, config, base_reference, rank=3):
-    random = np.random.default_rng(2)
+def random_adapter(path, config, base_reference, rank=3, seed=2):
+    random = np.random.default_rng(seed)
     lora = LoraConfig(rank, 4.0)
     deltas = {}
     for name, (shape, _, inputs) in projections(config).items():

@@ -13,16 +13,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from imae_jax.anti_expert import MODES, parse_mode
+from imae_jax.decode.methods.activation_decoding import ActivationDecoding
 from imae_jax.decode.methods.adacad import AdaCAD
 from imae_jax.decode.methods.cad import CAD
 from imae_jax.decode.methods.cd import CD
 from imae_jax.decode.methods.coiecd import COIECD
+from imae_jax.decode.methods.delta import DeLTa
+from imae_jax.decode.methods.dexperts import DExperts
 from imae_jax.decode.methods.dola import DoLa, StaticDoLa
+from imae_jax.decode.methods.end import END
 from imae_jax.decode.methods.icd import ICD
 from imae_jax.decode.methods.imae import Strength
 from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits, setting_fields
+from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
 from imae_jax.errors import UserError
 
@@ -30,10 +35,15 @@ REGISTRY: dict[str, type[Method]] = {
     "imae": Strength,
     "in-model-contrast": InModelContrast,
     "icd": ICD,
+    "dexperts": DExperts,
     "cd": CD,
+    "prunecd": PruneCD,
     "dola": DoLa,
     "dola-static": StaticDoLa,
     "sled": SLED,
+    "end": END,
+    "delta": DeLTa,
+    "activation-decoding": ActivationDecoding,
     "iti": ITI,
     "cad": CAD,
     "adacad": AdaCAD,

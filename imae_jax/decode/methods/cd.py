@@ -10,9 +10,41 @@ from imae_jax.decode.methods.protocol import Resource, Stream, StreamLogits
 from imae_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AmateurContrast(Contrast):
+    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097, equations 2 and 3).
+
+    With β, `(1 + β) log p_exp(v) − β log p_ama(v)`: the form of O'Brien and Lewis (arXiv 2309.09117, section
+    3), who write it with logits, which differ from this by a number that all tokens share. They take β = 0.5.
+
+    Attributes:
+        beta: β of the second form; None for the first.
+    """
+
+    beta: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beta is not None and not self.beta > 0:
+            raise UserError(
+                f"{self.name}: beta={self.beta} must be above 0: leave it out for log p_exp - log p_ama"
+            )
+
+    @property
+    def centred(self) -> bool:
+        return self.beta is not None
+
+    def against(self, expert: jax.Array, amateur: jax.Array) -> jax.Array:
+        """Scores, float32 [..., V], from the logits of both."""
+        log_p, log_q = jax.nn.log_softmax(expert), jax.nn.log_softmax(amateur)
+        if self.beta is None:
+            return self.combine(log_p - log_q, expert)
+        return self.combine(self.beta * (log_p - log_q), expert, log_p)
+
+
 @dataclasses.dataclass(frozen=True)
-class CD(Contrast):
-    """`log p_exp(v) − log p_ama(v)` on plausible(p_exp, α) (Li et al., arXiv 2210.15097).
+class CD(AmateurContrast):
+    """The contrast with another model.
 
     Cost: two models with two caches.
 
@@ -44,6 +76,4 @@ class CD(Contrast):
         return Resource("model", self.amateur, "amateur")
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
-        expert = jax.nn.log_softmax(logits[0].final)
-        amateur = jax.nn.log_softmax(logits[1].final / self.temperature)
-        return self.combine(expert, amateur, logits[0].final)
+        return self.against(logits[0].final, logits[1].final / self.temperature)

@@ -1,7 +1,7 @@
-"""Contrasts of two distributions: in-model contrast, ICD, CD and DoLa differ in what they contrast."""
+"""The plausibility constraint as methods share it, and contrasts of two distributions."""
 
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +11,28 @@ from imae_jax.decode.methods.protocol import IMPLAUSIBLE_SCORE, Method, control
 from imae_jax.errors import UserError
 from imae_jax.plausibility import FORMS, plausible
 
-ALPHA_GENERATING = 0.1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contrast(Method):
-    """The settings that contrasts share.
+class Constrained(Method):
+    """The settings of methods whose scores are kept to plausible tokens.
 
     Attributes:
-        alpha: plausibility threshold on the stronger side; 0 turns it off. Default: 0 in multiple choice, as
-            in the published TruthfulQA settings, and 0.1 when generating.
+        alpha: plausibility threshold; 0 turns it off. Default: 0 in multiple choice, as in the published
+            TruthfulQA settings, and `ALPHA_GENERATING` when generating.
         plausibility: form of the constraint, `probability` or `logit`; see `imae_jax.plausibility`.
-        renormalize: log-softmax of the difference over the whole vocabulary, before implausible tokens
-            are masked, as the published scripts do it. Off, multiple choice sums a likelihood ratio, which
-            no single distribution over tokens can express: results must say which was used.
+        renormalize: log-softmax of the scores over the whole vocabulary, before implausible tokens are
+            masked, as the published scripts do it. Off, multiple choice sums what no single distribution
+            over tokens can express, such as a likelihood ratio: results must say which was used.
         implausible: score of implausible tokens; default: -1000 in multiple choice, so that sums stay
             finite, and -inf when generating.
-        flip: reverses the sign of the contrast, as a control.
     """
+
+    ALPHA_GENERATING: ClassVar[float] = 0.1
 
     alpha: float | None = None
     plausibility: str = "probability"
     renormalize: bool = False
     implausible: float | None = dataclasses.field(default=None, metadata={"may_be_infinite": True})
-    flip: bool = control(False)
 
     def __post_init__(self):
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -55,10 +53,31 @@ class Contrast(Method):
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         alpha, implausible = self.alpha, self.implausible
         if alpha is None:
-            alpha = ALPHA_GENERATING if generating else 0.0
+            alpha = self.ALPHA_GENERATING if generating else 0.0
         if implausible is None:
             implausible = float("-inf") if generating else IMPLAUSIBLE_SCORE
         return dataclasses.replace(self, alpha=alpha, implausible=implausible)
+
+    def mask(self, scores: jax.Array, logits: jax.Array) -> jax.Array:
+        """Scores, float32 [..., V], with `implausible` for tokens that are so under `logits`."""
+        if self.alpha == 0:
+            return scores
+        return jnp.where(plausible(logits, self.alpha, self.plausibility), scores, self.implausible)
+
+    def constrain(self, scores: jax.Array, logits: jax.Array) -> jax.Array:
+        """The same, normalized first where the settings say so."""
+        return self.mask(jax.nn.log_softmax(scores) if self.renormalize else scores, logits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast(Constrained):
+    """A method that scores tokens by the difference of two distributions.
+
+    Attributes:
+        flip: reverses the sign of the difference, as a control.
+    """
+
+    flip: bool = control(False)
 
     def flipped(self) -> Self:
         return dataclasses.replace(self, flip=not self.flip)
@@ -68,19 +87,12 @@ class Contrast(Method):
         """At β = 2 scores are log p of the stronger side and the contrast; else that has another factor."""
         return getattr(self, "beta", 1.0) == 2
 
-    def combine(
-        self, strong: jax.Array, weak: jax.Array, strong_logits: jax.Array, beta: float = 1.0
-    ) -> jax.Array:
-        """Scores, float32 [..., V], from log-probabilities of both sides and the stronger side's logits.
+    def combine(self, difference: jax.Array, logits: jax.Array, anchor: jax.Array | float = 0.0) -> jax.Array:
+        """Scores, float32 [..., V]: `anchor + difference`, or `anchor − difference` if flipped.
 
-        They are `β · strong − weak`, that is `(β − 1) · strong` and the contrast `strong − weak`.
+        Args:
+            difference: of log-probabilities, the weaker side's subtracted from the stronger one's.
+            logits: of which plausible tokens are taken.
+            anchor: what flipping leaves alone.
         """
-        difference = beta * strong - weak
-        if self.flip:
-            difference = (beta - 1) * strong + (weak - strong)
-        if self.renormalize:
-            difference = jax.nn.log_softmax(difference)
-        if self.alpha == 0:
-            return difference
-        kept = plausible(strong_logits, self.alpha, self.plausibility)
-        return jnp.where(kept, difference, self.implausible)
+        return self.constrain(anchor - difference if self.flip else anchor + difference, logits)

@@ -57,7 +57,7 @@ class DoLa(Contrast):
         divergence = _mixture_divergence if self.divergence == "published" else _jensen_shannon
         chosen = jnp.argmax(divergence(last[None], early), axis=0)
         premature = jnp.take_along_axis(early, chosen[None, ..., None], axis=0)[0]
-        return self.combine(last, premature, logits[0].final)
+        return self.combine(last - premature, logits[0].final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StaticDoLa(Contrast):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         last, early = (jax.nn.log_softmax(x) for x in (logits[0].final, logits[0].exits[0]))
-        return self.combine(last, early, logits[0].final)
+        return self.combine(last - early, logits[0].final)
 
 
 def _mixture_divergence(last: jax.Array, early: jax.Array) -> jax.Array:

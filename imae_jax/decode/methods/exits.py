@@ -35,7 +35,8 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
         else:
             layers = range(half if half is not None else N - 20, N, 2)
     else:
-        layers = _numbers(method, candidates)
+        named = f"{', '.join(NAMED)}, "
+        layers = layer_numbers(f"{method}: candidates", candidates, named)
     if not layers:
         raise UserError(f"{method}: candidates={candidates!r} holds no layer of a model with {N}")
     for layer in layers:
@@ -46,15 +47,23 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
     return tuple(sorted(set(layers)))
 
 
-def _numbers(method: str, candidates: str | Sequence[int]) -> Sequence[int]:
+def layer_numbers(setting: str, layers: str | Sequence[int], named: str = "") -> Sequence[int]:
+    """Numbers of layers from `a..b`, both included, from `a+b+c`, or from a sequence.
+
+    Args:
+        setting: method and setting, for errors.
+        layers: what the setting says.
+        named: what else it could say, for errors.
+
+    Raises:
+        UserError: `layers` has none of these forms.
+    """
     try:
-        if not isinstance(candidates, str):
-            return [int(layer) for layer in candidates]
-        first, dots, last = candidates.partition("..")
+        if not isinstance(layers, str):
+            return [int(layer) for layer in layers]
+        first, dots, last = layers.partition("..")
         if dots:
             return range(int(first), int(last) + 1)
-        return [int(layer) for layer in candidates.split("+")]
+        return [int(layer) for layer in layers.split("+")]
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{method}: candidates={candidates!r}: use {', '.join(NAMED)}, a..b, or numbers such as 0+2+4"
-        ) from error
+        raise UserError(f"{setting}={layers!r}: use {named}a..b, or numbers such as 0+2+4") from error

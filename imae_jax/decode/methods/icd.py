@@ -50,4 +50,4 @@ class ICD(Contrast, WithNoise):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)
-        return self.combine(base, anti, logits[0].final, self.beta)
+        return self.combine(base - anti, logits[0].final, (self.beta - 1) * base)

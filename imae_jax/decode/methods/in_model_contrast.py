@@ -34,4 +34,4 @@ class InModelContrast(Contrast, WithUnits):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         base, anti = (jax.nn.log_softmax(x.final) for x in logits)
-        return self.combine(base, anti, logits[0].final, self.beta)
+        return self.combine(base - anti, logits[0].final, (self.beta - 1) * base)

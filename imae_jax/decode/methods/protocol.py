@@ -28,18 +28,23 @@ class Stream:
         prompt: 0 for the prompt itself, 1 for the same without its context: the tokens that follow are the
             same in all streams.
         strength: the anti-expert units' `o`; 0 leaves them out.
-        adapter: factor of the low-rank deltas; 0 leaves them out.
+        adapter: factor of the low-rank deltas; 0 leaves them out. Of several adapters side by side, a factor
+            each.
         shift: factor of the heads' shifts; 0 leaves them out.
+        skip: numbers of layers, from 1 on, that are passed by.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
-        exit_norm: whether the final norm comes before that projection.
+        prompt_exit: number of the layer whose residual stream is projected at the prompt's positions, if any.
+        exit_norm: whether the final norm comes before these projections; of the last layer it always does.
     """
 
     model: int = 0
     prompt: int = 0
     strength: float = 0.0
-    adapter: float = 0.0
+    adapter: float | tuple[float, ...] = 0.0
     shift: float = 0.0
+    skip: tuple[int, ...] = ()
     exits: tuple[int, ...] = ()
+    prompt_exit: int | None = None
     exit_norm: bool = False
 
 
@@ -51,10 +56,13 @@ class StreamLogits:
     Attributes:
         final: float32 [..., V].
         exits: float32 [n, ..., V], one for each of `Stream.exits`; None where there are none.
+        prompt_entropy: float32 [..., V], entropy in nats of the softmax of a token's logits over the prompt's
+            positions, after layer `Stream.prompt_exit`; None without it.
     """
 
     final: jax.Array
     exits: jax.Array | None = None
+    prompt_entropy: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +71,19 @@ class Resource:
 
     Attributes:
         kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
-            `directions`, shifts of heads; `units`, anti-expert units instead of the model's own.
-        reference: what to load.
+            `adapters`, several of this model side by side; `directions`, shifts of heads; `units`,
+            anti-expert units instead of the model's own.
+        reference: what to load; of `adapters`, one for each.
         setting: which setting named it, for errors.
     """
 
     kind: str
-    reference: str
+    reference: str | tuple[str, ...]
     setting: str
+
+    def __str__(self) -> str:
+        reference = self.reference
+        return f"{self.setting}={reference if isinstance(reference, str) else ', '.join(reference)}"
 
 
 class Method(abc.ABC):
