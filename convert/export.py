@@ -174,6 +174,7 @@ def _imae_config(hf: dict[str, Any], opened: OpenedModel, mode: str | float) -> 
         "architectures": [f"{family}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"configuration_imae.{family}Config",
+            "AutoModel": f"modeling_imae.{family}Model",
             "AutoModelForCausalLM": f"modeling_imae.{family}ForCausalLM",
         },
         "anti_expert_intermediate_size": opened.anti_expert.intermediate_size,
