@@ -204,7 +204,6 @@ class ImaeForCausalLMMixin(ImaePreTrainedMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         labels=None,
         *,
@@ -217,12 +216,12 @@ class ImaeForCausalLMMixin(ImaePreTrainedMixin):
         Args:
             mode: "expert", "base", "anti-expert", a number, or a tensor with a number for every row;
                 default: the config's. Base mode computes exactly what the base does, at its cost.
+            kwargs: the cache among them, whose name depends on transformers' version.
         """
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
