@@ -1,0 +1,272 @@
+"""Exports where others build the model: a bare `AutoModel`, several processes, vLLM."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import (
+    FAMILIES,
+    UNIT_SIZE,
+    assert_bitwise,
+    import_torch,
+    in_transformers,
+    log_softmax,
+    logits,
+    random_tokens,
+)
+from helpers.checkpoints import tensors_of
+from safetensors.numpy import load_file, save_file
+
+from imae_jax import decode
+from imae_jax.anti_expert import MODES
+from imae_jax.convert import load_model
+from imae_jax.llama import Interventions, forward
+
+PARITY = 2e-4
+UP_PROJ = "model.layers.1.mlp.anti_expert.up_proj.weight"
+# Its attention on CPU has few head sizes.
+VLLM_SIZES = {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [40, 2, 61, 17, 33, 8]]
+
+
+def bare_model(directory: Path, **overrides):
+    """As vLLM builds it: from the config alone, with weights by their names."""
+    torch = import_torch()
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True, **overrides)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    own = {
+        name.removeprefix("model."): torch.as_tensor(tensor)
+        for name, tensor in tensors_of(directory).items()
+        if name != "lm_head.weight"
+    }
+    model.load_state_dict(own)
+    return model.eval()
+
+
+def hidden_states(hf, tokens):
+    import torch
+
+    with torch.no_grad():
+        return hf(input_ids=torch.as_tensor(tokens)).last_hidden_state.numpy()
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied", "qwen2", *FAMILIES])
+def test_a_bare_model_runs_in_the_mode_of_its_config(exported, kind):
+    directory, tokens = exported(kind), random_tokens(2, 9)
+    lm = load_model(str(directory))
+    found = {}
+    for mode, strength in [*MODES.items(), (-0.5, -0.5)]:
+        found[mode] = hidden_states(bare_model(directory, mode=mode), tokens)
+        interventions = Interventions(strength=strength)
+        expected = forward(lm.model.weights(), lm.config, jnp.asarray(tokens), interventions=interventions)
+        np.testing.assert_allclose(found[mode], expected.hidden_states, rtol=0, atol=PARITY)
+    assert_bitwise(hidden_states(bare_model(directory), tokens), found["expert"])
+    assert all(np.abs(found[mode] - found["base"]).max() > 0.01 for mode in ("expert", "anti-expert"))
+
+
+def test_the_mode_that_an_export_was_given(exported):
+    directory, tokens = exported("gqa", "float32", "--mode", "base"), random_tokens(2, 9)
+    expected = hidden_states(bare_model(exported(), mode="base"), tokens)
+    assert_bitwise(hidden_states(bare_model(directory), tokens), expected)
+
+
+TENSOR_PARALLEL = """
+import sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, tp_size=2)
+unit = model.model.layers[0].mlp.anti_expert
+local = [tuple(layer.weight.to_local().shape) for layer in (unit.gate_proj, unit.up_proj, unit.down_proj)]
+with torch.no_grad():
+    logits = {mode: model(torch.as_tensor(np.load(sys.argv[2])), mode=mode).logits for mode in sys.argv[4:]}
+if torch.distributed.get_rank() == 0:
+    np.savez(sys.argv[3], local=local, **{mode: x.numpy() for mode, x in logits.items()})
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.multiprocess
+def test_tensor_parallelism_of_two_processes(exported, tmp_path):
+    """transformers', with gloo: every process has half of each unit."""
+    directory, tokens = exported("gqa", "float32", vocab_size=98), random_tokens(2, 9)
+    np.save(tmp_path / "tokens.npy", tokens)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [
+        sys.executable,
+        "-c",
+        TENSOR_PARALLEL,
+        directory,
+        tmp_path / "tokens.npy",
+        tmp_path / "out.npz",
+    ]
+    environment = os.environ | address | {"WORLD_SIZE": "2", "HF_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert not any("not applied" in error for error in errors), errors
+    found, hf = np.load(tmp_path / "out.npz"), in_transformers(directory)
+    hidden_size, half = hf.config.hidden_size, UNIT_SIZE // 2
+    assert found["local"].tolist() == [[half, hidden_size], [half, hidden_size], [hidden_size, half]]
+    import torch
+
+    for mode in MODES:
+        with torch.no_grad():
+            expected = hf(torch.as_tensor(tokens), mode=mode).logits.numpy()
+        np.testing.assert_allclose(found[mode], expected, rtol=0, atol=PARITY)
+
+
+# Exports that are not whole
+
+
+def changed(directory: Path, path: Path, change) -> Path:
+    """A copy of an export with other tensors; `change` is given all of them."""
+    shutil.copytree(directory, path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def drop_one(tensors):
+    del tensors[UP_PROJ]
+
+
+def widen_one(tensors):
+    tensors[UP_PROJ] = np.concatenate([tensors[UP_PROJ]] * 2)
+
+
+@pytest.mark.parametrize("change", [drop_one, widen_one])
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForCausalLM"])
+def test_units_that_do_not_fit_are_refused(exported, tmp_path, auto_class, change):
+    """transformers would run them with random weights."""
+    import transformers
+
+    directory = changed(exported(), tmp_path / "model", change)
+    load = getattr(transformers, auto_class).from_pretrained
+    with pytest.raises(ValueError, match=r"weights are missing or do not fit the config: .*up_proj"):
+        load(directory, trust_remote_code=True, ignore_mismatched_sizes=True)
+    model, info = load(exported(), trust_remote_code=True, output_loading_info=True)
+    assert type(model).__name__.startswith("ImaeLlama")
+    assert not info["missing_keys"]
+
+
+def test_a_unit_loads_whole_or_not_at_all(exported):
+    """What vLLM asks of a unit, without vLLM."""
+    torch = import_torch()
+    tensors = tensors_of(exported())
+    prefix = UP_PROJ.removesuffix("up_proj.weight")
+    own = {n.removeprefix(prefix): torch.as_tensor(t) for n, t in tensors.items() if n.startswith(prefix)}
+
+    def unit():
+        return bare_model(exported()).layers[0].mlp.anti_expert
+
+    *most, last = own.items()
+    filled = unit()
+    assert list(filled.load_weights(most)) == []
+    assert sorted(filled.load_weights([last])) == sorted(own)
+    for name, parameter in filled.named_parameters():
+        assert torch.equal(parameter, own[name])
+    for name, tensor in own.items():
+        with pytest.raises(ValueError, match=rf"{name} has shape \[.*config.json"):
+            unit().load_weights([(name, torch.cat([tensor] * 2))])
+
+
+@pytest.mark.parametrize("mode", ["hallucinate", True, None, float("inf")])
+def test_a_mode_that_does_not_exist(exported, tmp_path, mode):
+    shutil.copytree(exported(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": mode}))
+    with pytest.raises(ValueError, match=f"mode {mode!r} does not exist: use expert"):
+        bare_model(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"mode {mode!r} does not exist: use expert"):
+        in_transformers(tmp_path / "model")
+
+
+# vLLM
+
+
+@pytest.fixture(scope="module")
+def in_vllm(tmp_path_factory):
+    """Runs jobs of `helpers/vllm_side.py`, all in one process."""
+    python = os.environ.get("VLLM_PYTHON")
+    if python is None:
+        pytest.skip("vLLM runs with a Python of its own: VLLM_PYTHON names none")
+
+    def run(jobs):
+        directory = tmp_path_factory.mktemp("vllm")
+        (directory / "jobs.json").write_text(json.dumps(jobs))
+        command = [python, Path(__file__).parent / "helpers" / "vllm_side.py", "jobs.json", "results.json"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"HF_HOME": str(directory), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads((directory / "results.json").read_text())
+
+    return run
+
+
+def job(directory, prompts=PROMPTS, **overrides):
+    return {"model": str(directory), "overrides": overrides, "prompts": prompts, "max_tokens": 12}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["tied", "qwen2", *FAMILIES])
+def test_vllm_computes_what_this_library_does(exported, in_vllm, kind):
+    directory, base = (exported(kind, "float32", "--mode", mode, **VLLM_SIZES) for mode in ("expert", "base"))
+    jobs = {
+        "expert": job(directory),
+        "base": job(base),
+        "anti-expert": job(directory, mode="anti-expert"),
+    }
+    results = dict(zip(jobs, in_vllm(list(jobs.values())), strict=True))
+    lm, scores = load_model(str(directory)), {}
+    for mode, result in results.items():
+        models, method = lm.prepare(mode, generating=True)
+        expected = decode.generate(
+            models, lm.config, PROMPTS, method=method, max_new_tokens=12, eos_token_ids=lm.eos_token_ids
+        )
+        assert result["tokens"] == expected
+        scores[mode] = np.concatenate(result["logprobs"])
+        expected = [prompt_logprobs(lm, row, MODES[mode]) for row in PROMPTS]
+        np.testing.assert_allclose(scores[mode], np.concatenate(expected), rtol=0, atol=2e-3)
+    assert np.abs(scores["expert"] - scores["base"]).max() > 0.01
+    assert np.abs(scores["anti-expert"] - scores["base"]).max() > 0.01
+
+
+def prompt_logprobs(lm, row, strength):
+    scores = log_softmax(logits(lm.model.weights(), lm.config, np.asarray([row]), strength=strength))[0]
+    return scores[np.arange(len(row) - 1), row[1:]]
+
+
+@pytest.mark.vllm
+def test_vllm_refuses_what_does_not_fit(exported, in_vllm, tmp_path):
+    """Its own loaders would leave a missing matrix as it was allocated, and cut a wide one."""
+    whole = exported("qwen2", "float32", **VLLM_SIZES)
+    expected = {
+        "not initialized from checkpoint": job(changed(whole, tmp_path / "missing", drop_one)),
+        "as config.json says": job(changed(whole, tmp_path / "wide", widen_one)),
+        "down_proj.weight has shape": job(whole, anti_expert_intermediate_size=UNIT_SIZE // 2),
+        "does not exist": job(whole, mode="hallucinate"),
+    }
+    for part, result in zip(expected, in_vllm(list(expected.values())), strict=True):
+        assert part in result.get("error", "no error"), part
