@@ -110,6 +110,7 @@ def test_tensor_parallelism_of_two_processes(exported, tmp_path):
         directory,
         tmp_path / "tokens.npy",
         tmp_path / "out.npz",
+        *MODES,
     ]
     environment = os.environ | address | {"WORLD_SIZE": "2", "HF_HOME": str(tmp_path)}
     processes = [
