@@ -226,12 +226,18 @@ def in_vllm(tmp_path_factory):
     return run
 
 
-def job(directory, prompts=PROMPTS, **overrides):
-    return {"model": str(directory), "overrides": overrides, "prompts": prompts, "max_tokens": 12}
+def job(directory, engine=None, **overrides):
+    return {
+        "model": str(directory),
+        "overrides": overrides,
+        "prompts": PROMPTS,
+        "max_tokens": 12,
+        "engine": engine or {},
+    }
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("kind", ["tied", "qwen2", *FAMILIES])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "qwen2", "qwen2_tied", *FAMILIES])
 def test_vllm_computes_what_this_library_does(exported, in_vllm, kind):
     directory, base = (exported(kind, "float32", "--mode", mode, **VLLM_SIZES) for mode in ("expert", "base"))
     jobs = {
@@ -257,6 +263,15 @@ def test_vllm_computes_what_this_library_does(exported, in_vllm, kind):
 def prompt_logprobs(lm, row, strength):
     scores = log_softmax(logits(lm.model.weights(), lm.config, np.asarray([row]), strength=strength))[0]
     return scores[np.arange(len(row) - 1), row[1:]]
+
+
+@pytest.mark.vllm
+@pytest.mark.multiprocess
+def test_vllm_divides_units_among_two_processes(exported, in_vllm):
+    directory = exported("tied", "float32", **VLLM_SIZES)
+    whole, halves = in_vllm([job(directory), job(directory, {"tensor_parallel_size": 2})])
+    assert halves["tokens"] == whole["tokens"]
+    np.testing.assert_allclose(*(np.concatenate(x["logprobs"]) for x in (halves, whole)), rtol=0, atol=2e-3)
 
 
 @pytest.mark.vllm

@@ -1,7 +1,7 @@
 """Runs models in vLLM: `PYTHON vllm_side.py JOBS RESULTS`, both JSON. Needs vllm and nothing of this library.
 
-A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids) and `max_tokens`.
-Its result has `tokens`, greedy, and `logprobs` of every prompt's tokens but the first; or `error`, the last
+A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids), `max_tokens` and
+`engine` (more arguments of `LLM`). Its result has `tokens`, greedy, and `logprobs` of every prompt's tokens but the first; or `error`, the last
 line of what vLLM raised.
 """
 
@@ -9,7 +9,13 @@ import json
 import os
 import sys
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Errors of an engine of its own process say that it failed, and not why. Processes may share a core here.
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
 
 from vllm import LLM, SamplingParams
 
@@ -23,6 +29,7 @@ def run(job):
             dtype="float32",
             enforce_eager=True,
             max_model_len=64,
+            **job["engine"],
         )
     except Exception as error:
         return {"error": str(error).splitlines()[-1]}
