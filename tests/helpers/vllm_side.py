@@ -1,8 +1,8 @@
 """Runs models in vLLM: `PYTHON vllm_side.py JOBS RESULTS`, both JSON. Needs vllm and nothing of this library.
 
-A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids), `max_tokens` and
-`engine` (more arguments of `LLM`). Its result has `tokens`, greedy, and `logprobs` of the tokens of every prompt
-but the first; or `error`, the last line of what vLLM raised.
+A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids), `max_tokens`
+and `engine` (more arguments of `LLM`). Its result has `tokens`, greedy, and `logprobs` of every prompt's
+tokens but the first; or `error`, the last line of what vLLM raised.
 """
 
 import json
