@@ -15,6 +15,7 @@ from conftest import (
     FAMILIES,
     UNIT_SIZE,
     assert_bitwise,
+    error_of,
     import_torch,
     in_transformers,
     log_softmax,
@@ -25,8 +26,9 @@ from helpers.checkpoints import tensors_of
 from safetensors.numpy import load_file, save_file
 
 from imae_jax import decode
-from imae_jax.anti_expert import MODES
+from imae_jax.anti_expert import MODES, parse_mode
 from imae_jax.convert import load_model
+from imae_jax.convert.__main__ import main as convert
 from imae_jax.llama import Interventions, forward
 
 PARITY = 2e-4
@@ -77,6 +79,35 @@ def test_the_mode_that_an_export_was_given(exported):
     directory, tokens = exported("gqa", "float32", "--mode", "base"), random_tokens(2, 9)
     expected = hidden_states(bare_model(exported(), mode="base"), tokens)
     assert_bitwise(hidden_states(bare_model(directory), tokens), expected)
+
+
+def mode_adapter(directory: Path, mode: str, out: Path) -> Path:
+    assert convert(["mode", "--model", str(directory), "--mode", mode, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("own", ["expert", "0.5"])
+def test_an_adapter_puts_an_export_into_another_mode(exported, tmp_path, own):
+    """In PEFT, which knows nothing of modes."""
+    torch, peft = import_torch(), pytest.importorskip("peft")
+    directory, tokens = exported("gqa", "float32", "--mode", own), random_tokens(2, 9)
+    for mode, strength in {**MODES, "-0.5": -0.5}.items():
+        hf = in_transformers(directory)
+        with torch.no_grad():
+            expected = hf(torch.as_tensor(tokens), mode=strength).logits.numpy()
+            adapted = peft.PeftModel.from_pretrained(hf, mode_adapter(directory, mode, tmp_path / mode))
+            found = adapted(torch.as_tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=PARITY)
+
+
+def test_models_that_no_mode_adapter_fits(exported, imae_dir, tmp_path, capfd):
+    command = ["mode", "--mode", "base", "--out", tmp_path / "out", "--model"]
+    assert "made for an export" in error_of(capfd, convert, *command, imae_dir())
+    base = exported("gqa", "float32", "--mode", "base")
+    assert "runs no units, so no adapter acts" in error_of(capfd, convert, *command, base)
+    command[2] = "hallucinate"
+    assert "mode 'hallucinate' does not exist" in error_of(capfd, convert, *command, exported())
+    assert not (tmp_path / "out").exists()
 
 
 TENSOR_PARALLEL = """
@@ -226,13 +257,14 @@ def in_vllm(tmp_path_factory):
     return run
 
 
-def job(directory, engine=None, **overrides):
+def job(directory, prompts=PROMPTS, engine=None, adapters=(), **overrides):
     return {
         "model": str(directory),
         "overrides": overrides,
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "max_tokens": 12,
         "engine": engine or {},
+        "adapters": list(map(str, adapters)),
     }
 
 
@@ -269,9 +301,28 @@ def prompt_logprobs(lm, row, strength):
 @pytest.mark.multiprocess
 def test_vllm_divides_units_among_two_processes(exported, in_vllm):
     directory = exported("tied", "float32", **VLLM_SIZES)
-    whole, halves = in_vllm([job(directory), job(directory, {"tensor_parallel_size": 2})])
+    whole, halves = in_vllm([job(directory), job(directory, engine={"tensor_parallel_size": 2})])
     assert halves["tokens"] == whole["tokens"]
     np.testing.assert_allclose(*(np.concatenate(x["logprobs"]) for x in (halves, whole)), rtol=0, atol=2e-3)
+
+
+@pytest.mark.vllm
+def test_every_request_has_a_mode_of_its_own(exported, in_vllm, tmp_path):
+    """Requests of one batch; an adapter whose mode is the config's is there, too."""
+    directory = exported("qwen2", "float32", **VLLM_SIZES)
+    modes = [*MODES, "0.5"]
+    adapters = [mode_adapter(directory, mode, tmp_path / mode) for mode in modes]
+    prompt = PROMPTS[0]
+    engine = {"enable_lora": True, "max_loras": len(modes), "max_lora_rank": 32}
+    [result] = in_vllm([job(directory, [prompt] * len(modes), engine, adapters)])
+    lm = load_model(str(directory))
+    for mode, tokens, scores in zip(modes, result["tokens"], result["logprobs"], strict=True):
+        models, method = lm.prepare(mode, generating=True)
+        expected = decode.generate(
+            models, lm.config, [prompt], method=method, max_new_tokens=12, eos_token_ids=lm.eos_token_ids
+        )
+        assert [tokens] == expected
+        np.testing.assert_allclose(scores, prompt_logprobs(lm, prompt, parse_mode(mode)), rtol=0, atol=2e-3)
 
 
 @pytest.mark.vllm

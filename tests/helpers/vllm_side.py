@@ -1,8 +1,9 @@
 """Runs models in vLLM: `PYTHON vllm_side.py JOBS RESULTS`, both JSON. Needs vllm and nothing of this library.
 
-A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids), `max_tokens`
-and `engine` (more arguments of `LLM`). Its result has `tokens`, greedy, and `logprobs` of every prompt's
-tokens but the first; or `error`, the last line of what vLLM raised.
+A job has `model` (a directory), `overrides` (of its config.json), `prompts` (rows of ids), `max_tokens`,
+`engine` (more arguments of `LLM`) and `adapters` (directories, one for each prompt, or none). Its result has
+`tokens`, greedy, and `logprobs` of every prompt's tokens but the first; or `error`, the last line of what
+vLLM raised.
 """
 
 import json
@@ -18,6 +19,7 @@ os.environ |= {
 }
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def run(job):
@@ -34,7 +36,9 @@ def run(job):
     except Exception as error:
         return {"error": str(error).splitlines()[-1]}
     settings = SamplingParams(temperature=0, max_tokens=job["max_tokens"], prompt_logprobs=0)
-    outputs = llm.generate([{"prompt_token_ids": row} for row in job["prompts"]], settings)
+    prompts = [{"prompt_token_ids": row} for row in job["prompts"]]
+    adapters = [LoRARequest(path, i, path) for i, path in enumerate(job["adapters"], 1)]
+    outputs = llm.generate(prompts, settings, lora_request=adapters or None)
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "logprobs": [
