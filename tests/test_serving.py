@@ -1,11 +1,16 @@
 """Exports where others build the model: a bare `AutoModel`, several processes, vLLM."""
 
+import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +28,7 @@ from conftest import (
     random_tokens,
 )
 from helpers.checkpoints import tensors_of
+from helpers.documents import ROOT, blocks, run_commands
 from safetensors.numpy import load_file, save_file
 
 from imae_jax import decode
@@ -238,18 +244,29 @@ def test_a_mode_that_does_not_exist(exported, tmp_path, mode):
 
 
 @pytest.fixture(scope="module")
-def in_vllm(tmp_path_factory):
-    """Runs jobs of `helpers/vllm_side.py`, all in one process."""
+def vllm_python():
     python = os.environ.get("VLLM_PYTHON")
     if python is None:
         pytest.skip("vLLM runs with a Python of its own: VLLM_PYTHON names none")
+    return python
+
+
+def vllm_environment(directory: Path) -> dict[str, str]:
+    """Processes may share a core here, where vLLM binds each to one of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return environment | cpu | {"HF_HOME": str(directory), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def in_vllm(vllm_python, tmp_path_factory):
+    """Runs jobs of `helpers/vllm_side.py`, all in one process."""
 
     def run(jobs):
         directory = tmp_path_factory.mktemp("vllm")
         (directory / "jobs.json").write_text(json.dumps(jobs))
-        command = [python, Path(__file__).parent / "helpers" / "vllm_side.py", "jobs.json", "results.json"]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"HF_HOME": str(directory), "HF_HUB_OFFLINE": "1"}
+        script = Path(__file__).parent / "helpers" / "vllm_side.py"
+        command, environment = [vllm_python, script, "jobs.json", "results.json"], vllm_environment(directory)
         done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads((directory / "results.json").read_text())
@@ -337,3 +354,60 @@ def test_vllm_refuses_what_does_not_fit(exported, in_vllm, tmp_path):
     }
     for part, result in zip(expected, in_vllm(list(expected.values())), strict=True):
         assert part in result.get("error", "no error"), part
+
+
+@contextlib.contextmanager
+def vllm_server(python, command: str, directory: Path):
+    """Runs a `vllm serve …` of the documentation, in float32; yields its port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    module = "vllm.entrypoints.openai.api_server"  # `vllm serve` of vllm-cpu 0.32 finds no version of vllm
+    more = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--port", str(port)]
+    arguments = ["--model", *shlex.split(command.replace("\\\n", " "))[2:], *more]
+    with open(directory / "server.log", "w") as log:
+        server = subprocess.Popen(
+            [python, "-m", module, *arguments],
+            cwd=directory,
+            env=vllm_environment(directory),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for _ in range(300):
+            time.sleep(1)
+            assert server.poll() is None, (directory / "server.log").read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health"):
+                break
+        yield port
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.vllm
+@pytest.mark.docs
+def test_servers_of_the_documentation_answer_in_their_modes(smollm2, vllm_python, tmp_path):
+    """Each as docs/serving.md starts it, asked by its client and by its curl."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    run_commands(text, tmp_path)
+    [curl] = [block for block in blocks(text, "sh") if block.startswith("curl")]
+    [snippet] = blocks(text, "python")
+
+    def output(program, script, mode, port):
+        script = script.replace("8000", str(port)).replace('"expert"', f'"{mode}"')
+        command, environment = [*program, "-c", script], vllm_environment(tmp_path)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    lm, asked = load_model("imae-smollm2-135m"), []
+    for command in [block for block in blocks(text, "sh") if block.startswith("vllm serve")]:
+        modes = re.findall(r" (\S+)=out/modes/", command) or re.findall(r"served-model-name (\S+)", command)
+        with vllm_server(vllm_python, command, tmp_path) as port:
+            for mode in modes:
+                prompts = ["How many legs does a spider have?"]
+                [expected] = lm.generate(prompts, mode, format="chat", max_new_tokens=32)
+                assert output([vllm_python], snippet, mode, port) == expected
+                [choice] = json.loads(output(["bash"], curl, mode, port))["choices"]
+                assert choice["message"]["content"].startswith(expected)
+                asked.append(mode)
+    assert asked == ["expert", "base", "expert", "base"]

@@ -10,13 +10,8 @@ import json
 import os
 import sys
 
-# Errors of an engine of its own process say that it failed, and not why. Processes may share a core here.
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-}
+# Errors of an engine of its own process say that it failed, and not why.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
