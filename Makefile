@@ -52,7 +52,7 @@ test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 # The fast tests; at its end it names the markers (pyproject.toml) that it left out.
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not docs and not browser and not multiprocess and not compile'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not docs and not browser and not multiprocess and not compile and not vllm'
 
 test-all: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

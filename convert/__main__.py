@@ -48,9 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.add_argument("--base", help="where the base is now, if it has moved")
     checkpoint.add_argument("--out", required=True, help="directory to write")
     checkpoint.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    mode = commands.add_parser("mode", help="make a LoRA adapter that puts an export into another mode")
+    mode.add_argument("--model", required=True, help="directory or hub id of an exported IMAE model")
+    mode.add_argument("--revision", help="branch, tag or commit of a hub model")
+    mode.add_argument("--mode", required=True, help="expert, base, anti-expert or a number (the strength)")
+    mode.add_argument("--out", required=True, help="directory to write")
+    mode.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     args = parser.parse_args(argv)
     lock_outputs(getattr(args, "out", None))
-    {"export": _export, "verify": _verify, "import": _import, "checkpoint": _checkpoint}[args.command](args)
+    run = {"export": _export, "verify": _verify, "import": _import, "checkpoint": _checkpoint, "mode": _mode}
+    run[args.command](args)
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +193,19 @@ def _import(args: argparse.Namespace) -> None:
     _keep_sources(args.out, models=[(args.model, None)])
     import_model(opened, args.out, overwrite=args.overwrite)
     print(f"wrote {args.out}/imae and its base, {args.out}/base")
+
+
+def _mode(args: argparse.Namespace) -> None:
+    runtime.set_up()
+    from imae_jax.convert.export import export_mode
+    from imae_jax.convert.peft import CONFIG_FILE
+    from imae_jax.convert.references import open_model
+
+    opened = open_model(args.model, revision=args.revision)
+    _keep_sources(args.out, models=[(args.model, None)])
+    with new_directory(args.out, marker=CONFIG_FILE, overwrite=args.overwrite) as out:
+        export_mode(opened, out, args.mode)
+    print(f"wrote {args.out}")
 
 
 def _checkpoint(args: argparse.Namespace) -> None:

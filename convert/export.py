@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from safetensors.numpy import save
 
 from imae_jax import __version__
-from imae_jax.convert import imae_dir
+from imae_jax.anti_expert import parse_mode
+from imae_jax.convert import imae_dir, peft
 from imae_jax.convert.hf import (
     IMAE_PREFIX,
     MAX_SHARD_BYTES,
@@ -28,7 +31,7 @@ from imae_jax.convert.hf import (
 from imae_jax.convert.references import HUB_ID, OpenedModel, open_model, parse_dtype
 from imae_jax.convert.table import base_rows, unit_rows
 from imae_jax.errors import UserError
-from imae_jax.files import new_directory
+from imae_jax.files import new_directory, read_json
 from imae_jax.language_model import LanguageModel
 
 TORCH_SIDE = Path(__file__).parent / "torch_side"
@@ -132,6 +135,45 @@ def export_imae(
     return _write_card(opened, directory, name, base_model)
 
 
+def export_mode(opened: OpenedModel, directory: Path, mode: str | float) -> None:
+    """Writes a LoRA adapter with which an export runs in another mode than its config's.
+
+    A unit is linear in `down_proj` [D, A]. Where the config's strength is o, `m / o - 1` times that matrix,
+    as the product with an identity [A, A], makes it m.
+
+    Args:
+        opened: an export; the adapter fits it alone, in the mode of its config.
+        directory: an existing, empty directory.
+        mode: the adapter's mode.
+
+    Raises:
+        UserError: no export, or one whose config says base mode, where no unit runs.
+    """
+    location = opened.base.reference
+    if not opened.is_export:
+        raise UserError(f"a mode's adapter is made for an export: `convert export` writes one of {location}")
+    own = parse_mode(read_json(opened.directory / "config.json")["mode"])
+    if own == 0:
+        raise UserError(f"{location} runs no units, so no adapter acts: export it with --mode expert")
+    units, rank = _unit_tensors(opened), opened.anti_expert.intermediate_size
+    factor = np.float32(parse_mode(mode) / own - 1)
+    tensors = {}
+    for layer in range(opened.config.num_layers):
+        module = f"model.layers.{layer}.mlp.anti_expert.down_proj"
+        tensors[f"{peft.PREFIX}{module}.lora_A.weight"] = np.eye(rank, dtype=np.float32)
+        tensors[f"{peft.PREFIX}{module}.lora_B.weight"] = factor * units.read(f"{module}.weight")
+    settings = peft.PLAIN | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": location,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": r".*\.anti_expert\.down_proj",
+        "inference_mode": True,
+    }
+    (directory / peft.WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+    (directory / peft.CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def _base_tensors(
     opened: OpenedModel, dtype: str | None, units: SelectedSource | None = None
 ) -> SelectedSource:
@@ -174,6 +216,7 @@ def _imae_config(hf: dict[str, Any], opened: OpenedModel, mode: str | float) -> 
         "architectures": [f"{family}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"configuration_imae.{family}Config",
+            "AutoModel": f"modeling_imae.{family}Model",
             "AutoModelForCausalLM": f"modeling_imae.{family}ForCausalLM",
         },
         "anti_expert_intermediate_size": opened.anti_expert.intermediate_size,

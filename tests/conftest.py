@@ -38,6 +38,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from imae_jax.config import AntiExpertConfig, LlamaConfig, RopeConfig
 from imae_jax.convert import LanguageModel, load_model
+from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.hf import save_hf
 from imae_jax.convert.hf_tokenizer import write_tokenizer
 from imae_jax.convert.imae_dir import write_imae_dir
@@ -136,7 +137,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES = ["mistral", "qwen2_window", "qwen3", "gemma3"]
 
 
-TIERS = ("slow", "compile", "docs", "browser", "multiprocess")
+TIERS = ("slow", "compile", "docs", "browser", "multiprocess", "vllm")
 # Tests that use these fixtures are of these tiers.
 FIXTURE_TIERS = {"browser": "browser", "hf_smollm2": "slow"}
 
@@ -462,6 +463,63 @@ def tiny_imae(tiny, tmp_path_factory) -> TinyCheckpoint:
     reference = dataclasses.asdict(lm.base)
     write_imae_dir(path, weights, lm.config, AntiExpertConfig(UNIT_SIZE), base=reference, training={})
     return TinyCheckpoint(base.hf, path)
+
+
+@pytest.fixture(scope="session")
+def own_module_cache(tmp_path_factory):
+    """transformers copies the code of a model that it trusts."""
+    import_torch()
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def imae_dir(tiny, tmp_path_factory):
+    """Factory of IMAE directories with random units."""
+
+    @functools.cache
+    def make(kind="gqa", dtype="float32", **fields) -> Path:
+        directory = tiny(kind, dtype=dtype, initializer_range=0.2, **fields).directory
+        return write_units(directory, tmp_path_factory.mktemp("imae") / f"{kind}-{dtype}")
+
+    return make
+
+
+def write_units(base: Path, path: Path) -> Path:
+    """An IMAE directory with random units."""
+    lm = load_model(str(base))
+    write_imae_dir(
+        path,
+        with_random_units(lm.model.weights(), lm.config),
+        lm.config,
+        AntiExpertConfig(UNIT_SIZE),
+        base=dataclasses.asdict(lm.base),
+        training={"config": {"data": {"source": "halueval"}, "loss": {"beta": 2.0}}},
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(imae_dir, own_module_cache, tmp_path_factory):
+    """Factory of exports; tests must not write into them."""
+
+    @functools.cache
+    def make(kind="gqa", dtype="float32", *arguments, **fields) -> Path:
+        out = tmp_path_factory.mktemp("export") / "model"
+        command = ["export", "--model", str(imae_dir(kind, dtype, **fields)), "--out", str(out)]
+        assert convert([*command, *arguments]) == 0
+        return out
+
+    return make
+
+
+def in_transformers(directory, **kwargs):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **kwargs).eval()
 
 
 def write_questions(path: Path, count: int = 6, seed: int = 0) -> Path:

@@ -1,27 +1,14 @@
 """What the documentation shows works as it stands."""
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 from conftest import run_python
-from helpers.documents import ROOT, blocks
+from helpers.documents import ROOT, blocks, run_commands
 
 CARDS = sorted((ROOT / "convert" / "units").glob("*/README.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS = [*PAGES, *CARDS]
-
-
-def run_commands(text: str, directory: Path) -> None:
-    """In their order and in one folder, since later ones use what earlier ones wrote."""
-    for line in "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
-        program, *arguments = shlex.split(line)
-        assert program in ("python", "imae")
-        if program == "imae":
-            arguments = ["-m", "imae_jax", *arguments]
-        run = run_python(arguments, directory)
-        assert run.returncode == 0, f"{line}\n{run.stderr}"
 
 
 @pytest.mark.docs

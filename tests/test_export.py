@@ -1,7 +1,6 @@
 """The way back to HuggingFace: IMAE models in transformers, import, streamed files, memory, the card."""
 
 import dataclasses
-import functools
 import json
 import os
 import pickle
@@ -22,19 +21,19 @@ from conftest import (
     FAMILIES,
     KINDS,
     TINY,
-    UNIT_SIZE,
     assert_bitwise,
     error_of,
     hf_logits,
     import_torch,
+    in_transformers,
     log_softmax,
     logits,
     output_of,
     random_tokens,
     run_python,
     user_error,
-    with_random_units,
     write_rows,
+    write_units,
 )
 from helpers.checkpoints import tensors_of
 from helpers.documents import ROOT, blocks
@@ -55,64 +54,6 @@ from imae_jax.train.__main__ import main as train
 
 PARITY = 2e-4
 IMAE_KINDS = ["gqa", "llama2", "tied", "attention_bias", "mlp_bias", "qwen2", "rope_llama3", *FAMILIES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory):
-    """transformers copies the code of a model that it trusts."""
-    import_torch()
-    from transformers import dynamic_module_utils
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def imae_dir(tiny, tmp_path_factory):
-    """Factory of IMAE directories with random units."""
-
-    @functools.cache
-    def make(kind="gqa", dtype="float32", **fields) -> Path:
-        directory = tiny(kind, dtype=dtype, initializer_range=0.2, **fields).directory
-        return write_units(directory, tmp_path_factory.mktemp("imae") / f"{kind}-{dtype}")
-
-    return make
-
-
-def write_units(base: Path, path: Path) -> Path:
-    """An IMAE directory with random units."""
-    lm = load_model(str(base))
-    write_imae_dir(
-        path,
-        with_random_units(lm.model.weights(), lm.config),
-        lm.config,
-        AntiExpertConfig(UNIT_SIZE),
-        base=dataclasses.asdict(lm.base),
-        training={"config": {"data": {"source": "halueval"}, "loss": {"beta": 2.0}}},
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(imae_dir, tmp_path_factory):
-    """Factory of exports."""
-
-    @functools.cache
-    def make(kind="gqa", dtype="float32", *arguments, **fields) -> Path:
-        out = tmp_path_factory.mktemp("export") / "model"
-        command = ["export", "--model", str(imae_dir(kind, dtype, **fields)), "--out", str(out)]
-        assert convert([*command, *arguments]) == 0
-        return out
-
-    return make
-
-
-def in_transformers(directory, **kwargs):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **kwargs).eval()
 
 
 def padded(lengths=(9, 5, 7), seed=0):

@@ -55,9 +55,36 @@ def parse_mode(mode):
     """The strength `o` of a mode's name, or of any finite number."""
     if isinstance(mode, str) and mode in MODES:
         return MODES[mode]
-    if isinstance(mode, numbers.Real) and math.isfinite(mode):
+    if isinstance(mode, numbers.Real) and not isinstance(mode, bool) and math.isfinite(mode):
         return float(mode)
     raise ValueError(f"mode {mode!r} does not exist: use {', '.join(MODES)} or a number (the strength)")
+
+
+def strength(mode, hidden_states):
+    """The strength `o` of a mode: a float, or [B, 1, 1] of a tensor with numbers for rows of h [B, T, D]."""
+    if not isinstance(mode, torch.Tensor):
+        return parse_mode(mode)
+    rows = hidden_states.shape[0]
+    if mode.dim() > 1 or mode.numel() not in (1, rows):
+        raise ValueError(f"mode of shape {list(mode.shape)}: one number, or one for each of {rows} rows")
+    return mode.to(hidden_states).expand(rows)[:, None, None]
+
+
+def copy_weight(parameter, weight):
+    """The loader of a parameter that vLLM has not replaced."""
+    parameter.data.copy_(weight)
+
+
+class Gate(nn.Module):
+    """Scores [B, T, 2] of h. No `nn.Linear`: vLLM does not see that weights of those are missing."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(2))
+
+    def forward(self, hidden_states):
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
 class AntiExpertUnit(nn.Module):
@@ -66,19 +93,51 @@ class AntiExpertUnit(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.anti_expert_intermediate_size
-        self.gate = nn.Linear(hidden_size, 2)
+        self.gate = Gate(hidden_size)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        self.num_loaded = 0
 
-    def forward(self, hidden_states, strength):
-        """`o · MLP_anti(a · h)` of h [B, T, D] and o [B]; exactly 0 in rows whose o is 0."""
+    def forward(self, hidden_states):
+        """`MLP_anti(a · h)` of h [B, T, D]."""
         a = self.gate(hidden_states).float().softmax(-1)[..., :1]
         gated = a.to(hidden_states.dtype) * hidden_states
-        y = self.down_proj(self.act_fn(self.gate_proj(gated)) * self.up_proj(gated))
-        o = strength.to(y)[:, None, None]
-        return torch.where(o == 0, 0.0, o * y)
+        return self.down_proj(self.act_fn(self.gate_proj(gated)) * self.up_proj(gated))
+
+    def load_weights(self, weights):
+        """vLLM calls this: its own way cuts a unit to the config's width and lets tensors be missing.
+
+        Args:
+            weights: names, for gate and up projection that of the matrix vLLM makes of both, and tensors
+                as stored.
+
+        Returns:
+            All names, when all tensors are loaded; vLLM refuses a model without them.
+
+        Raises:
+            ValueError: a tensor of another shape than the config's.
+        """
+        for name, weight in weights:
+            shape = self.shapes.get(name, self.shapes["gate_proj.weight"])
+            if tuple(weight.shape) != shape:
+                raise ValueError(
+                    f"a unit's {name} has shape {list(weight.shape)}, not {list(shape)} as config.json says: "
+                    "export the model again"
+                )
+            child, _, own_name = name.partition(".")
+            module = self.get_submodule(child)
+            if hasattr(module, "load_weights"):
+                list(module.load_weights([(own_name, weight)]))
+            else:
+                parameter = module.get_parameter(own_name)
+                getattr(parameter, "weight_loader", copy_weight)(parameter, weight)
+            self.num_loaded += 1
+        if self.num_loaded < len(self.shapes):
+            return []
+        return [name for name, _ in self.named_parameters()]
 
 
 class ImaeDecoderLayerMixin:
@@ -86,34 +145,52 @@ class ImaeDecoderLayerMixin:
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
+        self.config, self.mode = config, None
         self.mlp.anti_expert = AntiExpertUnit(config)
         self.mlp.register_forward_hook(self._add_unit)
-        self.strength = None
 
-    def forward(self, *args, strength=None, **kwargs):
-        self.strength = strength
+    def forward(self, *args, mode=None, **kwargs):
+        """As `forward` of the base; the mode is a call's, or the config's where it names none."""
+        self.mode = mode
         return super().forward(*args, **kwargs)
 
     def _add_unit(self, mlp, args, out):
-        return None if self.strength is None else out + mlp.anti_expert(*args, self.strength)
+        o = strength(self.config.mode if self.mode is None else self.mode, out)
+        if isinstance(o, float):
+            return out if o == 0 else out + o * mlp.anti_expert(*args)
+        return out + torch.where(o == 0, 0.0, o * mlp.anti_expert(*args))
 
 
-class ImaeModelMixin:
-    """A decoder whose layers have units."""
+class ImaePreTrainedMixin:
+    """Loads all weights or none."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As transformers' `from_pretrained`, which would make up weights that are missing or do not fit."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ValueError(f"weights are missing or do not fit the config: {wrong[0]}{more}")
+        return (model, info) if output_loading_info else model
+
+
+class ImaeModelMixin(ImaePreTrainedMixin):
+    """A decoder whose layers have units, in the mode of its config."""
 
     def __init__(self, config):
         super().__init__(config)
+        parse_mode(config.mode)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([self.layer_class(config, layer) for layer in layers])
         self.post_init()
 
 
-class ImaeForCausalLMMixin:
+class ImaeForCausalLMMixin(ImaePreTrainedMixin):
     """A language model that runs in a mode."""
 
     def __init__(self, config):
         super().__init__(config)
-        parse_mode(config.mode)
         self.model = self.model_class(config)
         self.post_init()
 
@@ -127,7 +204,6 @@ class ImaeForCausalLMMixin:
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         labels=None,
         *,
@@ -140,30 +216,18 @@ class ImaeForCausalLMMixin:
         Args:
             mode: "expert", "base", "anti-expert", a number, or a tensor with a number for every row;
                 default: the config's. Base mode computes exactly what the base does, at its cost.
+            kwargs: the cache among them, whose name depends on transformers' version.
         """
-        rows = (input_ids if input_ids is not None else inputs_embeds).shape[0]
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
-            strength=self._strength(self.config.mode if mode is None else mode, rows),
+            mode=mode,
             **kwargs,
         )
-
-    def _strength(self, mode, rows):
-        """`o` as float32 [B], or None where the units are not needed."""
-        if isinstance(mode, torch.Tensor):
-            if mode.dim() > 1 or mode.numel() not in (1, rows):
-                raise ValueError(
-                    f"mode of shape {list(mode.shape)}: one number, or one for each of {rows} rows"
-                )
-            return mode.float().expand(rows)
-        strength = parse_mode(mode)
-        return None if strength == 0 else torch.full((rows,), strength, device=self.device)
 
     @property
     def generate(self):
