@@ -43,7 +43,7 @@ def collect_heads(lm: LanguageModel, texts: Sequence[str], *, quiet: bool = True
         heads[i] = head_outputs
         if not np.isfinite(heads[i]).all():
             models, method = lm.prepare("base", generating=False)
-            raise not_finite_error(models, method, rows[i], f"heads of {texts[i]!r}")
+            raise not_finite_error(models, method, [rows[i]], f"heads of {texts[i]!r}")
     return heads
 
 

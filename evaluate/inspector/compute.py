@@ -144,7 +144,7 @@ def inspect(
         if bad.any():
             mode = MODE_NAMES[int(bad.argmax())]
             models, method = lm.prepare(mode, generating=False)
-            raise not_finite_error(models, method, row.tokens, f"{mode}, {excerpts[e].title}")
+            raise not_finite_error(models, method, [row.tokens], f"{mode}, {excerpts[e].title}")
     inspections = []
     for e in range(len(excerpts)):
         parts = zip(*(values[i] for i, row in enumerate(rows) if row[0] == e), strict=True)
