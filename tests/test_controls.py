@@ -18,6 +18,7 @@ from conftest import (
     write_questions,
     write_rows,
 )
+from helpers.models import random_adapter
 
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.decode.methods import Stream, StreamLogits, parse_method
@@ -119,6 +120,20 @@ def test_a_flipped_contrast_is_what_both_sides_give_the_other_way_round(beta):
     assert parse_method(method.flipped().settings()) == method.flipped()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["dexperts:expert=a,anti_expert=b", "cd:amateur=m,beta=0.5", "prunecd:skip=1,beta=2", "prunecd:skip=1"],
+)
+def test_base_lies_half_way_between_a_centred_contrast_and_its_flip(text):
+    logits = [StreamLogits(jax.numpy.asarray(x)) for x in np.random.default_rng(2).normal(size=(3, 5, 11))]
+    method = dataclasses.replace(parse_method(text), renormalize=False)
+    method = method.resolve(dataclasses.replace(TINY, num_layers=2), generating=False)
+    both = [each.scores(logits) for each in (method, method.flipped())]
+    assert np.abs(both[0] - both[1]).max() > 1
+    half_way = np.abs(sum(both) / 2 - log_softmax(logits[0].final)).max() < 1e-5
+    assert half_way == method.centred == (text != "prunecd:skip=1")
+
+
 def test_directions_have_an_opposite():
     assert parse_method("expert").flipped() == parse_method("anti-expert")
     assert parse_method("iti:directions=f,alpha=3").flipped() == parse_method("iti:directions=f,alpha=-3")
@@ -176,13 +191,16 @@ def test_a_gain_is_split_into_odd_and_even_parts():
 
 
 @pytest.fixture(scope="module")
-def controlled(scored, other_units, tmp_path_factory):
+def controlled(scored, other_units, tiny_imae, tmp_path_factory):
     """A finished run with controls: its arguments and its directory, not to be changed."""
     command, _ = scored
     out = tmp_path_factory.mktemp("controlled") / "out"
     command = [*map(str, command), "--quiet", "--controls", "2"]
     command[command.index("--out") + 1] = str(out)
-    command[command.index("--methods") + 1] = "base,expert,1,in-model-contrast:beta=2,renormalize=true,dola"
+    lm = tiny_imae.load()
+    adapters = [random_adapter(out.parent / f"{i}", lm.config, lm.base.reference, seed=i) for i in (0, 1)]
+    methods = ["base,expert,1", CONTRAST, "dola", "dexperts:expert={},anti_expert={}".format(*adapters)]
+    command[command.index("--methods") + 1] = ",".join(methods)
     assert truthfulqa([*command, "--placebo", f"expert=imae:units_from={other_units}"]) == 0
     return command, out
 
@@ -190,9 +208,10 @@ def controlled(scored, other_units, tmp_path_factory):
 def test_a_run_with_controls(controlled):
     _, out = controlled
     results = json.loads((out / "results.json").read_text())
-    assert list(results["methods"]) == ["base", "expert", "1", CONTRAST, "dola"]
+    *others, dexperts = results["methods"]
+    assert others == ["base", "expert", "1", CONTRAST, "dola"]
     controls = results["controls"]
-    assert list(controls) == ["expert", "1", CONTRAST, "dola"]
+    assert list(controls) == ["expert", "1", CONTRAST, "dola", dexperts]
     assert list(controls["dola"]["runs"]) == ["dola/flip"]
     assert controls["expert"]["runs"]["expert/flip"]["mc2"] == results["methods"]["1"]["mc2"]
     kl = controls["expert"]["kl"]
@@ -206,6 +225,9 @@ def test_a_run_with_controls(controlled):
     assert {"odd", "even", "gain", "flip", "noise", "twins", "placebo"} == parts.keys()
     assert "odd" not in controls["dola"]["metrics"]["mc2"], "no mode lies between it and its flip"
     assert "odd" in controls[CONTRAST]["metrics"]["mc2"]
+    assert list(controls[dexperts]["runs"]) == [f"{dexperts}/{x}" for x in ("flip", "noise-0", "noise-1")]
+    assert controls[dexperts]["kl"][dexperts] > 0
+    assert "odd" in controls[dexperts]["metrics"]["mc2"]
     table = (out / "table.md").read_text()
     assert "expert/noise-0" not in table
     assert f"{parts['odd']['value']:+.2f}" in table

@@ -910,6 +910,7 @@ ROUND = [
 @pytest.mark.parametrize("task", ["unresolved", "scoring", "generating"])
 def test_methods_are_built_again_from_their_settings(method, task):
     """From a dictionary, and from what results.json keeps of it."""
+    assert method.streams, "before it is resolved, too: whether units act is asked then"
     if task != "unresolved":
         method = method.resolve(dataclasses.replace(TINY, num_layers=LAYERS), generating=task == "generating")
         assert (

@@ -55,12 +55,10 @@ class Joint(Method):
 
         def logits_for(stream: Stream) -> StreamLogits:
             index = _find_stream(merged, stream)
-            if not stream.exits:
-                return StreamLogits(logits[index].final, prompt_entropy=logits[index].prompt_entropy)
-            exits = logits[index].exits
-            if stream.exits != merged[index].exits:
+            exits = logits[index].exits if stream.exits else None
+            if stream.exits and stream.exits != merged[index].exits:
                 exits = exits[jnp.asarray([merged[index].exits.index(layer) for layer in stream.exits])]
-            return StreamLogits(logits[index].final, exits)
+            return StreamLogits(logits[index].final, exits, logits[index].prompt_entropy)
 
         return [tuple(map(logits_for, method.streams)) for method in self.methods]
 

@@ -46,7 +46,7 @@ class DeLTa(Constrained):
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        return (Stream(exits=self.layers[:-1], exit_norm=True),)
+        return (Stream(exits=(self.layers or ())[:-1], exit_norm=True),)
 
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
         N, L = config.num_layers, self.virtual_layer
