@@ -77,5 +77,7 @@ class END(Constrained):
         layers = logits.exits
         if self.with_last:
             layers = jnp.concatenate([layers, logits.final[None]])
-        log_shares = jax.nn.log_softmax(layers, axis=0)
-        return -jnp.sum(jnp.exp(log_shares) * log_shares, axis=0)
+        below = layers - layers.max(axis=0)
+        shares = jnp.exp(below)  # Not divided by their sum: that would cost a second exp.
+        total = jnp.sum(shares, axis=0)
+        return jnp.log(total) - jnp.sum(below * shares, axis=0) / total
