@@ -103,6 +103,9 @@ def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResour
         shape = (config.num_layers, config.num_heads, config.head_dim)
         shifts = tuple(jax.random.normal(jax.random.key(0), shape))
         return LoadedResource(weights=lambda method: {"shifts": shifts})
+    if resource.kind == "vectors":
+        vectors = tuple(jax.random.normal(jax.random.key(0), (config.num_layers, config.hidden_size)))
+        return LoadedResource(weights=lambda method: {"vectors": vectors})
     if resource.kind == "anti_expert_llm" and resource.reference == RANDOM_ADAPTER:
         lora = LoraConfig()
 

@@ -129,7 +129,11 @@ def test_a_tensor_parallel_token_exchanges_activations_alone(target, tensor, row
 
 @on("v5e", "v6e", "h200")
 @pytest.mark.parametrize(
-    "name", ["0.5", "cd:amateur={small}", "dola", "sled:scale=2", "iti:directions=random"]
+    "name",
+    [
+        *("0.5", "cd:amateur={small}", "dola", "sled:scale=2", "iti:directions=random"),
+        "steer:vectors=random,keep_norm=true",
+    ],
 )
 def test_other_methods_compile(target, name, small):
     models, method = prepare(target, small, name.format(small=small))

@@ -17,6 +17,7 @@ from imae_jax.cli import at_least
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Benchmark, Item, Task
 from imae_jax.evaluate.benchmarks.questions import DATA_DIRECTORY
+from imae_jax.evaluate.folds import FOLD_FILES
 from imae_jax.evaluate.reporting import plots
 from imae_jax.evaluate.reporting.aggregate import sums_of
 from imae_jax.evaluate.reporting.tables import Table, figure
@@ -100,8 +101,8 @@ class Harm(Benchmark):
     def load(self, args, methods):
         for label, method in methods.items():
             resource = method.resource
-            if resource and resource.kind == "directions" and Path(resource.reference).is_dir():
-                raise UserError(f"{label}: a text belongs to no fold: give one file of directions")
+            if resource and resource.kind in FOLD_FILES and Path(resource.reference).is_dir():
+                raise UserError(f"{label}: a text belongs to no fold: give one file of the directory")
         return read_text(args.text, "text"), methods
 
     def task(self, args, data, lm):

@@ -100,6 +100,8 @@ def check(models: Models, method: Method) -> None:
             raise UserError(f"method {method.name} needs low-rank deltas: give it an adapter")
         if stream.shift and weights.shifts is None:
             raise UserError(f"method {method.name} needs shifts of heads: give it a file of directions")
+        if stream.steer and weights.vectors is None:
+            raise UserError(f"method {method.name} needs vectors: give it a file of them")
 
 
 def num_prompts(method: Method) -> int:
@@ -119,6 +121,12 @@ def check_prompts(method: Method, given: int) -> None:
 def of_stream(x: jax.Array, stream: Stream) -> jax.Array:
     """What belongs to a stream's prompt in [P, …], P = 1 where it is the same for all prompts."""
     return x[stream.prompt if x.shape[0] > 1 else 0]
+
+
+def _in_scope(stream: Stream, answer: jax.Array) -> jax.Array:
+    """Where a stream's vectors are added, float32 [B, T]."""
+    scopes = {"answer": answer, "prompt": ~answer, "all": jnp.ones_like(answer)}
+    return scopes[stream.steer_scope].astype(jnp.float32)
 
 
 def empty_caches(models: Models, method: Method, batch_size: int, capacity: int) -> Caches:
@@ -147,7 +155,7 @@ def run(
         tokens, attention_mask, tree: as in `llama.forward`, for [P, B, …] rows of every prompt of the method;
             P = 1 where they are the same for all.
         answer: bool [1, B, T] or as above, positions that predict a token of an answer: where heads are
-            shifted.
+            shifted, and vectors added unless a stream's scope is another.
         caches: from `empty_caches`.
 
     Returns:
@@ -169,6 +177,8 @@ def run(
             return jnp.repeat(jnp.asarray(values, jnp.float32), B) if any(values) else None
 
         shift = per_row([stream.shift for stream in streams])
+        steer = [stream.steer * _in_scope(stream, of_stream(answer, stream)) for stream in streams]
+        keep_norm = [stream.steer != 0 and stream.keep_norm for stream in streams]
         layers = tuple(sorted({layer for stream in streams for layer in stream.exits}))
         output = forward(
             weights,
@@ -180,6 +190,8 @@ def run(
                 strength=per_row([stream.strength for stream in streams]),
                 adapter=per_row([stream.adapter for stream in streams]),
                 shift=None if shift is None else shift[:, None] * rows_of(answer),
+                steer=jnp.concatenate(steer) if any(stream.steer for stream in streams) else None,
+                keep_norm=jnp.repeat(jnp.asarray(keep_norm), B) if any(keep_norm) else None,
             ),
             cache=cache,
             options=Options(Taps(hidden_layers=layers)),
@@ -263,6 +275,8 @@ def first_layer_not_finite(models: Models, method: Method, sequences: Sequence[S
                     strength=stream.strength or None,
                     adapter=stream.adapter or None,
                     shift=np.full(rows.shape, stream.shift, np.float32) if stream.shift else None,
+                    steer=np.full(rows.shape, stream.steer, np.float32) if stream.steer else None,
+                    keep_norm=np.ones(1, bool) if stream.steer and stream.keep_norm else None,
                 ),
                 options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers

@@ -24,6 +24,7 @@ from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits, setting_fields
 from imae_jax.decode.methods.sled import SLED
+from imae_jax.decode.methods.steer import Steer
 from imae_jax.errors import UserError
 
 REGISTRY: dict[str, type[Method]] = {
@@ -35,6 +36,7 @@ REGISTRY: dict[str, type[Method]] = {
     "dola-static": StaticDoLa,
     "sled": SLED,
     "iti": ITI,
+    "steer": Steer,
     "cad": CAD,
     "adacad": AdaCAD,
     "coiecd": COIECD,

@@ -1,4 +1,4 @@
-"""Which layers' residual streams methods project early."""
+"""Which layers methods name, and which residual streams they project early."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
         else:
             layers = range(half if half is not None else N - 20, N, 2)
     else:
-        layers = _numbers(method, candidates)
+        layers = layer_numbers(method, "candidates", candidates, NAMED)
     if not layers:
         raise UserError(f"{method}: candidates={candidates!r} holds no layer of a model with {N}")
     for layer in layers:
@@ -46,15 +46,25 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
     return tuple(sorted(set(layers)))
 
 
-def _numbers(method: str, candidates: str | Sequence[int]) -> Sequence[int]:
+def layer_numbers(
+    method: str, setting: str, value: str | Sequence[int], names: Sequence[str]
+) -> Sequence[int]:
+    """The numbers of `a..b`, both included, of `a+b+c`, or of a sequence.
+
+    Args:
+        method, setting, names: for errors; `names` is what may stand instead of numbers.
+
+    Raises:
+        UserError: it is none of these.
+    """
     try:
-        if not isinstance(candidates, str):
-            return [int(layer) for layer in candidates]
-        first, dots, last = candidates.partition("..")
+        if not isinstance(value, str):
+            return [int(layer) for layer in value]
+        first, dots, last = value.partition("..")
         if dots:
             return range(int(first), int(last) + 1)
-        return [int(layer) for layer in candidates.split("+")]
+        return [int(layer) for layer in value.split("+")]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{method}: candidates={candidates!r}: use {', '.join(NAMED)}, a..b, or numbers such as 0+2+4"
+            f"{method}: {setting}={value!r}: use {', '.join(names)}, a..b, or numbers such as 0+2+4"
         ) from error

@@ -30,6 +30,10 @@ class Stream:
         strength: the anti-expert units' `o`; 0 leaves them out.
         adapter: factor of the low-rank deltas; 0 leaves them out.
         shift: factor of the heads' shifts; 0 leaves them out.
+        steer: factor of the vectors that are added to the residual stream; 0 leaves them out.
+        steer_scope: where they are added: `answer`, at positions that predict an answer's token, the first
+            one included; `prompt`, at all others; `all`.
+        keep_norm: whether the residual stream keeps its norm there.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
         exit_norm: whether the final norm comes before that projection.
     """
@@ -39,8 +43,16 @@ class Stream:
     strength: float = 0.0
     adapter: float = 0.0
     shift: float = 0.0
+    steer: float = 0.0
+    steer_scope: str = "answer"
+    keep_norm: bool = False
     exits: tuple[int, ...] = ()
     exit_norm: bool = False
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything acts on the rows besides the weights of the base."""
+        return any((self.strength, self.adapter, self.shift, self.steer))
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +75,8 @@ class Resource:
 
     Attributes:
         kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
-            `directions`, shifts of heads; `units`, anti-expert units instead of the model's own.
+            `directions`, shifts of heads; `vectors`, additions to the residual stream; `units`, anti-expert
+            units instead of the model's own.
         reference: what to load.
         setting: which setting named it, for errors.
     """
