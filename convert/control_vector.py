@@ -95,6 +95,8 @@ def stack_vectors(
         UserError: a layer that has no direction.
     """
     chosen = directions if layers == "all" else layer_numbers("steer", "layers", layers, ("all",))
+    if not chosen:
+        raise UserError(f"steer: layers={layers} names no layer: use all, a..b, or numbers such as 8+9")
     stack = np.zeros((config.num_layers, config.hidden_size), np.float32)
     for layer in chosen:
         if layer not in directions:
