@@ -31,8 +31,11 @@ from imae_jax.llama import Taps, steered
 
 @pytest.fixture
 def vectors(checkpoint):
-    """Random ones for the tiny model, by layer, and its weights with them."""
-    lm = checkpoint.load()
+    return with_vectors(checkpoint.load())
+
+
+def with_vectors(lm):
+    """Random vectors by layer, a model's weights with them, and the model."""
     found = random_vectors(lm.config)
     each = tuple(jnp.asarray(stack_vectors(found, "all", lm.config)))
     return found, dataclasses.replace(lm.model.weights(), vectors=each), lm
@@ -46,10 +49,12 @@ def with_stacks(weights):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_rows_have_strengths_of_their_own(checkpoint, vectors, stacked):
+@pytest.mark.parametrize("kind", ["gqa", "gemma3"])
+def test_rows_have_strengths_of_their_own(tiny, kind, stacked):
     """Against hooks on transformers' layers, with strengths that differ between rows and tokens."""
     torch = import_torch()
-    found, weights, lm = vectors
+    checkpoint = tiny(kind)
+    found, weights, lm = with_vectors(checkpoint.load())
     B, T = 3, 9
     tokens = random_tokens(B, T)
     factor = np.random.default_rng(0).normal(0, 2, (B, T)).astype(np.float32)
@@ -83,7 +88,8 @@ def test_rows_have_strengths_of_their_own(checkpoint, vectors, stacked):
     for ours, theirs in zip((*actual.hidden_layers, actual.hidden_states), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
     base = jit_forward(weights, lm.config, jnp.asarray(tokens), taps=taps)
-    np.testing.assert_array_equal(actual.hidden_states[0], base.hidden_states[0])
+    # Another program, whose sums XLA fuses otherwise.
+    np.testing.assert_allclose(actual.hidden_states[0], base.hidden_states[0], atol=1e-5)
     assert np.abs(actual.hidden_states[1:] - base.hidden_states[1:]).max() > 0.1
 
 
