@@ -104,6 +104,9 @@ def _resource(make: Make, lm: LanguageModel, resource: Resource) -> LoadedResour
         shape = (config.num_layers, config.num_heads, config.head_dim)
         shifts = tuple(jax.random.normal(jax.random.key(0), shape))
         return LoadedResource(weights=lambda method: {"shifts": shifts})
+    if resource.kind == "vectors":
+        vectors = tuple(jax.random.normal(jax.random.key(0), (config.num_layers, config.hidden_size)))
+        return LoadedResource(weights=lambda method: {"vectors": vectors})
     if resource.kind in ("adapters", "anti_expert_llm") and set(_names(resource)) == {RANDOM_ADAPTER}:
         count = len(_names(resource))  # Side by side.
         lora = LoraConfig(rank=count * LoraConfig.rank, alpha=count * LoraConfig.alpha)

@@ -20,10 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imae_jax import layer_stack
 from imae_jax.config import AntiExpertConfig, LlamaConfig
 from imae_jax.convert import identity, imae_dir, peft
+from imae_jax.convert.control_vector import read_vectors, stack_vectors
 from imae_jax.convert.gguf import GGUFSource
 from imae_jax.convert.hf import (
     GENERATION_FILE,
@@ -388,17 +390,21 @@ def load_resource(lm: LanguageModel, resource: Resource) -> LoadedResource:
     if resource.kind == "directions":
         path = Path(resource.reference)
         directions = read_directions(path, lm.config)
-
-        def placed(array, *axes):
-            return array if lm.mesh is None else place(array, sharding(lm.mesh, *axes))
-
-        def shifts(method):
-            stack = directions.shifts(method.heads)
-            if model.stacked:
-                return {"shifts": placed(stack, "layers", "heads", "head_dim")}
-            return {"shifts": tuple(placed(layer, "heads", "head_dim") for layer in stack)}
-
-        return LoadedResource(weights=shifts, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+        return LoadedResource(
+            weights=lambda method: {
+                "shifts": _laid_out(lm, directions.shifts(method.heads), "heads", "head_dim")
+            },
+            fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+    if resource.kind == "vectors":
+        path = Path(resource.reference)
+        vectors = read_vectors(path, lm.config)
+        return LoadedResource(
+            weights=lambda method: {
+                "vectors": _laid_out(lm, stack_vectors(vectors, method.layers, lm.config), "norm")
+            },
+            fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
     if resource.kind == "units":
         opened = open_model(resource.reference)
         if opened.unit_source is None:
@@ -449,6 +455,17 @@ def _adapters_side_by_side(lm: LanguageModel, references: Sequence[str]) -> Load
     return LoadedResource(
         weights=lambda method: {"lora": deltas, "lora_scale": 1.0}, fingerprint=fingerprints
     )
+
+
+def _laid_out(lm: LanguageModel, stack: np.ndarray, *axes: str) -> Any:
+    """A stack [L, …] of a model's layers in their layout, on its mesh; `axes` are those behind L."""
+
+    def placed(array, *axes):
+        return array if lm.mesh is None else place(array, sharding(lm.mesh, *axes))
+
+    if lm.model.stacked:
+        return placed(stack, "layers", *axes)
+    return tuple(placed(layer, *axes) for layer in stack)
 
 
 def model_config(reference: str, revision: str | None = None) -> tuple[LlamaConfig, str]:

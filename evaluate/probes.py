@@ -1,59 +1,21 @@
-"""What `iti` computes: attention heads' outputs on answers, a probe of each head, and their directions.
+"""What `iti` computes of attention heads' outputs on answers: a probe of each head, and their directions.
 
 Source: Li et al., arXiv 2306.03341, section 3 and their code's defaults.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from imae_jax.batching import run_by_length
-from imae_jax.config import LlamaConfig
 from imae_jax.convert.iti import Directions
-from imae_jax.decode.streams import not_finite_error
-from imae_jax.language_model import LanguageModel
 from imae_jax.layers import precision
-from imae_jax.llama import Options, Taps, Weights, forward
-from imae_jax.prompts import adds_special_tokens
 
-TOKENS_PER_BATCH, LENGTH_MULTIPLE = 512, 16
 VALIDATION_SHARE = 0.2
 # Of the logistic regression's penalty ½‖w‖² + C · Σ loss: the published code's, scikit-learn's default.
 INVERSE_PENALTY = 1.0
 NEWTON_STEPS = 30
-
-
-def collect_heads(lm: LanguageModel, texts: Sequence[str], *, quiet: bool = True) -> np.ndarray:
-    """Every attention head's output, before `o_proj`, at the last token of texts: float32 [n, L, N, H]."""
-    rows = lm.tokenizer(list(texts), add_special_tokens=adds_special_tokens("plain"))["input_ids"]
-    config = lm.config
-    heads = np.empty((len(rows), config.num_layers, config.num_heads, config.head_dim), np.float32)
-    values = run_by_length(
-        functools.partial(_last_heads, lm.model.weights(), config),
-        rows,
-        tokens_per_batch=TOKENS_PER_BATCH,
-        length_multiple=LENGTH_MULTIPLE,
-        mesh=lm.mesh,
-    )
-    for i, head_outputs in tqdm(values, total=len(rows), desc="heads", unit="text", disable=quiet):
-        heads[i] = head_outputs
-        if not np.isfinite(heads[i]).all():
-            models, method = lm.prepare("base", generating=False)
-            raise not_finite_error(models, method, [rows[i]], f"heads of {texts[i]!r}")
-    return heads
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _last_heads(weights: Weights, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Head outputs at the last token of each row: [B, L, N, H]."""
-    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    heads = forward(weights, config, tokens, attention_mask=mask, options=Options(Taps(heads=True))).heads
-    last = heads[:, jnp.arange(tokens.shape[0]), lengths - 1]  # [L, B, N, H]
-    return jnp.swapaxes(last, 0, 1).astype(jnp.float32)
 
 
 @jax.jit

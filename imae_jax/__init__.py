@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from imae_jax import targets
 
 if TYPE_CHECKING:
+    from imae_jax.activations import capture
     from imae_jax.convert import load_model
     from imae_jax.decode import Method, Sampler, parse_method
     from imae_jax.errors import UserError
@@ -13,7 +14,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LanguageModel", "Method", "Sampler", "UserError", "__version__", "load_model", "parse_method"]
+__all__ = [
+    "LanguageModel",
+    "Method",
+    "Sampler",
+    "UserError",
+    "__version__",
+    "capture",
+    "load_model",
+    "parse_method",
+]
 
 targets.leave_out()
 
@@ -23,6 +33,7 @@ _SOURCES = {
     "Method": "imae_jax.decode",
     "Sampler": "imae_jax.decode",
     "UserError": "imae_jax.errors",
+    "capture": "imae_jax.activations",
     "load_model": "imae_jax.convert",
     "parse_method": "imae_jax.decode",
 }

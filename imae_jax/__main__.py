@@ -33,6 +33,7 @@ COMMANDS = {
         "what a model does on every token of a text",
     ),
     "evaluate iti": ("imae_jax.evaluate.iti", "fit the directions of inference-time intervention"),
+    "evaluate steer": ("imae_jax.evaluate.steer", "fit the vectors of steering"),
 }
 """Module and purpose by name."""
 

@@ -152,9 +152,10 @@ class LanguageModel:
         if seed is None:
             return models
         streams = [stream for stream in method.streams if stream.model == 0]
-        # The shifts are of as many heads as the method says.
-        acts = tuple(any(getattr(s, name) for s in streams) for name in ("strength", "adapter", "shift"))
-        key = seed, method.noise_scale, acts, method if acts[-1] else method.resource
+        names = ("strength", "adapter", "shift", "steer")
+        acts = tuple(any(getattr(s, name) for s in streams) for name in names)
+        # The method says how many heads are shifted, and after which layers vectors are added.
+        key = seed, method.noise_scale, acts, method if any(acts[2:]) else method.resource
         if key not in self._noise:
             try:
                 self._noise[key] = with_noise(models.weights[0], streams, seed, method.noise_scale)

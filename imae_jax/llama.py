@@ -99,6 +99,7 @@ class Weights:
         units: the anti-expert units in the same layout as `layers`, or None.
         lora: low-rank deltas in the same layout as `layers`, `{projection: {a, b}}`, or None.
         shifts: in the same layout, [L, N, H] or L times [N, H]: what ITI adds to the heads' outputs, or None.
+        vectors: in the same layout, [L, D] or L times [D]: what steering adds after each layer, or None.
         lora_scale: alpha / rank of the deltas; static.
     """
 
@@ -106,6 +107,7 @@ class Weights:
     units: Any = None
     lora: Any = None
     shifts: Any = None
+    vectors: Any = None
     lora_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
@@ -210,12 +212,16 @@ class Interventions:
         adapter: factor of the low-rank deltas, a number or [B]: 1 in adapted rows, 0 in rows of the base; or
             [B, rank], see `lora.adapter_factors`.
         shift: float32 [B, T], factor of the heads' shifts at every position.
+        steer: float32 [B, T], factor of the vectors at every position.
+        keep_norm: bool [B], rows whose residual stream keeps its norm where a vector is added.
         skip: bool [B, L], layers that a row passes by.
     """
 
     strength: float | jax.Array | None = None
     adapter: float | jax.Array | None = None
     shift: jax.Array | None = None
+    steer: jax.Array | None = None
+    keep_norm: jax.Array | None = None
     skip: jax.Array | None = None
 
 
@@ -349,6 +355,7 @@ def forward(
         unit=None if interventions.strength is None else weights.units,
         lora=None if interventions.adapter is None else weights.lora,
         shift=None if interventions.shift is None else weights.shifts,
+        vector=None if interventions.steer is None else weights.vectors,
         skip=None if interventions.skip is None else interventions.skip.T,
     )
     if layer_stack.is_stacked(stack.base) and cache is None:
@@ -372,6 +379,7 @@ class LayerWeights(NamedTuple):
     unit: Any
     lora: Any
     shift: Any
+    vector: Any
     skip: Any
 
 
@@ -380,7 +388,8 @@ class _Call:
     """What the layers of one call of `forward` share.
 
     Attributes:
-        strength, lora_scale, shift: float32 [B], [B, rank or 1] and [B, T], or None.
+        strength, lora_scale: float32 [B] and [B, rank or 1], or None.
+        shift, steer, keep_norm: see `Interventions`.
         is_token: bool [B, T], of this call's tokens those that are not padding.
         in_use: bool [B, S], slots that hold such a token.
         start: the slot of the first new token.
@@ -393,6 +402,8 @@ class _Call:
     strength: jax.Array | None
     lora_scale: jax.Array | None
     shift: jax.Array | None
+    steer: jax.Array | None
+    keep_norm: jax.Array | None
     is_token: jax.Array
     in_use: jax.Array
     start: int | jax.Array
@@ -442,7 +453,18 @@ def _prepare(weights, config, is_token, tree, interventions, cache, options) -> 
         kind: _tables_and_mask(config, kind, positions, in_use, start, attend, dtype) for kind in set(slides)
     }
     return _Call(
-        config, options, strength, lora_scale, interventions.shift, is_token, in_use, start, slides, kinds
+        config,
+        options,
+        strength,
+        lora_scale,
+        interventions.shift,
+        interventions.steer,
+        interventions.keep_norm,
+        is_token,
+        in_use,
+        start,
+        slides,
+        kinds,
     )
 
 
@@ -530,11 +552,26 @@ def layer_forward(
             out = out + y
     if config.post_norms:
         out = norm(config, out, layer["norm_mlp_out"])
+    x = constrain(x + out, "batch", "length", "act_embed")
+    if weights.vector is not None:
+        with jax.named_scope("steer"):
+            x = steered(x, weights.vector, call.steer, call.keep_norm)
     tapped = (gate if taps.gates else None, heads if taps.heads else None)
-    x = x + out
     if weights.skip is not None:
         x = jnp.where(weights.skip[:, None, None], before, x)
-    return constrain(x, "batch", "length", "act_embed"), kv, tapped
+    return x, kv, tapped
+
+
+def steered(x: jax.Array, vector: jax.Array, factor: jax.Array, keep_norm: jax.Array | None) -> jax.Array:
+    """The residual stream x [B, T, D] plus a vector [D] times `factor`, float32 [B, T]; in rows of
+    `keep_norm`, bool [B], at its old norm where something was added."""
+    moved = x + (factor[..., None] * vector).astype(x.dtype)
+    if keep_norm is None:
+        return moved
+    old, new = (jnp.linalg.norm(h.astype(at_least_float32(h.dtype)), axis=-1) for h in (x, moved))
+    # A stream that the vector cancels has no direction left to keep a norm in.
+    scale = jnp.where(keep_norm[:, None] & (factor != 0) & (new > 0), old / new, 1)
+    return (scale[..., None] * moved).astype(x.dtype)
 
 
 def _attention(call, slides, linear, layer, h, kv):

@@ -344,9 +344,21 @@ _jit_forward = jax.jit(forward, static_argnames=("config", "options"))
 
 
 def jit_forward(
-    weights, config, tokens, *, taps=Taps(), remat="none", strength=None, adapter=None, shift=None, **kwargs
+    weights,
+    config,
+    tokens,
+    *,
+    taps=Taps(),
+    remat="none",
+    strength=None,
+    adapter=None,
+    shift=None,
+    steer=None,
+    keep_norm=None,
+    **kwargs,
 ):
-    interventions, options = Interventions(strength, adapter, shift), Options(taps, remat)
+    interventions = Interventions(strength, adapter, shift, steer, keep_norm)
+    options = Options(taps, remat)
     return _jit_forward(weights, config, tokens, interventions=interventions, options=options, **kwargs)
 
 

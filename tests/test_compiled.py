@@ -141,6 +141,7 @@ def test_a_tensor_parallel_token_exchanges_activations_alone(target, tensor, row
         "delta",
         "activation-decoding",
         "iti:directions=random",
+        "steer:vectors=random,keep_norm=true",
         "cad",
     ],
 )

@@ -31,14 +31,16 @@ from imae_jax.evaluate.iti import main as iti
 from imae_jax.evaluate.report import main as report
 from imae_jax.evaluate.reporting.controls import decompose
 from imae_jax.evaluate.runner.controls import Controls
+from imae_jax.evaluate.steer import main as steer
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 
 UNITS, LORA, SHIFTS = Stream(strength=-1.0), Stream(adapter=1.0), Stream(shift=2.0)
+VECTORS = Stream(steer=1.0)
 
 
 @pytest.fixture(scope="module")
 def weights(tiny_imae):
-    """In layers, with units, an adapter and shifts of heads."""
+    """In layers, with units, an adapter, shifts of heads and vectors."""
     lm = tiny_imae.load()
     rng = np.random.default_rng(0)
     L, D, N, H = TINY.num_layers, TINY.hidden_size, TINY.num_heads, TINY.head_dim
@@ -47,28 +49,31 @@ def weights(tiny_imae):
         return jax.numpy.asarray(rng.normal(size=shape), jax.numpy.float32)
 
     lora = tuple({"wq": {"a": normal(D, 2), "b": normal(2, N, H)}} for _ in range(L))
-    return dataclasses.replace(lm.model.weights(), lora=lora, shifts=tuple(normal(N, H) for _ in range(L)))
+    shifts, vectors = (tuple(normal(*shape) for _ in range(L)) for shape in ((N, H), (D,)))
+    return dataclasses.replace(lm.model.weights(), lora=lora, shifts=shifts, vectors=vectors)
 
 
 def outputs(weights):
     """All that noise changes, of every layer."""
     return [
-        [np.asarray(x) for x in (units["w_down"], lora["wq"]["b"], shift)]
-        for units, lora, shift in zip(weights.units, weights.lora, weights.shifts, strict=True)
+        [np.asarray(x) for x in (units["w_down"], lora["wq"]["b"], shift, vector)]
+        for units, lora, shift, vector in zip(
+            weights.units, weights.lora, weights.shifts, weights.vectors, strict=True
+        )
     ]
 
 
 def test_noise_changes_the_signs_of_output_dimensions_and_nothing_else(weights):
-    noisy = with_noise(weights, [UNITS, LORA, SHIFTS], 3)
+    noisy = with_noise(weights, [UNITS, LORA, SHIFTS, VECTORS], 3)
     for learned, random in zip(outputs(weights), outputs(noisy), strict=True):
-        for before, after, inputs in zip(learned, random, (1, 1, 0), strict=True):
+        for before, after, inputs in zip(learned, random, (1, 1, 0, 0), strict=True):
             assert_bitwise(abs(before), abs(after))
             signs = np.sign(before) * np.sign(after)
             changed = (signs == -1).mean()
             assert 0.1 < changed < 0.9
             if inputs:
                 assert (signs == signs[:1]).all(), "one sign for all inputs of a dimension"
-    again = with_noise(noisy, [UNITS, LORA, SHIFTS], 3)
+    again = with_noise(noisy, [UNITS, LORA, SHIFTS, VECTORS], 3)
     jax.tree.map(assert_bitwise, again, weights)
     assert_bitwise(noisy.units[0]["w_up"], weights.units[0]["w_up"])
     other = with_noise(weights, [UNITS, LORA, SHIFTS], 4)
@@ -137,6 +142,7 @@ def test_base_lies_half_way_between_a_centred_contrast_and_its_flip(text):
 def test_directions_have_an_opposite():
     assert parse_method("expert").flipped() == parse_method("anti-expert")
     assert parse_method("iti:directions=f,alpha=3").flipped() == parse_method("iti:directions=f,alpha=-3")
+    assert parse_method("steer:vectors=f,strength=3").flipped() == parse_method("steer:vectors=f,strength=-3")
     assert parse_method("base").flipped() is None
     assert parse_method("sled").flipped() is None
 
@@ -291,13 +297,18 @@ def test_twins_and_methods_with_noise(scored, tmp_path, capsys):
     assert "; with other training seeds " in capsys.readouterr().out
 
 
-def test_controls_of_directions_in_a_folder_of_folds(tiny_imae, tmp_path):
+@pytest.mark.parametrize(
+    ("fit", "settings"),
+    [(iti, "iti:directions={},alpha=5,heads=2"), (steer, "steer:vectors={},strength=0.5,scope=prompt")],
+    ids=["iti", "steer"],
+)
+def test_controls_of_directions_in_a_folder_of_folds(tiny_imae, tmp_path, fit, settings):
     """Questions get the directions of their fold, with random signs as learned ones."""
     questions = write_questions(tmp_path / "questions.csv")
     command = ["--model", tiny_imae.directory, "--data", questions, "--quiet"]
-    assert iti([*map(str, command), "--out", str(tmp_path / "iti")]) == 0
+    assert fit([*map(str, command), "--out", str(tmp_path / "folds")]) == 0
     (tmp_path / "primer.txt").write_text("Q: t3 t4\nA: t5 .\n\n")
-    method = f"iti:directions={tmp_path / 'iti'},alpha=5,heads=2"
+    method = settings.format(tmp_path / "folds")
     command += ["--methods", f"base,{method}", "--controls", "2", "--any-data"]
     command += ["--primer", tmp_path / "primer.txt", "--out", tmp_path / "out"]
     assert truthfulqa([*map(str, command)]) == 0

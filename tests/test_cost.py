@@ -221,6 +221,7 @@ def write_sizes(directory: Path, **fields) -> str:
         ("expert", {"units"}),
         ("icd:anti_expert=adapter", {"lora"}),
         ("iti:directions=random,heads=4", {"shifts"}),
+        ("steer:vectors=random", {"vectors"}),
         ("cd:amateur={model}#layers=1", set()),
     ],
 )
@@ -231,7 +232,7 @@ def test_any_method_runs_on_random_weights(name, fields, tmp_path):
     assert lm.config.num_layers == 2
     assert lm.model.weights().dtype == jax.numpy.bfloat16
     models, method = lm.prepare(name.format(model=model), generating=True)
-    present = {f for f in ("units", "lora", "shifts") if getattr(models.weights[0], f) is not None}
+    present = {f for f in ("units", "lora", "shifts", "vectors") if getattr(models.weights[0], f) is not None}
     assert present == fields
     assert len(models.weights) == 1 + ("{model}" in name)
     # One token is the prefill's: decoding would have to be compiled as well.

@@ -310,7 +310,7 @@ def test_bad_input_ends_in_one_line(tiny, tiny_imae, tmp_path, capfd):
         "--window: give at least 2, not 1": ["--window", "1"],
         "--seed: give at least 0, not -1": ["--seed", "-1"],
         "activation-decoding needs prompts": ["--methods", "base,activation-decoding"],
-        "belongs to no fold": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
+        "holds no readable folds.json": ["--methods", f"iti:directions={tmp_path / 'folds'}"],
     }
     for part, arguments in bad.items():
         assert part in error_of(capfd, harm, *model, *arguments)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import hf_logits, logits, random_tokens, user_error, write_questions
 
+from imae_jax.activations import capture
 from imae_jax.convert import load_model
 from imae_jax.convert.__main__ import main as convert
 from imae_jax.convert.iti import Directions, read_directions, write_directions
 from imae_jax.evaluate import iti, probes
 from imae_jax.evaluate.benchmarks.questions import read_questions
-from imae_jax.evaluate.probes import collect_heads, find_directions, fit_probes
+from imae_jax.evaluate.probes import find_directions, fit_probes
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Interventions, forward, project
 
@@ -66,7 +67,7 @@ def test_heads_are_those_before_o_proj(checkpoint):
     torch = pytest.importorskip("torch")
     lm = checkpoint.load()
     texts = [" ".join(f"t{5 + i + j}" for j in range(3 + i)) for i in range(5)]
-    found = collect_heads(lm, texts)
+    found = capture(lm, texts, heads=True).heads
     for row, text in zip(found, texts, strict=True):
         inputs: list = []
 

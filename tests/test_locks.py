@@ -135,6 +135,7 @@ WRITERS = (
     "evaluate cost -q --model nowhere --out other --profile {}",
     "evaluate inspector --model nowhere --text text --html {}",
     "evaluate iti --model nowhere --out {}",
+    "evaluate steer --model nowhere --out {}",
 )
 
 

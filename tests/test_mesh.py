@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import error_of, random_tokens, user_error, with_random_units, write_questions
 from flax import nnx
-from helpers.models import random_adapter, random_directions
+from helpers.models import random_adapter, random_directions, random_vectors
 from helpers.programs import gathered_shapes
 
+from imae_jax.activations import capture
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
+from imae_jax.convert.control_vector import write_vectors
 from imae_jax.convert.imae_dir import write_imae_dir
 from imae_jax.convert.iti import write_directions
 from imae_jax.convert.random_model import RANDOM_ADAPTER, random_model
@@ -20,7 +22,6 @@ from imae_jax.decode import Sampler, generate, loop, score, windows
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.scoring import Continuation
 from imae_jax.evaluate.inspector.compute import Excerpt, inspect
-from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.runner.divergence import measure
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate_command
@@ -58,6 +59,7 @@ METHODS = [
     "delta:virtual_layer=4",
     "activation-decoding:weight=2",
     "iti:directions={directions},heads=9",
+    "steer:vectors={vectors},strength=2,keep_norm=true",
     "cad",
 ]
 # Rows that no mesh divides.
@@ -82,12 +84,14 @@ def paths(tiny, tmp_path_factory):
         directory / "imae", weights, lm.config, AntiExpertConfig(UNIT_SIZE), base=reference, training={}
     )
     write_directions(directory / "directions", random_directions(lm.config))
+    write_vectors(directory / "vectors.gguf", random_vectors(lm.config), lm.config)
     return {
         "model": str(directory / "imae"),
         "second": str(tiny("gqa", initializer_range=0.2, seed=1, **SIZES).directory),
         "adapter": str(random_adapter(directory / "adapter", lm.config, lm.base.reference)),
         "right": str(random_adapter(directory / "right", lm.config, lm.base.reference, rank=8, seed=4)),
         "directions": str(directory / "directions"),
+        "vectors": str(directory / "vectors.gguf"),
     }
 
 
@@ -191,9 +195,11 @@ def test_harm(on_one, on_many):
     assert_close(values[1], values[0])
 
 
-def test_heads(on_one, on_many):
+def test_heads_and_layers(on_one, on_many):
     texts = [" ".join(f"t{5 + i + j}" for j in range(3 + i)) for i in range(5)]
-    assert_close(*(collect_heads(lm, texts) for lm in (on_many, on_one)))
+    many, one = (capture(lm, texts, layers=(0, 2), heads=True) for lm in (on_many, on_one))
+    assert_close(many.heads, one.heads)
+    assert_close(many.layers, one.layers)
 
 
 @pytest.mark.parametrize("mesh", MESHES[-1:])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import (
     TINY,
+    import_torch,
     jit_forward,
     log_softmax,
     random_tokens,
@@ -22,11 +23,12 @@ from conftest import (
     user_error,
     with_random_units,
 )
-from helpers.models import random_adapter, random_directions
+from helpers.models import random_adapter, random_directions, random_vectors
 from safetensors.numpy import load_file, save_file
 
 from imae_jax.cache import KVCache
 from imae_jax.convert import load_model
+from imae_jax.convert.control_vector import write_vectors
 from imae_jax.convert.iti import write_directions
 from imae_jax.decode import Continuation, generate, parse_method, score, streams
 from imae_jax.decode.joint import share_streams
@@ -46,6 +48,7 @@ from imae_jax.decode.methods.in_model_contrast import InModelContrast
 from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
+from imae_jax.decode.methods.steer import Steer
 from imae_jax.llama import Taps, project
 
 # The formulas, one by one and in float64. `final` [T, V] and `exits` [n, T, V] are logits.
@@ -402,15 +405,23 @@ def world(tiny, tmp_path_factory):
         "right": str(random_adapter(directory / "right", lm.config, lm.base.reference, rank=5, seed=4)),
         "pruned": str(without_layer_1(checkpoint.directory, directory / "pruned")),
         "directions": str(directory / "directions.safetensors"),
+        "vectors": str(directory / "vectors.gguf"),
     }
-    directions = random_directions(lm.config)
+    directions, vectors = random_directions(lm.config), random_vectors(lm.config)
     write_directions(directory / "directions.safetensors", directions)
+    write_vectors(references["vectors"], vectors, lm.config)
     names = ("second", "cut", "adapter", "right", "pruned")
     loaded = {name: load_model(references[name]) for name in names}
     weights = {name: (other.model.weights(), other.config) for name, other in loaded.items()}
     weights |= {"base": (lm.model.weights(), lm.config), "units": (tiny_weights_with_units(lm), lm.config)}
     return SimpleNamespace(
-        lm=lm, config=lm.config, references=references, directions=directions, weights=weights
+        lm=lm,
+        config=lm.config,
+        hf=checkpoint.hf,
+        references=references,
+        directions=directions,
+        vectors=vectors,
+        weights=weights,
     )
 
 
@@ -471,6 +482,33 @@ def baked(world, tokens, start):
     final = np.full((len(tokens), V), np.nan)
     final[start - 1 :] = project(shifted, hidden)[0, : len(tokens) - start + 1]
     return SimpleNamespace(final=final)
+
+
+def hooked(world, tokens, start, *, strength, layers, scope, keep_norm=False):
+    """Log-probabilities of transformers' model, whose layers' outputs a hook changes."""
+    torch = import_torch()
+    answer = np.arange(len(tokens)) >= start - 1
+    where = torch.tensor({"answer": answer, "prompt": ~answer, "all": answer | True}[scope])
+
+    def add(vector):
+        def hook(module, inputs, output):
+            old = output[0] if isinstance(output, tuple) else output
+            new = old + strength * torch.tensor(vector)
+            if keep_norm:
+                new = new * old.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True)
+            new = torch.where(where[None, :, None], new, old)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook
+
+    modules = world.hf.model.layers
+    hooks = [modules[n].register_forward_hook(add(world.vectors[n])) for n in layers]
+    try:
+        with torch.no_grad():
+            return log_softmax(world.hf(torch.tensor([tokens])).logits[0].numpy())
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -635,6 +673,18 @@ CASES = {
     "iti": Case(
         f"iti:directions={{directions}},heads={HEADS},alpha={ALPHA_ITI}",
         lambda w, x, start, _: log_softmax(baked(w, x, start).final),
+    ),
+    "steer": Case(
+        "steer:vectors={vectors},strength=-1.5",
+        lambda w, x, start, _: hooked(w, x, start, strength=-1.5, layers=(0, 1), scope="answer"),
+    ),
+    "steer, prompt": Case(
+        "steer:vectors={vectors},strength=2,layers=0,scope=prompt",
+        lambda w, x, start, _: hooked(w, x, start, strength=2, layers=(0,), scope="prompt"),
+    ),
+    "steer, all": Case(
+        "steer:vectors={vectors},strength=4,layers=0..1,scope=all,keep_norm=true",
+        lambda w, x, start, _: hooked(w, x, start, strength=4, layers=(0, 1), scope="all", keep_norm=True),
     ),
     "cad": Case("cad:alpha=0.5", contexts_with(cad, alpha=0.5)),
     "adacad": Case("adacad:floor=0.1", contexts_with(adacad, floor=0.1)),
@@ -863,6 +913,11 @@ def test_text_and_tokens_of_a_method_agree(world):
         ("sled:rate=2,scale=50,steps=1", SLED(rate=2.0, scale=50, steps=1)),
         ("iti:directions=file,alpha=15,heads=48", ITI("file", 15.0, 48)),
         ({"name": "iti", "directions": "file", "heads": 3}, ITI("file", heads=3)),
+        (
+            "steer:vectors=f,strength=-2,layers=8+9,scope=all,keep_norm=true",
+            Steer("f", -2.0, "8+9", "all", True),
+        ),
+        ({"name": "steer", "vectors": "f", "layers": [8, 9]}, Steer("f", layers=(8, 9))),
         ({"name": "sled", "candidates": [0, 3], "steps": None}, SLED((0, 3))),
         ({"name": "sled", "candidates": (0, 3)}, SLED((0, 3))),
         ({"name": "dola", "candidates": 8, "alpha": 1}, DoLa("8", alpha=1.0)),
@@ -903,6 +958,7 @@ ROUND = [
     DeLTa(layers=(0, 2), virtual_layer=9.0),
     ActivationDecoding(),
     ITI("f", heads=3),
+    Steer("f", layers=(0, 1), scope="prompt"),
 ]
 
 
@@ -1029,6 +1085,10 @@ def test_buckets_of_layers(layers, tied, low, high):
         ({"name": "sled", "steps": 2.5}, ["sled", "steps", "2.5"]),
         ({"name": "dola", "candidates": [0, "x"]}, ["dola", "candidates"]),
         ("iti:directions=f,heads=0", ["iti", "heads=0"]),
+        ("steer", ["steer", "vectors="]),
+        ("steer:vectors=f,strength=inf", ["steer", "strength=", "inf"]),
+        ("steer:vectors=f,scope=token", ["steer", "'token'", "answer, prompt, all"]),
+        ("steer:vectors=f,keep_norm=2", ["steer", "keep_norm", "'2'"]),
         ("imae:gate_threshold=0.5", ["imae", "gate_threshold", "strength"]),
     ],
     ids=str,
@@ -1114,6 +1174,14 @@ def misfits(world, tiny, tmp_path_factory):
         ("iti:directions={nothing}", ["directions", "{nothing}"]),
         ("iti:directions={directory}", ["directions", "{directory}"]),
         ("iti:directions={directions},heads=9", ["iti", "heads=9", "8"]),
+        ("steer:vectors={garbage}", ["vectors", "{garbage}", "not a GGUF file"]),
+        ("steer:vectors={nothing}", ["vectors", "{nothing}", "does not exist"]),
+        ("steer:vectors={directory}", ["vectors", "{directory}", "give one GGUF file"]),
+        ("steer:vectors={vectors},layers=1+2", ["steer", "layers=1+2", "no direction.2", "0, 1"]),
+        ("steer:vectors={vectors},layers=-1", ["steer", "layers=-1", "no direction.-1"]),
+        ("steer:vectors={vectors},layers=1..0", ["steer", "layers=1..0"]),
+        ("steer:vectors={vectors},layers=last", ["steer", "layers='last'", "all, a..b"]),
+        ("steer:vectors={vectors},strength=0,noise=1", ["steer", "noise=1"]),
         ("expert", ["expert", "units"]),
         ("in-model-contrast", ["in-model-contrast", "units"]),
     ],
@@ -1132,6 +1200,7 @@ def test_resources_that_do_not_fit_are_refused(world, misfits, settings, parts, 
         (ICD("m", shared=True), ["icd", "adapter"]),
         (DExperts("a", "b"), ["dexperts", "adapter"]),
         (ITI("f"), ["iti", "directions"]),
+        (Steer("f"), ["steer", "vectors"]),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

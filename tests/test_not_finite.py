@@ -12,12 +12,12 @@ from conftest import error_of, tiny_llama, user_error, write_questions
 from safetensors.numpy import load_file, save_file
 
 from imae_jax import decode
+from imae_jax.activations import capture
 from imae_jax.convert import load_model
 from imae_jax.decode import Continuation, Sampler, streams
 from imae_jax.decode.methods import Method, Stream
 from imae_jax.decode.streams import Models
 from imae_jax.evaluate.harm import main as harm
-from imae_jax.evaluate.probes import collect_heads
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.generate import main as generate
 
@@ -145,7 +145,7 @@ def test_groups_texts_and_the_prefix_that_all_share_are_named(lm, bad):
     with user_error("text 1", "float16"):
         lm.perplexity([words(5, 6, 7), words(5, bad, 7)])
     with user_error("heads", "float16"):
-        collect_heads(lm, [words(5, 6), words(5, bad)])
+        capture(lm, [words(5, 6), words(5, bad)], heads=True)
 
 
 def test_scores_that_are_no_numbers_are_refused():

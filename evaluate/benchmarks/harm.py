@@ -98,10 +98,6 @@ class Harm(Benchmark):
         )
 
     def load(self, args, methods):
-        for label, method in methods.items():
-            resource = method.resource
-            if resource and resource.kind == "directions" and Path(resource.reference).is_dir():
-                raise UserError(f"{label}: a text belongs to no fold: give one file of directions")
         return read_text(args.text, "text"), methods
 
     def task(self, args, data, lm):

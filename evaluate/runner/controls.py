@@ -195,7 +195,10 @@ def _match(
         seed = getattr(method, "noise", None)
         learned = method if seed is None else dataclasses.replace(method, noise=None)
         models, resolved = lm.prepare(learned, generating=False)
-        acting = [s for s in resolved.streams if s.model == 0 and (s.strength or s.adapter or s.shift)]
+        # On neutral text, which has no prompt, vectors act at every position.
+        acting = [
+            dataclasses.replace(s, steer_scope="all") for s in resolved.streams if s.model == 0 and s.acts
+        ]
         if not acting:
             continue
         if seed is None:

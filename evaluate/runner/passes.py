@@ -18,11 +18,10 @@ from imae_jax.continuation import CONFIDENCE
 from imae_jax.decode import Continuation, Method, encode, score, streams
 from imae_jax.decode.joint import Joint, share_streams
 from imae_jax.decode.loop import GenerationOptions
-from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.scoring import check_groups
 from imae_jax.errors import UserError
 from imae_jax.evaluate.benchmarks.benchmark import Item, Task
-from imae_jax.evaluate.iti import fold_files
+from imae_jax.evaluate.folds import FOLD_FILES, fold_files
 from imae_jax.evaluate.runner import divergence
 from imae_jax.evaluate.runner.identity import method_settings
 from imae_jax.language_model import Completion, LanguageModel, tokens_of
@@ -62,7 +61,7 @@ def prepare(
             # Which questions a file is for decides as much as what it holds.
             assignment = json.dumps([list(numbers) for _, numbers in folds])
             settings[label] |= {
-                "directions": method.directions,
+                method.resource.setting: method.resource.reference,
                 "folds": len(folds),
                 "fingerprint": [lm.resource_fingerprint(fold) for fold, _ in folds],
                 "assignment": hashlib.sha256(assignment.encode()).hexdigest(),
@@ -73,11 +72,15 @@ def prepare(
 
 
 def split_folds(method: Method, items: Sequence[Item]) -> list[tuple[Method, Sequence[int]]]:
-    """A method with the numbers of its items; ITI with a directory of folds is one method for each fold."""
-    if not isinstance(method, ITI) or not Path(method.directions).is_dir():
+    """A method with the numbers of its items; with a directory of folds it is one method for each fold."""
+    resource = method.resource
+    if resource is None or resource.kind not in FOLD_FILES or not Path(resource.reference).is_dir():
         return [(method, range(len(items)))]
-    files = fold_files(Path(method.directions), [item.question for item in items])
-    return [(dataclasses.replace(method, directions=str(file)), numbers) for file, numbers in files.items()]
+    files = fold_files(resource, [item.question for item in items])
+    return [
+        (dataclasses.replace(method, **{resource.setting: str(file)}), numbers)
+        for file, numbers in files.items()
+    ]
 
 
 def share(passes: Sequence[Pass], num_items: int) -> list[Pass]:

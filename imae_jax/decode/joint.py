@@ -139,8 +139,10 @@ def _merge_weights(a: Weights, b: Weights) -> Weights | None:
         a = dataclasses.replace(a, lora=b.lora, lora_scale=b.lora_scale)
     if b.shifts is not None and a.shifts is None:
         a = dataclasses.replace(a, shifts=b.shifts)
+    if b.vectors is not None and a.vectors is None:
+        a = dataclasses.replace(a, vectors=b.vectors)
     same_scale = b.lora is None or a.lora_scale == b.lora_scale
-    fields = ("base", "units", "lora", "shifts")
+    fields = ("base", "units", "lora", "shifts", "vectors")
     return a if same_scale and all(_has_arrays_of(getattr(a, f), getattr(b, f)) for f in fields) else None
 
 

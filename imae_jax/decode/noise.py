@@ -1,8 +1,8 @@
 """Random directions of the size of a learned one: controls for what any change of a model brings.
 
-What units, an adapter or shifts of heads add to the model gets a random sign in every output dimension of
-every layer: each dimension keeps its size at every token, and the direction is lost. Gates, and where a
-method acts at all, stay as they were learned.
+What units, an adapter, shifts of heads or vectors add to the model gets a random sign in every output
+dimension of every layer: each dimension keeps its size at every token, and the direction is lost. Gates, and
+where a method acts at all, stay as they were learned.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ def with_noise(weights: Weights, streams: Sequence[Stream], seed: int, scale: fl
     """
     if seed < 0:
         raise UserError(f"noise={seed}: give a seed from 0 on")
-    if not any(stream.strength or stream.adapter or stream.shift for stream in streams):
+    if not any(stream.acts for stream in streams):
         raise UserError(
-            f"noise={seed} changes units, adapters and shifts of heads of the model itself, and none of them "
-            "acts here: leave it out"
+            f"noise={seed} changes units, adapters, shifts of heads and vectors of the model itself, and "
+            "none of them acts here: leave it out"
         )
     changes = {}
     if any(stream.strength for stream in streams):
@@ -48,6 +48,8 @@ def with_noise(weights: Weights, streams: Sequence[Stream], seed: int, scale: fl
         changes["lora"] = _with_signs(weights.lora, "b", seed, scale)
     if any(stream.shift for stream in streams):
         changes["shifts"] = _with_signs(weights.shifts, None, seed, scale)
+    if any(stream.steer for stream in streams):
+        changes["vectors"] = _with_signs(weights.vectors, None, seed, scale)
     return dataclasses.replace(weights, **changes)
 
 
@@ -64,7 +66,7 @@ def _with_signs(layers: Any, output: str | None, seed: int, scale: float) -> Any
     def change(path: Sequence[Any], array: jax.Array) -> jax.Array:
         if (inputs and path[-1].key != output) or isinstance(array, jax.ShapeDtypeStruct):
             return array
-        array = jnp.asarray(array)  # Shifts come from the host.
+        array = jnp.asarray(array)  # Shifts and vectors come from the host.
         name = jax.tree_util.keystr(path if stacked else path[1:])
         numbers = range(len(array)) if stacked else [path[0].idx]
         outputs = array.shape[stacked + inputs :]

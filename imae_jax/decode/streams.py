@@ -128,6 +128,8 @@ def check(models: Models, method: Method) -> None:
             raise UserError(f"method {method.name} needs low-rank deltas: give it an adapter")
         if stream.shift and weights.shifts is None:
             raise UserError(f"method {method.name} needs shifts of heads: give it a file of directions")
+        if stream.steer and weights.vectors is None:
+            raise UserError(f"method {method.name} needs vectors: give it a file of them")
 
 
 def num_prompts(method: Method) -> int:
@@ -147,6 +149,12 @@ def check_prompts(method: Method, given: int) -> None:
 def of_stream(x: jax.Array, stream: Stream) -> jax.Array:
     """What belongs to a stream's prompt in [P, …], P = 1 where it is the same for all prompts."""
     return x[stream.prompt if x.shape[0] > 1 else 0]
+
+
+def _in_scope(stream: Stream, answer: jax.Array) -> jax.Array:
+    """Where a stream's vectors are added, float32 [B, T]."""
+    scopes = {"answer": answer, "prompt": ~answer, "all": jnp.ones_like(answer)}
+    return scopes[stream.steer_scope].astype(jnp.float32)
 
 
 def empty_caches(models: Models, method: Method, batch_size: int, capacity: int) -> Caches:
@@ -175,7 +183,7 @@ def run(
         tokens, attention_mask, tree: as in `llama.forward`, for [P, B, …] rows of every prompt of the method;
             P = 1 where they are the same for all.
         answer: bool [1, B, T] or as above, positions that predict a token of an answer: where heads are
-            shifted.
+            shifted, and vectors added unless a stream's scope is another.
         caches: from `empty_caches`.
 
     Returns:
@@ -354,7 +362,10 @@ def first_layer_not_finite(models: Models, method: Method, sequences: Sequence[S
                 rows,
                 attention_mask=mask,
                 interventions=_interventions(
-                    models.weights[stream.model], config, [stream], np.ones((1, *rows.shape), bool)
+                    models.weights[stream.model],
+                    config,
+                    [dataclasses.replace(stream, steer_scope="all")],
+                    np.ones((1, *rows.shape), bool),
                 ),
                 options=Options(Taps(hidden_layers=tuple(range(config.num_layers + 1)))),
             ).hidden_layers
@@ -396,11 +407,15 @@ def _interventions(
     if count > 1:
         adapter = np.repeat(adapter, rank_of(weights.lora) // count, axis=1)
     acting = jnp.concatenate([of_stream(answer, s) for s in streams])
+    steer = [s.steer * _in_scope(s, of_stream(answer, s)) for s in streams]
+    keep_norm = [s.steer != 0 and s.keep_norm for s in streams]
     skip = np.asarray([np.isin(np.arange(config.num_layers) + 1, s.skip) for s in streams])
     return Interventions(
         strength=per_row(strength) if strength.any() else None,
         adapter=per_row(adapter) if adapter.any() else None,
         shift=per_row(shift)[:, None] * acting if shift.any() else None,
+        steer=jnp.concatenate(steer) if any(s.steer for s in streams) else None,
+        keep_norm=per_row(keep_norm) if any(keep_norm) else None,
         skip=per_row(skip) if skip.any() else None,
     )
 

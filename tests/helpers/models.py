@@ -23,6 +23,13 @@ def random_adapter(path, config, base_reference, rank=3, seed=2):
     return path
 
 
+def random_vectors(config):
+    """Of every layer, about as long as half of a tiny model's residual stream."""
+    random = np.random.default_rng(4)
+    vectors = random.normal(size=(config.num_layers, config.hidden_size)) / 2
+    return dict(enumerate(vectors.astype(np.float32)))
+
+
 def random_directions(config):
     random = np.random.default_rng(3)
     heads = (config.num_layers, config.num_heads)

@@ -29,6 +29,7 @@ from imae_jax.decode.methods.iti import ITI
 from imae_jax.decode.methods.protocol import Method, Resource, Stream, StreamLogits, setting_fields
 from imae_jax.decode.methods.prunecd import PruneCD
 from imae_jax.decode.methods.sled import SLED
+from imae_jax.decode.methods.steer import Steer
 from imae_jax.errors import UserError
 
 REGISTRY: dict[str, type[Method]] = {
@@ -45,6 +46,7 @@ REGISTRY: dict[str, type[Method]] = {
     "delta": DeLTa,
     "activation-decoding": ActivationDecoding,
     "iti": ITI,
+    "steer": Steer,
     "cad": CAD,
     "adacad": AdaCAD,
     "coiecd": COIECD,

@@ -52,7 +52,7 @@ class DeLTa(Constrained):
         N, L = config.num_layers, self.virtual_layer
         layers = range(N - 2, N + 1) if N > 1 else (0, 1)
         if self.layers is not None:
-            layers = layer_numbers("delta: layers", self.layers)
+            layers = layer_numbers("delta", "layers", self.layers)
         if len(layers) < 2 or max(layers) != N:
             raise UserError(f"delta: layers={self.layers!r}: give two or more, the last one, {N}, among them")
         early = candidate_layers("delta", [layer for layer in layers if layer != N], config)

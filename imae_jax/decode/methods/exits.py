@@ -1,4 +1,4 @@
-"""Which layers' residual streams methods project early."""
+"""Which layers methods name, and which residual streams they project early."""
 
 from collections.abc import Sequence
 
@@ -35,8 +35,7 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
         else:
             layers = range(half if half is not None else N - 20, N, 2)
     else:
-        named = f"{', '.join(NAMED)}, "
-        layers = layer_numbers(f"{method}: candidates", candidates, named)
+        layers = layer_numbers(method, "candidates", candidates, NAMED)
     if not layers:
         raise UserError(f"{method}: candidates={candidates!r} holds no layer of a model with {N}")
     for layer in layers:
@@ -47,23 +46,24 @@ def candidate_layers(method: str, candidates: str | Sequence[int], config: Llama
     return tuple(sorted(set(layers)))
 
 
-def layer_numbers(setting: str, layers: str | Sequence[int], named: str = "") -> Sequence[int]:
-    """Numbers of layers from `a..b`, both included, from `a+b+c`, or from a sequence.
+def layer_numbers(
+    method: str, setting: str, value: str | Sequence[int], names: Sequence[str] = ()
+) -> Sequence[int]:
+    """The numbers of `a..b`, both included, of `a+b+c`, or of a sequence.
 
     Args:
-        setting: method and setting, for errors.
-        layers: what the setting says.
-        named: what else it could say, for errors.
+        method, setting, names: for errors; `names` is what may stand instead of numbers.
 
     Raises:
-        UserError: `layers` has none of these forms.
+        UserError: it is none of these.
     """
     try:
-        if not isinstance(layers, str):
-            return [int(layer) for layer in layers]
-        first, dots, last = layers.partition("..")
+        if not isinstance(value, str):
+            return [int(layer) for layer in value]
+        first, dots, last = value.partition("..")
         if dots:
             return range(int(first), int(last) + 1)
-        return [int(layer) for layer in layers.split("+")]
+        return [int(layer) for layer in value.split("+")]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{setting}={layers!r}: use {named}a..b, or numbers such as 0+2+4") from error
+        forms = ", ".join([*names, "a..b", "or numbers such as 0+2+4"])
+        raise UserError(f"{method}: {setting}={value!r}: use {forms}") from error

@@ -32,6 +32,10 @@ class Stream:
             each.
         shift: factor of the heads' shifts; 0 leaves them out.
         skip: numbers of layers, from 1 on, that are passed by.
+        steer: factor of the vectors that are added to the residual stream; 0 leaves them out.
+        steer_scope: where they are added: `answer`, at positions that predict an answer's token, the first
+            one included; `prompt`, at all others; `all`.
+        keep_norm: whether the residual stream keeps its norm there.
         exits: numbers of layers (0: the embedding) whose residual stream is projected, too.
         prompt_exit: number of the layer whose residual stream is projected at the prompt's positions, if any.
         exit_norm: whether the final norm comes before these projections; of the last layer it always does.
@@ -43,9 +47,17 @@ class Stream:
     adapter: float | tuple[float, ...] = 0.0
     shift: float = 0.0
     skip: tuple[int, ...] = ()
+    steer: float = 0.0
+    steer_scope: str = "answer"
+    keep_norm: bool = False
     exits: tuple[int, ...] = ()
     prompt_exit: int | None = None
     exit_norm: bool = False
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything acts on the rows besides the weights of the base."""
+        return any((self.strength, self.adapter, self.shift, self.steer))
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +83,8 @@ class Resource:
 
     Attributes:
         kind: `model`, a second model; `anti_expert_llm`, an adapter of this model or a second model;
-            `adapters`, several of this model side by side; `directions`, shifts of heads; `units`,
-            anti-expert units instead of the model's own.
+            `adapters`, several of this model side by side; `directions`, shifts of heads; `vectors`,
+            additions to the residual stream; `units`, anti-expert units instead of the model's own.
         reference: what to load; of `adapters`, one for each.
         setting: which setting named it, for errors.
     """

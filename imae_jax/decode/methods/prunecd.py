@@ -46,7 +46,7 @@ class PruneCD(AmateurContrast):
         return Stream(), Stream(skip=self.skip)
 
     def resolve(self, config: LlamaConfig, *, generating: bool) -> Self:
-        N, skip = config.num_layers, layer_numbers("prunecd: skip", self.skip)
+        N, skip = config.num_layers, layer_numbers("prunecd", "skip", self.skip)
         for layer in skip:
             if not 1 <= layer <= N:
                 raise UserError(f"prunecd: layer {layer} does not exist: the model has 1 to {N}")
