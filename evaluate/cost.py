@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--random-weights",
         action="store_true",
         help="draw weights of the model's sizes instead of loading them, and what methods name besides: "
-        "icd:anti_expert=adapter, iti:directions=random, cd:amateur=MODEL",
+        "icd:anti_expert=adapter, iti:directions=random, steer:vectors=random, cd:amateur=MODEL",
     )
     parser.add_argument(
         "--methods", default=BASE, help="comma-separated methods, or a YAML file; base is always measured"
