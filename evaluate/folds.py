@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FOLDS_FILE = "folds.json"
 FOLD_FILES = {"directions": "fold{}.safetensors", "vectors": "fold{}.gguf"}
 """Names of the files by `Resource.kind`."""
+ALL = "all"
+"""Stem of the file that is fitted on all folds, where there is one."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -98,7 +100,7 @@ def assign_folds(questions: Sequence[str], folds: int, seed: int) -> dict[str, i
 def fold_files(resource: "Resource", questions: Sequence[str]) -> dict[Path, list[int]]:
     """The indices of the questions that each file of a directory of folds is for.
 
-    Of other data than it was fitted on no file has seen anything, and the first is for all.
+    For other data than it was fitted on there is a file of all folds, or the first.
 
     Raises:
         UserError: some questions belong to a fold, but not all.
@@ -111,7 +113,9 @@ def fold_files(resource: "Resource", questions: Sequence[str]) -> dict[Path, lis
             f"{directory} holds no readable {FOLDS_FILE}: make it with imae_jax.evaluate.iti or steer"
         ) from error
     if not any(question in folds for question in questions):
-        return {directory / FOLD_FILES[resource.kind].format(0): [*range(len(questions))]}
+        first = directory / FOLD_FILES[resource.kind].format(0)
+        whole = first.with_stem(ALL)
+        return {whole if whole.exists() else first: [*range(len(questions))]}
     files: dict[Path, list[int]] = {}
     for i, question in enumerate(questions):
         if question not in folds:

@@ -111,7 +111,7 @@ def _fit(args: argparse.Namespace, out: Path, answers: folds.Answers) -> Sequenc
     after = [layer + 1 for layer in layers]
     hidden = capture(lm, answers.texts, layers=after, quiet=args.quiet).layers
     parts = {f"fold{fold}.gguf": answers.fold_of != fold for fold in range(args.folds)}
-    for name, chosen in {**parts, "all.gguf": answers.fold_of >= 0}.items():
+    for name, chosen in {**parts, f"{folds.ALL}.gguf": answers.fold_of >= 0}.items():
         vectors = fit_vectors(
             hidden[chosen], answers.labels[chosen], answers.question_of[chosen], args.method
         )

@@ -48,6 +48,9 @@ from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Interventions, Llama, Options, Taps, Weights, forward, project
 from imae_jax.tokenizer import Tokenizer
 
+# What plug-ins say of missing drivers when JAX starts is no test's output.
+jax.devices()
+
 # As for users, whose path does not begin with the checkout: there `evaluate` is HuggingFace's package.
 sys.path.sort(key=lambda entry: Path(entry).resolve() == Path(__file__).resolve().parents[1])
 

@@ -24,8 +24,8 @@ from imae_jax.convert.control_vector import read_vectors, stack_vectors, write_v
 from imae_jax.decode.methods import Stream
 from imae_jax.decode.noise import with_noise
 from imae_jax.evaluate import steer
-from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.benchmarks.questions import read_questions
+from imae_jax.evaluate.harm import main as harm
 from imae_jax.evaluate.truthfulqa import main as truthfulqa
 from imae_jax.llama import Taps, steered
 
@@ -322,12 +322,13 @@ def test_a_directory_of_folds_scores_every_question(tiny_imae, tmp_path, capfd):
     error = error_of(capfd, truthfulqa, *command)
     assert "belongs to no fold, others do: fit vectors on it" in error
 
-    # Of another text no file has seen anything.
+    # For another text it is the file of all folds.
     (tmp_path / "text.txt").write_text(" ".join(f"t{i % 9 + 3}" for i in range(40)))
-    command = [*model, "--methods", ",".join(methods[:2]), "--text", tmp_path / "text.txt"]
+    whole = f"steer:vectors={out / 'all.gguf'},strength=3"
+    command = [*model, "--methods", f"{methods[0]},{whole}", "--text", tmp_path / "text.txt"]
     assert harm([*map(str, command), "--window", "16", "--out", str(tmp_path / "harm")]) == 0
     measured = json.loads((tmp_path / "harm" / "results.json").read_text())["methods"]
-    assert measured[methods[0]]["kl"] == measured[methods[1]]["kl"] > 0
+    assert measured[methods[0]]["kl"] == measured[whole]["kl"] > 0
 
 
 def test_pairs_and_wrong_arguments(tiny_imae, tmp_path, capfd):

@@ -104,6 +104,7 @@ class Harm(Benchmark):
         from imae_jax.decode import windows
         from imae_jax.decode.streams import needs_prompts
         from imae_jax.evaluate.runner.divergence import RULED_OUT
+        from imae_jax.evaluate.runner.passes import split_folds
 
         text, methods = data
         tokens = lm.tokenizer(text)["input_ids"]
@@ -111,7 +112,8 @@ class Harm(Benchmark):
             raise UserError(f"text {args.text} has fewer than 2 tokens: give a longer one")
         lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
-        prepared = {label: lm.prepare(method, generating=generating) for label, method in methods.items()}
+        files = {label: split_folds(method, ())[0][0] for label, method in methods.items()}
+        prepared = {label: lm.prepare(method, generating=generating) for label, method in files.items()}
         for label, (_, method) in prepared.items():
             if needs_prompts(method):
                 raise UserError(f"{label} needs prompts, and a text alone has none: leave it out")
