@@ -70,6 +70,12 @@ def lm(model_dir):
     return load_model(str(model_dir))
 
 
+@pytest.fixture(scope="module")
+def endless(lm):
+    """It stops at no token."""
+    return dataclasses.replace(lm, eos_token_ids=())
+
+
 @contextlib.contextmanager
 def serving(lm, *methods, batch_size=8, queue_size=256, max_tokens=400):
     """A server in a thread, and its address."""
@@ -283,14 +289,9 @@ class Held:
     """A row whose reader keeps the batcher's thread until it is let go."""
 
     def __init__(self, served):
-        from imae_jax.serve.batching import Row
-
         self.there, self.go = threading.Event(), threading.Event()
-        rows, _, _ = served._rows(
-            json.dumps({"model": "tiny", "prompt": "t5", "max_tokens": 1}).encode(), False, self.send
-        )
-        (self.row,) = rows
-        assert isinstance(self.row, Row)
+        request = json.dumps({"model": "tiny", "prompt": "t5", "max_tokens": 1}).encode()
+        rows, _, _ = served.rows(request, self.send, chat=False)
         served.batcher.submit(rows)
         assert self.there.wait(SECONDS)
 
@@ -355,17 +356,16 @@ def test_a_client_that_leaves_the_queue_makes_room(lm, stream):
         held.go.set()
 
 
-def test_a_client_that_leaves_a_stream_ends_its_row(lm):
-    with serving(lm) as (served, address):
+def test_a_client_that_leaves_a_stream_ends_its_row(endless):
+    with serving(endless) as (served, address):
         rows = []
         submit = served.batcher.submit
         served.batcher.submit = lambda new: (rows.extend(new), submit(new))
-        stream = complete(client_of(address), max_tokens=400, stop=["nothing"], temperature=2, stream=True)
+        stream = complete(client_of(address), max_tokens=400, stream=True)
         next(iter(stream))
         stream.close()
         eventually(lambda: rows[0].closed)
-        eventually(lambda: not served.batcher._waiting)
-        complete(client_of(address))
+        complete(client_of(address), max_tokens=400)  # A batch like this one begins when it has ended.
         assert len(rows[0].tokens) < 400
 
 
@@ -386,6 +386,33 @@ def test_a_row_that_fails_does_not_take_others_with_it(lm, model_dir):
             assert each.result().choices[0].text == expected
 
 
+def test_what_fails_in_a_stream_is_its_last_event(lm, model_dir):
+    prompts = [f"t{i}" for i in range(3, TINY.vocab_size)]
+    completions = zip(prompts, lm.complete(prompts, "expert", max_new_tokens=24), strict=True)
+    prompt, text, late = next(
+        (prompt, each.text, token)
+        for prompt, each in completions
+        for i, token in enumerate(each.tokens[:-1])
+        if i > 8 and f"t{token}" not in [prompt, *each.text.split()[:i]]
+    )
+    broken = load_model(str(model_dir))
+    broken.model.embed.set_value(broken.model.embed.get_value().at[late].set(jnp.nan))
+    texts = []
+    with serving(broken) as (_, address), pytest.raises(openai.APIError, match="finite"):
+        for part in complete(client_of(address), prompt, max_tokens=24, stream=True):
+            texts.append(part.choices[0].text)
+    assert text.startswith("".join(texts))
+    assert len(texts) > 1
+
+
+def test_a_fault_of_ours_is_500_and_a_traceback_in_the_log(lm, caplog):
+    with serving(lm) as (served, address):
+        served.lm = None
+        with pytest.raises(openai.InternalServerError, match="its log says more"):
+            complete(client_of(address))
+    assert "AttributeError" in caplog.text
+
+
 # ---- what is refused
 
 BAD = {
@@ -404,7 +431,7 @@ BAD = {
     "text": ({"max_tokens": "5"}, "max_tokens", "int"),
     "none new": ({"max_tokens": 0}, "max_tokens", "1 to 400"),
     "too many new": ({"max_tokens": 401}, "max_tokens", "1 to 400"),
-    "context": ({"prompt": "t5 " * 200, "max_tokens": 400}, "prompt", "context of 512"),
+    "context": ({"prompt": "t5 " * 200, "max_tokens": 400}, "prompt", "88 tokens over the context"),
     "temperature": ({"temperature": -1}, None, "temperature -1"),
     "huge temperature": ({"temperature": 10**400}, "temperature", "float"),
     "top_p": ({"top_p": 0}, None, "top_p 0"),
@@ -520,13 +547,111 @@ def command(*arguments):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_finish(model_dir, lm, number):
+    prompts = [f"t{i}" for i in range(3, TINY.vocab_size)]
+    expected = lm.generate(prompts, "expert", max_new_tokens=200)
+    prompt, expected = max(zip(prompts, expected, strict=True), key=lambda pair: len(pair[1]))
+    assert len(expected.split()) > 100
     with command("--model", model_dir, "--name", "tiny") as (run, address):
-        stream = complete(client_of(address), max_tokens=200, stream=True)
+        stream = complete(client_of(address), prompt, max_tokens=200, stream=True)
         text = next(stream).choices[0].text
         run.send_signal(number)
         text += "".join(part.choices[0].text for part in stream)
-        assert text == lm.generate([PROMPT], "expert", max_new_tokens=200)[0]
+        assert text == expected
         assert run.wait(SECONDS) == 0
         assert run.stderr.read() == ""
         with pytest.raises(openai.APIConnectionError):
             complete(client_of(address))
+
+
+# ---- the page, in a browser
+
+
+def fill(browser, name, value):
+    browser.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, value)
+
+
+def shown(browser):
+    """Texts and notes of the two columns."""
+    return browser.execute_script(
+        "return ['pre', 'output'].map(name => [...document.querySelectorAll(name)].map(e => e.textContent))"
+    )
+
+
+@pytest.fixture
+def page(browser, endless):
+    with serving(endless) as (_, address):
+        for kind in ("browser", "performance"):
+            browser.get_log(kind)
+        browser.get(address)
+        eventually(lambda: browser.find_element("id", "model").text == "tiny")
+        browser.find_element("id", "chat").click()
+        fill(browser, "prompt", PROMPT)
+        fill(browser, "max", "200")
+        yield address
+
+
+def test_browser_shows_two_modes_as_they_stream(browser, page, endless):
+    browser.execute_script(
+        "window.lengths = []; const pres = [...document.querySelectorAll('pre')];"
+        "new MutationObserver(() => lengths.push(pres.map(pre => pre.textContent.length)))"
+        ".observe(document.body, { subtree: true, childList: true })"
+    )
+    browser.find_element("id", "go").click()
+    eventually(lambda: shown(browser)[1] == ["length", "length"])
+    texts, _ = shown(browser)
+    assert texts == [endless.generate([PROMPT], mode, max_new_tokens=200)[0] for mode in ("base", "expert")]
+    lengths = np.array(browser.execute_script("return lengths"))
+    partly = (lengths > 0) & (lengths < [len(text) for text in texts])
+    assert partly.all(axis=1).sum() > 20, "one after the other"
+    # What differs has a colour, from the first character on.
+    marked = [each.get_attribute("textContent") for each in browser.find_elements("css selector", ".differs")]
+    plain = {text.removesuffix(rest) for text, rest in zip(texts, marked, strict=True)}
+    assert len(plain) == 1
+    assert marked[0][0] != marked[1][0]
+    events = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert {url for url in urls if not url.startswith("data:")} == {
+        f"{page}{path}" for path in ("/", "/v1/models", "/v1/completions")
+    }
+    assert not browser.get_log("browser"), "errors in the console"
+
+
+def test_browser_chats_says_what_is_wrong_and_stops(browser, page, endless):
+    browser.find_element("id", "chat").click()
+    first, second = browser.find_elements("css selector", ".method")
+    first.clear()
+    first.send_keys("truth")
+    second.clear()
+    second.send_keys("-2")
+    fill(browser, "max", "20")
+    browser.find_element("id", "go").click()
+    eventually(lambda: shown(browser)[1][1] == "length")
+    (expected,) = endless.generate([PROMPT], -2, format="chat", max_new_tokens=20)
+    texts, notes = shown(browser)
+    assert texts == ["", expected]
+    assert "'truth' does not exist" in notes[0]
+
+    fill(browser, "max", "400")
+    eventually(lambda: browser.find_element("id", "go").is_enabled())
+    browser.find_element("id", "go").click()
+    eventually(lambda: shown(browser)[0][1])
+    browser.find_element("id", "stop").click()
+    eventually(lambda: shown(browser)[1][1] in ("stopped", "length"))
+    assert shown(browser)[1][1] == "stopped"
+
+
+def test_browser_has_a_light_and_a_dark_page(browser, page):
+    def brightness(element):
+        colour = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+        return [
+            sum(map(int, re.findall(r"\d+", browser.execute_script(colour, element, name))[:3])) / 3
+            for name in ("color", "backgroundColor")
+        ]
+
+    for scheme, dark in (("light", False), ("dark", True)):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        for element in ("body", "textarea", "button", "pre"):
+            ink, surface = brightness(element)
+            assert (ink - surface > 150) if dark else (surface - ink > 150), (scheme, element)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

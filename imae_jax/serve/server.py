@@ -1,6 +1,6 @@
-"""The endpoint: what a request may ask for, and answers in OpenAI's form.
+"""The endpoint: what a request may ask for, and its answer in OpenAI's form.
 
-The forms are those of https://platform.openai.com/docs/api-reference; `method`, `strength`, `top_k` and
+The form is that of https://platform.openai.com/docs/api-reference; `method`, `strength`, `top_k` and
 `repetition_penalty` come on top.
 """
 
@@ -8,7 +8,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from imae_jax.decode import Method, Sampler, parse_method
-from imae_jax.decode.streams import check_prompts
+from imae_jax.decode.streams import Models, check_prompts
 from imae_jax.errors import UserError
 from imae_jax.language_model import LanguageModel, special_stops
 from imae_jax.prompts import adds_special_tokens, resolve_format
@@ -32,7 +32,7 @@ BODY_LIMIT = 2**20
 COMPLETION_TOKENS = 16
 """OpenAI's default of `/v1/completions`."""
 
-# What is not supported may be given where it changes nothing.
+# Taken where it changes nothing, although nothing else is supported.
 WITHOUT_EFFECT = {
     "n": 1,
     "best_of": 1,
@@ -45,19 +45,17 @@ WITHOUT_EFFECT = {
     "tool_choice": "none",
     "response_format": {"type": "text"},
 }
+FAULT = "a fault of the server: its log says more"
 
 
 class RequestError(Exception):
-    """A request that is not answered, in OpenAI's form."""
+    """Why a request is not answered, in OpenAI's form."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None):
         super().__init__(message)
-        self.param, self.status, self.code = param, status, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Server:
@@ -66,7 +64,7 @@ class Server:
     Args:
         lm: the model.
         name: of the model in requests.
-        methods: the default one, then others that need a resource and may be asked for.
+        methods: the default one, then others that load something and may be asked for.
         batch_size, queue_size: see `Batcher`.
         max_tokens: the most new tokens of a prompt.
 
@@ -78,57 +76,59 @@ class Server:
         self,
         lm: LanguageModel,
         name: str,
-        methods: list[Method],
+        methods: Sequence[Method],
         *,
         batch_size: int,
         queue_size: int,
         max_tokens: int,
     ):
-        self.lm, self.name, self.max_tokens, self.created = lm, name, max_tokens, int(time.time())
-        self.loaded = {method.resource for method in methods} | {None}
-        self.default, *_ = [self._checked(method) for method in methods]
+        self.lm, self.name, self.max_tokens, self.default = lm, name, max_tokens, methods[0]
+        self.resources = {None, *(method.resource for method in methods)}
+        for method in methods:
+            self._prepare(method)
         self.batcher = Batcher(lm, batch_size=batch_size, queue_size=queue_size)
         errors = (RequestError, UserError, HTTPException, ClientDisconnect, Exception)
         self.app = Starlette(
             routes=[
                 Route("/", lambda _: FileResponse(Path(__file__).with_name("page.html"))),
                 Route("/v1/models", self._models),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._answer, methods=["POST"]),
+                Route("/v1/chat/completions", self._answer, methods=["POST"]),
             ],
             exception_handlers=dict.fromkeys(errors, _error_response),
         )
 
     async def _models(self, http: Request) -> Response:
-        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "imae_jax"}
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "imae_jax"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def _completions(self, http: Request) -> Response:
-        return await self._answer(http, _Form(self.name, chat=False))
-
-    async def _chat(self, http: Request) -> Response:
-        return await self._answer(http, _Form(self.name, chat=True))
-
-    async def _answer(self, http: Request, form: "_Form") -> Response:
-        body = await _read(http)
+    async def _answer(self, http: Request) -> Response:
+        chat, body = http.url.path == "/v1/chat/completions", await _read(http)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def send(event: Piece | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         # Tokenizers take their time with long prompts.
-        rows, streamed, with_usage = await run_in_threadpool(
-            self._rows, body, form.chat, lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
-        )
+        rows, stream, with_usage = await run_in_threadpool(self.rows, body, send, chat=chat)
         try:
             self.batcher.submit(rows)
         except QueueFullError as error:
-            message = f"{self.batcher.queue_size} prompts are waiting already: try again later"
+            message = f"{self.batcher.queue_size} prompts wait already, or nearly: try again later"
             raise RequestError(message, status=503, code="queue_full") from error
         pieces = self._pieces(rows, events)
-        if not streamed:
-            return JSONResponse(await _while_connected(http, form.whole(self.lm, rows, pieces)))
-        # What fails before the first piece can still have a status.
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "text_completion" if not chat else f"chat.completion{'.chunk' if stream else ''}",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        if not stream:
+            return JSONResponse(head | await _while_connected(http, self._whole(rows, pieces, chat=chat)))
+        # What fails before the first piece still has a status.
         first = await _while_connected(http, anext(pieces))
-        return StreamingResponse(
-            form.events(rows, first, pieces, with_usage=with_usage), media_type="text/event-stream"
-        )
+        parts = _events(head, rows, first, pieces, chat=chat, with_usage=with_usage)
+        return StreamingResponse(parts, media_type="text/event-stream")
 
     async def _pieces(self, rows: list[Row], events: asyncio.Queue) -> AsyncIterator[Piece]:
         """What the batcher sends; rows that nobody waits for any more are closed."""
@@ -136,258 +136,245 @@ class Server:
             missing = len(rows)
             while missing:
                 event = await events.get()
-                if isinstance(event, UserError):
-                    raise RequestError(str(event), status=500)
                 if isinstance(event, Exception):
-                    raise RequestError("a fault of the server: its log says more", status=500)
+                    message = str(event) if isinstance(event, UserError) else FAULT
+                    raise RequestError(message, status=500) from event
                 missing -= event.finish_reason is not None
                 yield event
         finally:
             self.batcher.leave(rows)
 
-    def _rows(
-        self, body: bytes, chat: bool, send: Callable[[Piece | Exception], None]
+    async def _whole(self, rows: list[Row], pieces: AsyncIterator[Piece], *, chat: bool) -> dict[str, Any]:
+        texts, last = [""] * len(rows), {}
+        async for piece in pieces:
+            texts[piece.index] += piece.text
+            last[piece.index] = piece
+        choices = []
+        for i, text in enumerate(texts):
+            content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            logprobs = self._logprobs(last[i], chat=chat) if rows[i].settings.logprobs else None
+            reason = last[i].finish_reason
+            choices.append({"index": i, **content, "finish_reason": reason, "logprobs": logprobs})
+        return {"choices": choices, "usage": _usage(rows, last.values())}
+
+    def _logprobs(self, piece: Piece, *, chat: bool) -> dict[str, Any]:
+        tokens = [self.lm.tokenizer.decode([token]) for token in piece.tokens]
+        # JSON has no infinity: OpenAI writes this number.
+        values = [max(value, -9999.0) for value in piece.logprobs]
+        if not chat:
+            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+        each = zip(tokens, values, strict=True)
+        return {"content": [{"token": t, "logprob": v, "bytes": None, "top_logprobs": []} for t, v in each]}
+
+    def rows(
+        self, body: bytes, send: Callable[[Piece | Exception], None], *, chat: bool
     ) -> tuple[list[Row], bool, bool]:
-        """The rows of a request, whether its answer is streamed, and with a last event of usage."""
-        take = _Fields(body)
-        if (model := take("model", str)) != self.name:
+        """The rows of a request, whether its answer is streamed, and with a last event of usage.
+
+        Raises:
+            RequestError, UserError: what is wrong with the request.
+        """
+        fields = _fields(body)
+        model = _take(fields, "model", str)
+        if model != self.name:
             message = f"model {model!r} does not exist: this server has {self.name!r}"
             raise RequestError(message, "model", status=404, code="model_not_found")
-        method = self._method(take("method", str), take("strength", float))
-        models, method = self.lm.prepare(method, generating=True)
-        sampler = Sampler(
-            take("temperature", float, 1.0),
-            take("top_k", int, 0),
-            take("top_p", float, 1.0),
-            take("repetition_penalty", float, 1.0),
-        )
-        seed = take("seed", int, secrets.randbelow(2**31))
+        models, method = self._asked(fields)
+        prompts = self._chat(fields) if chat else self._prompts(fields)
+        if len(prompts) > self.batcher.queue_size:
+            message = f"{len(prompts)} prompts: give at most {self.batcher.queue_size}"
+            raise RequestError(message, "prompt")
+        stop = _take(fields, "stop", str, list, default=[])
+        stop = [stop] if isinstance(stop, str) else stop
+        stream = _take(fields, "stream", bool, default=False)
+        options = _take(fields, "stream_options", dict, default={})
+        if options.keys() - {"include_usage"} or (options and not stream):
+            raise RequestError("stream_options go with stream and have include_usage alone", "stream_options")
+        names = ("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("repetition_penalty", 1.0)
+        seed = _take(fields, "seed", int, default=secrets.randbelow(2**31))
         if not 0 <= seed < 2**31:
             raise RequestError(f"seed {seed}: give a number from 0 to {2**31 - 1}", "seed")
-        stop = take("stop", (str, list), [])
-        stop = [stop] if isinstance(stop, str) else stop
-        streamed = take("stream", bool, False)
-        stream_options = take("stream_options", dict, {})
-        if stream_options and (not streamed or stream_options.keys() - {"include_usage"}):
-            raise RequestError("stream_options go with stream and have include_usage alone", "stream_options")
-        prompts = (
-            self._chat_prompt(take("messages", list)) if chat else self._prompts(take("prompt", (str, list)))
+        settings = Settings(
+            models,
+            method,
+            Sampler(*(_take(fields, name, type(default), default=default) for name, default in names)),
+            seed,
+            self._max_tokens(fields, models.context_length - max(map(len, prompts)), chat=chat),
+            tuple(stop),
+            frozenset(self.lm.eos_token_ids) | special_stops(self.lm.tokenizer, stop),
+            _wants_logprobs(fields, method, chat=chat, stream=stream),
         )
-        room = models.context_length - max(map(len, prompts))
-        if chat and "max_completion_tokens" in take.fields:
-            take.fields.setdefault("max_tokens", take.fields.pop("max_completion_tokens"))
-        default = min(self.max_tokens, room) if chat else COMPLETION_TOKENS
-        max_tokens = take("max_tokens", int, max(default, 1))
-        if not 1 <= max_tokens <= self.max_tokens:
-            raise RequestError(f"max_tokens {max_tokens}: give 1 to {self.max_tokens}", "max_tokens")
-        if max_tokens > room:
-            message = (
-                f"a prompt and max_tokens {max_tokens} are {max_tokens - room} tokens longer than the context"
-            )
-            message = f"{message} of {models.context_length}: shorten one of them"
-            raise RequestError(message, "messages" if chat else "prompt", code="context_length_exceeded")
-        logprobs = take("logprobs", bool if chat else int)
-        if not (chat or logprobs in (None, 0)):
-            raise RequestError("logprobs are of the drawn tokens alone: give 0", "logprobs")
-        logprobs = logprobs if chat else logprobs is not None
-        if logprobs and streamed:
-            raise RequestError("logprobs do not go with stream: leave one of them out", "logprobs")
-        if logprobs and not method.normalized:
-            message = f"the scores of {method.name} are no log-probabilities: give it renormalize=true"
-            raise RequestError(message, "logprobs")
-        take.end()
-        ends = frozenset(self.lm.eos_token_ids) | special_stops(self.lm.tokenizer, stop)
-        settings = Settings(models, method, sampler, seed, max_tokens, tuple(stop), ends, bool(logprobs))
-        if len(prompts) > self.batcher.queue_size:
-            raise RequestError(
-                f"{len(prompts)} prompts: the queue has {self.batcher.queue_size} places", "prompt"
-            )
+        fields.pop("user", None)  # Says who asks, and nothing about the answer.
+        for name, value in fields.items():
+            if name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]:
+                known = f", or give {json.dumps(WITHOUT_EFFECT[name])}" if name in WITHOUT_EFFECT else ""
+                raise RequestError(f"{name} is not supported: leave it out{known}", name)
         rows = [Row(i, prompt, settings, send) for i, prompt in enumerate(prompts)]
-        return rows, streamed, bool(stream_options.get("include_usage"))
+        return rows, stream, bool(options.get("include_usage"))
 
-    def _method(self, name: str | None, strength: float | None) -> Method:
-        """What a request asks for; it loads nothing that the server was not started with."""
+    def _asked(self, fields: dict[str, Any]) -> tuple[Models, Method]:
+        """The method of a request, prepared."""
+        name = _take(fields, "method", str, default=None)
+        strength = _take(fields, "strength", float, default=None)
         if name is not None and strength is not None:
             raise RequestError("method and strength exclude each other: give one of them", "strength")
-        if name is None and strength is None:
-            return self.default
         try:
-            method = self._checked(parse_method(strength if name is None else name))
+            asked = strength if name is None else name
+            return self._prepare(self.default if asked is None else parse_method(asked))
         except UserError as error:
             raise RequestError(str(error), "strength" if name is None else "method") from error
-        return method
 
-    def _checked(self, method: Method) -> Method:
-        if method.resource not in self.loaded:
+    def _prepare(self, method: Method) -> tuple[Models, Method]:
+        # Files and models that a request names are not for it to load.
+        if method.resource not in self.resources:
             raise UserError(
                 f"method {method.name}: {method.resource} is not loaded: start the server with it"
             )
         if getattr(method, "noise", None) is not None:
             raise UserError(f"method {method.name}: noise is for control runs, which are not served")
-        _, resolved = self.lm.prepare(method, generating=True)
-        check_prompts(resolved, 1)
-        return method
+        models, method = self.lm.prepare(method, generating=True)
+        check_prompts(method, 1)
+        return models, method
 
-    def _prompts(self, prompt: str | list) -> list[list[int]]:
+    def _prompts(self, fields: dict[str, Any]) -> list[list[int]]:
         """Token ids of one prompt or several, which are texts or token ids."""
-        several = prompt if isinstance(prompt, list) and not _are(int, prompt) else [prompt]
-        if _are(str, several):
-            prompts = self.lm.encode_prompts(several, "raw")
-        elif all(isinstance(each, list) and _are(int, each) for each in several):
-            prompts = several
-        else:
-            raise RequestError("prompt: give a text, a list of token ids, or a list of these", "prompt")
-        if not prompts or not all(prompts):
-            raise RequestError("a prompt is empty: give at least one token", "prompt")
+        prompt = _take(fields, "prompt", str, list)
+        prompts = prompt if isinstance(prompt, list) and not _all(int, prompt) else [prompt]
+        if _all(str, prompts):
+            prompts = self.lm.encode_prompts(prompts, "raw")
+        if not prompts or not all(_all(int, each) for each in prompts):
+            raise RequestError("prompt: give a text, a list of token ids, or several; none empty", "prompt")
         for each in prompts:
             self.lm.config.check_token_ids(each)
         return prompts
 
-    def _chat_prompt(self, messages: list) -> list[list[int]]:
+    def _chat(self, fields: dict[str, Any]) -> list[list[int]]:
+        messages, tokenizer = _take(fields, "messages", list), self.lm.tokenizer
         if not messages:
             raise RequestError("messages are empty: give at least one", "messages")
         try:
-            resolve_format(self.lm.tokenizer, "chat")
+            resolve_format(tokenizer, "chat")
         except UserError as error:
             message = "the model has no chat template that works here: use /v1/completions"
             raise RequestError(message, "messages") from error
-        text = self.lm.tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [_message(each) for each in messages], add_generation_prompt=True, tokenize=False
         )
-        return self.lm.tokenizer([text], add_special_tokens=adds_special_tokens("chat"))["input_ids"]
+        return tokenizer([text], add_special_tokens=adds_special_tokens("chat"))["input_ids"]
+
+    def _max_tokens(self, fields: dict[str, Any], room: int, *, chat: bool) -> int:
+        """The most new tokens, where the context has room for some."""
+        default = max(min(self.max_tokens, room), 1) if chat else COMPLETION_TOKENS
+        if chat and "max_tokens" not in fields:
+            default = _take(fields, "max_completion_tokens", int, default=default)
+        max_tokens = _take(fields, "max_tokens", int, default=default)
+        if not 1 <= max_tokens <= self.max_tokens:
+            raise RequestError(f"max_tokens {max_tokens}: give 1 to {self.max_tokens}", "max_tokens")
+        if max_tokens > room:
+            message = f"prompt and max_tokens are {max_tokens - room} tokens over the context: shorten one"
+            raise RequestError(message, "messages" if chat else "prompt", code="context_length_exceeded")
+        return max_tokens
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    """The fields of a request that are not null."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        fields = json.loads(body, parse_constant=refuse)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("a text holds half of a character (a lone surrogate)") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the request is no JSON") from error
+    if not isinstance(fields, dict):
+        raise RequestError("the request is no JSON object")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+_REQUIRED = object()
+
+
+def _take(fields: dict[str, Any], name: str, *kinds: type, default: Any = _REQUIRED) -> Any:
+    """Takes a field out of a request; every integer of 53 bits is a float, too."""
+    value = fields.pop(name, default)
+    if value is _REQUIRED:
+        raise RequestError(f"{name} is missing", name)
+    if float in kinds and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if value is not default and type(value) not in kinds:
+        raise RequestError(f"{name} must be of type {' or '.join(k.__name__ for k in kinds)}", name)
+    return value
+
+
+def _wants_logprobs(fields: dict[str, Any], method: Method, *, chat: bool, stream: bool) -> bool:
+    """Whether log-probabilities are asked for: `true` in chats, in completions 0, the number of others."""
+    logprobs = _take(fields, "logprobs", bool if chat else int, default=None)
+    if logprobs is None or logprobs is False:
+        return False
+    if not chat and logprobs != 0:
+        raise RequestError("logprobs are of the drawn tokens alone: give 0", "logprobs")
+    if stream:
+        raise RequestError("logprobs do not go with stream: leave one of them out", "logprobs")
+    if not method.normalized:
+        message = f"the scores of {method.name} are no log-probabilities: give it renormalize=true"
+        raise RequestError(message, "logprobs")
+    return True
 
 
 def _message(message: Any) -> dict[str, str]:
     """A chat message with its parts of text as one."""
     if isinstance(message, dict) and message.keys() == {"role", "content"}:
         role, content = message["role"], message["content"]
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-            for part in content
-        ):
-            content = "".join(str(part["text"]) for part in content)
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": role, "content": content}
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        known = all(
+            isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in parts
+        )
+        if known and _all(str, [role, *(part["text"] for part in parts)]):
+            return {"role": role, "content": "".join(part["text"] for part in parts)}
     raise RequestError("a message has a role and a content, which is text, and nothing else", "messages")
 
 
-def _are(kind: type, values: list) -> bool:
-    return bool(values) and all(type(value) is kind for value in values)
+def _all(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(value) is kind for value in values)
 
 
-class _Fields:
-    """Takes fields out of a request; `end` refuses what is left."""
+async def _events(
+    head: dict[str, Any],
+    rows: list[Row],
+    piece: Piece | None,
+    pieces: AsyncIterator[Piece],
+    *,
+    chat: bool,
+    with_usage: bool,
+) -> AsyncIterator[str]:
+    """Server-sent events of `piece` and those that follow it."""
 
-    def __init__(self, body: bytes):
-        try:
-            fields = json.loads(body, parse_constant=lambda name: _refuse(name))
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RequestError("a text holds half of a character (a lone surrogate)") from error
-        except (ValueError, RecursionError) as error:
-            raise RequestError("the request is no JSON") from error
-        if not isinstance(fields, dict):
-            raise RequestError("the request is no JSON object")
-        self.fields = {name: value for name, value in fields.items() if value is not None}
+    def event(data: dict[str, Any]) -> str:
+        return f"data: {json.dumps(data)}\n\n"
 
-    def __call__(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A field's value; without a default those of `REQUIRED` must be there."""
-        if name not in self.fields:
-            if name in ("model", "prompt", "messages"):
-                raise RequestError(f"{name} is missing", name)
-            return default
-        value = self.fields.pop(name)
-        if kind is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if type(value) not in kinds:
-            raise RequestError(f"{name} must be of type {' or '.join(k.__name__ for k in kinds)}", name)
-        return value
-
-    def end(self) -> None:
-        self.fields.pop("user", None)  # Says who asks, and nothing about the answer.
-        for name, value in self.fields.items():
-            if name not in WITHOUT_EFFECT:
-                raise RequestError(f"{name} is not supported: leave it out", name)
-            if value != WITHOUT_EFFECT[name]:
-                message = f"{name} is not supported: leave it out, or give {json.dumps(WITHOUT_EFFECT[name])}"
-                raise RequestError(message, name)
+    begun, last = set(), {}
+    try:
+        while piece is not None:
+            role = {"role": "assistant"} if piece.index not in begun else {}
+            content = {"delta": role | {"content": piece.text}} if chat else {"text": piece.text}
+            choice = {"index": piece.index, **content, "finish_reason": piece.finish_reason, "logprobs": None}
+            begun.add(piece.index)
+            last[piece.index] = piece
+            yield event(head | {"choices": [choice]})
+            piece = await anext(pieces, None)
+        if with_usage:
+            yield event(head | {"choices": [], "usage": _usage(rows, last.values())})
+        yield "data: [DONE]\n\n"
+    except RequestError as error:
+        yield event(error.body)
+    finally:
+        await pieces.aclose()
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-class _Form:
-    """The form of an answer: chat or completion."""
-
-    def __init__(self, model: str, *, chat: bool):
-        self.chat = chat
-        kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
-        self.head = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    async def whole(self, lm: LanguageModel, rows: list[Row], pieces: AsyncIterator[Piece]) -> dict[str, Any]:
-        texts, last = [""] * len(rows), {}
-        async for piece in pieces:
-            texts[piece.index] += piece.text
-            if piece.finish_reason is not None:
-                last[piece.index] = piece
-        choices = []
-        for i, text in enumerate(texts):
-            choice = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choice |= {"index": i, "finish_reason": last[i].finish_reason, "logprobs": None}
-            if rows[i].settings.logprobs:
-                choice["logprobs"] = self._logprobs(lm, last[i])
-            choices.append(choice)
-        return self.head | {"choices": choices, "usage": _usage(rows, last.values())}
-
-    def _logprobs(self, lm: LanguageModel, piece: Piece) -> dict[str, Any]:
-        names = [lm.tokenizer.decode([token]) for token in piece.tokens]
-        # JSON has no infinity: OpenAI writes this number.
-        values = [max(value, -9999.0) for value in piece.logprobs]
-        if not self.chat:
-            return {"tokens": names, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
-        pairs = zip(names, values, strict=True)
-        content = [{"token": n, "logprob": v, "bytes": None, "top_logprobs": []} for n, v in pairs]
-        return {"content": content, "refusal": None}
-
-    async def events(
-        self, rows: list[Row], piece: Piece, pieces: AsyncIterator[Piece], *, with_usage: bool
-    ) -> AsyncIterator[str]:
-        """Server-sent events, beginning with a piece that is there."""
-        head = self.head | ({"object": "chat.completion.chunk"} if self.chat else {})
-        begun, last = set(), []
-        try:
-            while piece is not None:
-                choice = {"index": piece.index, "finish_reason": piece.finish_reason, "logprobs": None}
-                if self.chat:
-                    role = {} if piece.index in begun else {"role": "assistant"}
-                    choice["delta"] = role | ({"content": piece.text} if piece.text or role else {})
-                    begun.add(piece.index)
-                else:
-                    choice["text"] = piece.text
-                last += [piece] if piece.finish_reason else []
-                yield _event(head | {"choices": [choice]})
-                piece = await anext(pieces, None)
-            if with_usage:
-                yield _event(head | {"choices": [], "usage": _usage(rows, last)})
-            yield "data: [DONE]\n\n"
-        except RequestError as error:
-            yield _event(error.body)
-        finally:
-            await pieces.aclose()
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
-
-
-def _usage(rows: list[Row], last: Any) -> dict[str, int]:
+def _usage(rows: list[Row], last: Iterable[Piece]) -> dict[str, int]:
     prompt, new = sum(len(row.prompt) for row in rows), sum(len(piece.tokens) for piece in last)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
@@ -401,7 +388,7 @@ async def _read(http: Request) -> bytes:
     return bytes(body)
 
 
-async def _while_connected(http: Request, work: Coroutine) -> Any:
+async def _while_connected(http: Request, work: Awaitable) -> Any:
     """What `work` gives; it is cancelled if the client goes first."""
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(http.receive())
     try:
@@ -419,8 +406,7 @@ async def _error_response(http: Request, error: Exception) -> Response:
         return Response(status_code=499)  # Nobody reads it.
     if isinstance(error, HTTPException):
         error = RequestError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
-    elif isinstance(error, UserError):
-        error = RequestError(str(error))
     elif not isinstance(error, RequestError):
-        error = RequestError("a fault of the server: its log says more", status=500)
+        ours = not isinstance(error, UserError)
+        error = RequestError(FAULT if ours else str(error), status=500 if ours else 400)
     return JSONResponse(error.body, error.status)
