@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from conftest import (
     with_random_units,
     word_tokenizer,
 )
+from helpers.documents import ROOT, blocks
 
 from imae_jax.config import AntiExpertConfig
 from imae_jax.convert import load_model
@@ -285,6 +287,16 @@ def test_100_clients_get_their_own_answers(client, lm):
     assert len(set(texts)) > 90
 
 
+def test_a_model_over_several_devices_writes_the_same(model_dir, lm):
+    """Three rows over two devices: the last one has a copy."""
+    with serving(load_model(str(model_dir), mesh="data=2"), batch_size=3) as (_, address):
+        answer = complete(client_of(address), ["t5", "t6", "t7"], temperature=1, seed=4)
+    for prompt, choice in zip(("t5", "t6", "t7"), answer.choices, strict=True):
+        assert (
+            choice.text == lm.generate([prompt], "expert", sampler=Sampler(1.0), seed=4, max_new_tokens=12)[0]
+        )
+
+
 class Held:
     """A row whose reader keeps the batcher's thread until it is let go."""
 
@@ -437,6 +449,7 @@ BAD = {
     "top_p": ({"top_p": 0}, None, "top_p 0"),
     "seed": ({"seed": -1}, "seed", "seed -1"),
     "stop": ({"stop": [""]}, None, "stop string is empty"),
+    "many stops": ({"stop": ["t5"] * 17}, "stop", "at most 16"),
     "stop number": ({"stop": [5]}, None, "stop 0 is no text"),
     "n": ({"n": 2}, "n", "n is not supported"),
     "best_of": ({"best_of": 3}, "best_of", "not supported"),
@@ -561,6 +574,95 @@ def test_a_signal_lets_what_runs_finish(model_dir, lm, number):
         assert run.stderr.read() == ""
         with pytest.raises(openai.APIConnectionError):
             complete(client_of(address))
+
+
+def test_a_missing_package_is_named(model_dir, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'imae_jax[serve]'" in error_of(capfd, main, "--model", model_dir)
+
+
+@pytest.mark.docs
+def test_the_documentation(smollm2):
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    start, curl = blocks(text, "sh")
+    program, name, *arguments = shlex.split(start.splitlines()[-1])
+    assert (program, name) == ("imae", "serve")
+    (snippet,) = blocks(text, "python")
+    lm = load_model("imae-smollm2-135m")
+    with command(*arguments) as (_, address):
+
+        def output(*run):
+            run = [each.replace("http://127.0.0.1:8000", address) for each in run]
+            return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+        printed = output(sys.executable, "-c", snippet)
+        asked = {
+            "{'method': 'in-model-contrast:beta=2'}": "in-model-contrast:beta=2",
+            "{'strength': -0.5}": -0.5,
+        }
+        for shown, method in asked.items():
+            (expected,) = lm.generate(["Water boils at"], method, max_new_tokens=16)
+            assert f"{shown} {expected}\n" in printed
+        if shutil.which("curl"):
+            (choice,) = json.loads(output("bash", "-c", curl))["choices"]
+            prompts = ["How many legs does a spider have?"]
+            (expected,) = lm.generate(prompts, "base", format="chat", max_new_tokens=256)
+            assert choice["message"]["content"] == expected
+
+
+# ---- the LM Evaluation Harness
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: FILE}
+test_split: test
+output_type: generate_until
+doc_to_text: "Q: What is the capital of {{country}}?\\nA:"
+doc_to_target: "{{capital}}"
+generation_kwargs: {until: ["\\n", "."], max_gen_toks: 24}
+metric_list:
+  - metric: exact_match
+    ignore_case: true
+    regexes_to_ignore: [" The capital of .* is "]
+"""
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo"}
+CAPITALS |= {"Greece": "Athens", "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["expert", "base"])
+def test_local_completions_of_the_harness_equal_ours(smollm2, tmp_path, method):
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from imae_jax.evaluate.lm_eval import IMAEJaxLM, load_tasks
+
+    rows = [{"country": country, "capital": capital} for country, capital in CAPITALS.items()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "capitals.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.json")))
+    lm = load_model("imae-smollm2-135m")
+
+    def results(model):
+        manager, tasks = load_tasks(["capitals"], tmp_path)
+        found = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager)
+        texts = {each["doc"]["country"]: each["resps"] for each in found["samples"]["capitals"]}
+        return texts, found["results"]["capitals"]["exact_match,none"]
+
+    with serving(lm, method) as (_, address):
+        theirs = LocalCompletionsAPI(
+            base_url=f"{address}/v1/completions",
+            model="tiny",
+            tokenizer_backend=None,
+            tokenized_requests=False,
+            num_concurrent=4,
+        )
+        actual = results(theirs)
+    assert actual == results(IMAEJaxLM(lm, method))
+    assert 0 < actual[1] <= 1
+    assert len(actual[0]) == len(CAPITALS)
 
 
 # ---- the page, in a browser

@@ -32,6 +32,9 @@ BODY_LIMIT = 2**20
 COMPLETION_TOKENS = 16
 """OpenAI's default of `/v1/completions`."""
 
+STOP_LIMIT = 16
+"""Stop strings of a request: all are looked for after every chunk."""
+
 # Taken where it changes nothing, although nothing else is supported.
 WITHOUT_EFFECT = {
     "n": 1,
@@ -186,6 +189,8 @@ class Server:
             raise RequestError(message, "prompt")
         stop = _take(fields, "stop", str, list, default=[])
         stop = [stop] if isinstance(stop, str) else stop
+        if len(stop) > STOP_LIMIT:
+            raise RequestError(f"{len(stop)} stop strings: give at most {STOP_LIMIT}", "stop")
         stream = _take(fields, "stream", bool, default=False)
         options = _take(fields, "stream_options", dict, default={})
         if options.keys() - {"include_usage"} or (options and not stream):
@@ -264,7 +269,7 @@ class Server:
 
     def _max_tokens(self, fields: dict[str, Any], room: int, *, chat: bool) -> int:
         """The most new tokens, where the context has room for some."""
-        default = max(min(self.max_tokens, room), 1) if chat else COMPLETION_TOKENS
+        default = max(min(self.max_tokens, room), 1) if chat else min(COMPLETION_TOKENS, self.max_tokens)
         if chat and "max_tokens" not in fields:
             default = _take(fields, "max_completion_tokens", int, default=default)
         max_tokens = _take(fields, "max_tokens", int, default=default)
