@@ -288,8 +288,8 @@ def test_100_clients_get_their_own_answers(client, lm):
 
 
 def test_a_model_over_several_devices_writes_the_same(model_dir, lm):
-    """Three rows over two devices: the last one has a copy."""
-    with serving(load_model(str(model_dir), mesh="data=2"), batch_size=3) as (_, address):
+    """Three rows over eight: the others are copies."""
+    with serving(load_model(str(model_dir), mesh="data=8"), batch_size=3) as (_, address):
         answer = complete(client_of(address), ["t5", "t6", "t7"], temperature=1, seed=4)
     for prompt, choice in zip(("t5", "t6", "t7"), answer.choices, strict=True):
         assert (
@@ -310,6 +310,25 @@ class Held:
     def send(self, event):
         self.there.set()
         assert self.go.wait(SECONDS)
+
+
+@contextlib.contextmanager
+def held_after_its_first_piece(served):
+    """A row that is asked for does not go on until the end, where the batcher is done."""
+    rows, go, submit = [], threading.Event(), served.batcher.submit
+
+    def hold(new):
+        for row in new:
+            row.send = lambda event, send=row.send: (send(event), go.wait(SECONDS))
+        rows.extend(new)
+        submit(new)
+
+    served.batcher.submit = hold
+    try:
+        yield rows
+    finally:
+        go.set()
+        served.batcher.end()
 
 
 def test_rows_that_wait_share_a_batch(lm, monkeypatch):
@@ -369,16 +388,12 @@ def test_a_client_that_leaves_the_queue_makes_room(lm, stream):
 
 
 def test_a_client_that_leaves_a_stream_ends_its_row(endless):
-    with serving(endless) as (served, address):
-        rows = []
-        submit = served.batcher.submit
-        served.batcher.submit = lambda new: (rows.extend(new), submit(new))
+    with serving(endless) as (served, address), held_after_its_first_piece(served) as rows:
         stream = complete(client_of(address), max_tokens=400, stream=True)
         next(iter(stream))
         stream.close()
-        eventually(lambda: rows[0].closed)
-        complete(client_of(address), max_tokens=400)  # A batch like this one begins when it has ended.
-        assert len(rows[0].tokens) < 400
+        eventually(lambda: rows and rows[0].closed)
+    assert len(rows[0].tokens) < 8
 
 
 def test_a_row_that_fails_does_not_take_others_with_it(lm, model_dir):
@@ -681,7 +696,7 @@ def shown(browser):
 
 @pytest.fixture
 def page(browser, endless):
-    with serving(endless) as (_, address):
+    with serving(endless) as (served, address):
         for kind in ("browser", "performance"):
             browser.get_log(kind)
         browser.get(address)
@@ -689,7 +704,7 @@ def page(browser, endless):
         browser.find_element("id", "chat").click()
         fill(browser, "prompt", PROMPT)
         fill(browser, "max", "200")
-        yield address
+        yield served, address
 
 
 def test_browser_shows_two_modes_as_they_stream(browser, page, endless):
@@ -704,7 +719,7 @@ def test_browser_shows_two_modes_as_they_stream(browser, page, endless):
     assert texts == [endless.generate([PROMPT], mode, max_new_tokens=200)[0] for mode in ("base", "expert")]
     lengths = np.array(browser.execute_script("return lengths"))
     partly = (lengths > 0) & (lengths < [len(text) for text in texts])
-    assert partly.all(axis=1).sum() > 20, "one after the other"
+    assert partly.all(axis=1).any(), "one after the other"
     # What differs has a colour, from the first character on.
     marked = [each.get_attribute("textContent") for each in browser.find_elements("css selector", ".differs")]
     plain = {text.removesuffix(rest) for text, rest in zip(texts, marked, strict=True)}
@@ -713,7 +728,7 @@ def test_browser_shows_two_modes_as_they_stream(browser, page, endless):
     events = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
     urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
     assert {url for url in urls if not url.startswith("data:")} == {
-        f"{page}{path}" for path in ("/", "/v1/models", "/v1/completions")
+        f"{page[1]}{path}" for path in ("/", "/v1/models", "/v1/completions")
     }
     assert not browser.get_log("browser"), "errors in the console"
 
@@ -733,13 +748,14 @@ def test_browser_chats_says_what_is_wrong_and_stops(browser, page, endless):
     assert texts == ["", expected]
     assert "'truth' does not exist" in notes[0]
 
-    fill(browser, "max", "400")
     eventually(lambda: browser.find_element("id", "go").is_enabled())
-    browser.find_element("id", "go").click()
-    eventually(lambda: shown(browser)[0][1])
-    browser.find_element("id", "stop").click()
-    eventually(lambda: shown(browser)[1][1] in ("stopped", "length"))
-    assert shown(browser)[1][1] == "stopped"
+    with held_after_its_first_piece(page[0]) as rows:
+        browser.find_element("id", "go").click()
+        eventually(lambda: shown(browser)[0][1])
+        browser.find_element("id", "stop").click()
+        eventually(lambda: shown(browser)[1][1] == "stopped")
+        eventually(lambda: rows[0].closed)
+    assert len(rows[0].tokens) < 8
 
 
 def test_browser_has_a_light_and_a_dark_page(browser, page):

@@ -179,7 +179,8 @@ class Batcher:
             rows = [row for row in batch if not row.closed]
             if len(batch) == 1:
                 for row in rows:
-                    logger.error("a request failed", exc_info=not isinstance(error, UserError) and error)
+                    traceback = None if isinstance(error, UserError) else error
+                    logger.error("a request failed: %s", first_line(error), exc_info=traceback)
                     row.closed = True
                     row.send(error)
                 return
