@@ -36,18 +36,9 @@ STOP_LIMIT = 16
 """Stop strings of a request: all are looked for after every chunk."""
 
 # Taken where it changes nothing, although nothing else is supported.
-WITHOUT_EFFECT = {
-    "n": 1,
-    "best_of": 1,
-    "echo": False,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "top_logprobs": 0,
-    "tools": [],
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-}
+WITHOUT_EFFECT = {"n": 1, "best_of": 1, "echo": False, "frequency_penalty": 0, "presence_penalty": 0}
+WITHOUT_EFFECT |= {"logit_bias": {}, "top_logprobs": 0, "tools": [], "tool_choice": "none"}
+WITHOUT_EFFECT |= {"response_format": {"type": "text"}}
 FAULT = "a fault of the server: its log says more"
 
 
