@@ -12,6 +12,7 @@ from imae_jax.errors import UserError
 
 COMMANDS = {
     "generate": ("imae_jax.generate", "continue prompts in any mode or with any method"),
+    "serve": ("imae_jax.serve.__main__", "answer OpenAI's requests, a mode or method each; a page of two"),
     "train": ("imae_jax.train.__main__", "train anti-expert units: OUT/imae"),
     "train plan": ("imae_jax.train.__main__", "the memory that a training run needs"),
     "train pairs": (

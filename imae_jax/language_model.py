@@ -222,7 +222,7 @@ class LanguageModel:
         **options: Any,
     ) -> Iterator[list[Completion]]:
         """Every prompt's next piece of text, whether it is the last one, and all tokens drawn so far."""
-        ends_text = set(self.eos_token_ids) | _special_stops(self.tokenizer, stop)
+        ends_text = set(self.eos_token_ids) | special_stops(self.tokenizer, stop)
         models, method = self.prepare(method, generating=True)
         ids, other_prompts = self.encode_prompts(prompts, format), []
         if without_context is not None:
@@ -391,7 +391,7 @@ def tokens_of(
     return tuple(tokens[:count])
 
 
-def _special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
+def special_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     """Ids of the stop strings that are special tokens.
 
     Raises:

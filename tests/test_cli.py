@@ -182,6 +182,7 @@ def test_wheel_keeps_the_rooms_inside_the_package(tmp_path):
         "evaluate/data/demo_primer.txt",
         "convert/model_card.md.jinja",
         *(f"convert/torch_side/{name}" for name in SHIPPED),
+        "serve/page.html",
         *(f"evaluate/inspector/page.{kind}" for kind in ("html", "css", "js")),
         *(f"evaluate/{name}" for name in ("data/paper_results.json", "benchmarks/harm.py")),
     ]

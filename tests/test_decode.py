@@ -304,6 +304,18 @@ def test_generation_with_a_sampler(tiny_units):
     assert sampled[0] != sampled[3]
 
 
+def test_rows_with_seeds_of_their_own_are_drawn_as_if_alone(tiny_units):
+    def run(prompts, seed):
+        return generate(tiny_units, TINY, prompts, sampler=Sampler(1.0), seed=seed, max_new_tokens=16)
+
+    prompts, seeds = tiny_prompts(6, 3, 11, 6), (7, 0, 7, 2**31 - 1)
+    rows = run(prompts, seeds)
+    assert rows == [run([prompt], seed)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert run(prompts[::-1], seeds[::-1]) == rows[::-1]
+    with user_error("3 seeds for 4 prompts"):
+        run(prompts, seeds[:3])
+
+
 def test_every_step_draws_anew(tiny_units):
     """From a model that finds all tokens equally likely."""
     flat = tiny_units.base | {"unembed": jnp.zeros_like(tiny_units.base["unembed"])}

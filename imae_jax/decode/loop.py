@@ -37,7 +37,7 @@ class DecodeState:
         caches: one a model, see `streams.empty_caches`.
         token: int32 [B], drawn last and not yet fed.
         done: bool [B], rows that have drawn an end-of-text token.
-        key: key of the whole generation.
+        key: key of the whole generation, or [B], one for every row.
         step: int32 [], number of tokens drawn.
         seen: bool [B, V], tokens of prompt and new text, where the sampler needs them; else None.
         not_finite: int32 [B], the first step whose logits or scores were not finite, else `NEVER`.
@@ -61,7 +61,7 @@ class GenerationOptions:
     Attributes:
         sampler: how a token is drawn; greedy by default.
         max_new_tokens: upper bound per row.
-        seed: seed of the sampler.
+        seed: seed of the sampler; or one for every row, which is then drawn as if it were alone.
         chunk_size: tokens per compiled call; between calls it is checked whether all rows are done.
 
     Raises:
@@ -70,7 +70,7 @@ class GenerationOptions:
 
     sampler: Sampler = Sampler()
     max_new_tokens: int = 128
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
     chunk_size: int = 32
 
     def __post_init__(self):
@@ -149,6 +149,9 @@ def stream_tokens(
     streams.check_prompts(method, 1 + len(other_prompts))
     if not prompts:
         return
+    seed = np.asarray(options.seed, np.int32)
+    if seed.ndim and seed.shape != (len(prompts),):
+        raise UserError(f"{seed.size} seeds for {len(prompts)} prompts: give one, or one for each")
     every_prompt = [prompts, *other_prompts][: streams.num_prompts(method)]
     for each, suffix in zip(every_prompt, ("", " without its context"), strict=False):
         _check_prompts(each, max_new_tokens, config, models.context_length, suffix)
@@ -164,7 +167,7 @@ def stream_tokens(
             tokens,
             mask,
             eos,
-            np.int32(options.seed),
+            np.pad(seed, (0, copies)) if seed.ndim else seed,
             method=method,
             sampler=options.sampler,
             capacity=tokens.shape[-1] + num_chunks * chunk_size,
@@ -204,7 +207,7 @@ def stream_tokens(
 
 @functools.partial(jax.jit, static_argnames=("method", "sampler", "capacity"))
 def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
-    (_, B, T), key = tokens.shape, jax.random.key(seed)
+    (_, B, T), key = tokens.shape, _for_each(jax.random.key, seed)
     caches = streams.empty_caches(models, method, B, capacity)
     last = T - 1 - jnp.argmax(mask[..., ::-1], axis=-1)  # [P, B]
     answer = jnp.arange(T) == last[..., None]
@@ -220,7 +223,7 @@ def _prefill(models, tokens, mask, eos, seed, *, method, sampler, capacity):
     seen = None
     if sampler.needs_seen:
         seen = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], tokens[0]].max(mask[0])
-    token = sampler.sample(scores, jax.random.fold_in(key, 0), seen)
+    token = sampler.sample(scores, _of_step(key, 0), seen)
     seen = _with_token(seen, token)
     not_finite = jnp.where(finite, NEVER, 0).astype(jnp.int32)
     done, step = jnp.isin(token, eos), jnp.ones((), jnp.int32)
@@ -276,6 +279,14 @@ def _scores(models, method, hidden, entropies):
         return scores, streams.finite(logits) & jnp.isfinite(scores.max(axis=-1))
 
 
+def _for_each(function, x):
+    return jax.vmap(function)(x) if x.ndim else function(x)
+
+
+def _of_step(key, step):
+    return _for_each(lambda each: jax.random.fold_in(each, step), key)
+
+
 def _with_token(seen, token):
     return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
 
@@ -290,7 +301,7 @@ def _decode_chunk(models, state, eos, *, method, sampler, length):
         )
         hidden = jax.tree.map(lambda x: x[..., 0, :], hidden)
         scores, finite = _scores(models, method, hidden, state.entropies)
-        token = sampler.sample(scores, jax.random.fold_in(state.key, state.step), state.seen)
+        token = sampler.sample(scores, _of_step(state.key, state.step), state.seen)
         token = jnp.where(state.done, state.token, token)
         done = state.done | jnp.isin(token, eos)
         seen = _with_token(state.seen, token)

@@ -48,8 +48,8 @@ class Sampler:
 
         Args:
             scores: float32 [B, V].
-            key: one key for the step. Row i's draw depends on the key, i and its own scores alone, not
-                on how many rows there are.
+            key: one key for the step: row i's draw depends on the key, i and its own scores alone, not
+                on how many rows there are. Or a key for every row, [B], which draws as if it were alone.
             seen: bool [B, V], tokens that the text holds; where `needs_seen`.
 
         Returns:
@@ -58,7 +58,9 @@ class Sampler:
         scores = self.processed(scores, seen)
         if self.temperature == 0:
             return argmax(scores)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
+        B = scores.shape[0]
+        rows = jnp.arange(B) if key.ndim == 0 else jnp.zeros(B, jnp.int32)
+        keys = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, B), rows)
         return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
     def processed(self, scores: jax.Array, seen: jax.Array | None = None) -> jax.Array:

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint over `LanguageModel`, for research and comparison."""
