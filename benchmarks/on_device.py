@@ -148,12 +148,13 @@ class Decoder:
         shape = (batch_size, PROMPT_BUCKET)
         tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, shape)
         self.eos = np.full(1, -1, np.int32)
-        self.inputs = (tokens.astype(np.int32), np.ones(shape, bool), self.eos, np.int32(0))
+        tokens, mask = tokens[None].astype(np.int32), np.ones((1, *shape), bool)
+        self.inputs = (tokens, mask, self.eos, np.int32(0))
         self.new_tokens = new_tokens
         self.num_chunks = -(-(new_tokens - 1) // GenerationOptions.chunk_size)
 
     def compile(self) -> None:
-        shape = self.inputs[0].shape
+        shape = self.inputs[0].shape[1:]
         self.programs = compile_programs(self.models, self.method, *shape, self.new_tokens)
 
     def prefill(self) -> DecodeState:
