@@ -23,7 +23,7 @@ UNUSED_FIELDS = ("initializer_range",)
 BLOCK_ROWS = 64
 # Settings that say where something lies, if a digest beside them says what it is.
 PLACES = ("model", "reference", "revision", "path", "source")
-PLACES += ("anti_expert", "amateur", "directions", "vectors", "units_from")  # those of methods
+PLACES += ("expert", "anti_expert", "amateur", "directions", "vectors", "units_from")  # those of methods
 DIGESTS = ("fingerprint", "sha256", "base_model")
 
 

@@ -84,7 +84,8 @@ def capture(
     of_heads: Any = [None] * n if heads else None
     if tokens == "last":
         of_layers = np.empty((n, len(layers), config.hidden_size), np.float32)
-        of_heads = np.empty((n, config.num_layers, config.num_heads, config.head_dim), np.float32)
+        if heads:
+            of_heads = np.empty((n, config.num_layers, config.num_heads, config.head_dim), np.float32)
     for i, each in tqdm(values, total=n, desc=what, unit="text", disable=quiet):
         if tokens == "all":
             each = jax.tree.map(lambda x, row=rows[i]: x[: len(row)], each)
@@ -94,7 +95,7 @@ def capture(
         of_layers[i] = each[0]
         if heads:
             of_heads[i] = each[1]
-    return Activations(of_layers, of_heads if heads else None)
+    return Activations(of_layers, of_heads)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -35,7 +35,7 @@ from conftest import (
     write_rows,
     write_units,
 )
-from helpers.checkpoints import tensors_of
+from helpers.checkpoints import changed_export, tensors_of
 from helpers.documents import ROOT, blocks
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -629,15 +629,6 @@ def test_the_cards_snippet_runs(exported):
 # What is verified, and what goes wrong
 
 
-def tampered(directory: Path, path: Path, change) -> Path:
-    """A copy of an export with other tensors; `change` is given all of them."""
-    shutil.copytree(directory, path)
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
-
-
 def turn_one_weight(tensors):
     tensors["model.layers.1.mlp.down_proj.weight"][5, 7] *= -1
 
@@ -658,8 +649,8 @@ def turn_units(tensors):
 def test_a_wrong_tensor_is_found(imae_dir, exported, tmp_path, change, dtype):
     opened = open_model(str(imae_dir("gqa", dtype)))
     # The copy itself is right.
-    verify.verify(opened, tampered(exported("gqa", dtype), tmp_path / "same", lambda tensors: None))
-    wrong = tampered(exported("gqa", dtype), tmp_path / "wrong", change)
+    verify.verify(opened, changed_export(exported("gqa", dtype), tmp_path / "same", lambda tensors: None))
+    wrong = changed_export(exported("gqa", dtype), tmp_path / "wrong", change)
     with user_error("does not compute", "in expert mode"):
         verify.verify(opened, wrong)
 
@@ -701,7 +692,7 @@ def test_verification_of_the_lowest_layers(imae_dir, exported, tiny, capfd):
 def test_an_export_of_another_model_is_not_compared(imae_dir, exported, tiny, tmp_path, capfd):
     other = tiny("gqa", vocab_size=TINY.vocab_size + 8, initializer_range=0.2).directory
     write_units(other, tmp_path / "larger")
-    trained = tampered(tiny("gqa", initializer_range=0.2).directory, tmp_path / "base", turn_one_weight)
+    trained = changed_export(tiny("gqa", initializer_range=0.2).directory, tmp_path / "base", turn_one_weight)
     write_units(trained, tmp_path / "retrained")
     for model, difference in (("larger", "vocab_size"), ("retrained", "base")):
         command = ["verify", "--model", tmp_path / model, "--export", exported()]

@@ -27,9 +27,8 @@ from conftest import (
     logits,
     random_tokens,
 )
-from helpers.checkpoints import tensors_of
+from helpers.checkpoints import changed_export, tensors_of
 from helpers.documents import ROOT, blocks, run_commands
-from safetensors.numpy import load_file, save_file
 
 from imae_jax import decode
 from imae_jax.anti_expert import MODES, parse_mode
@@ -176,15 +175,6 @@ def test_tensor_parallelism_of_two_processes(exported, tmp_path):
 # Exports that are not whole
 
 
-def changed(directory: Path, path: Path, change) -> Path:
-    """A copy of an export with other tensors; `change` is given all of them."""
-    shutil.copytree(directory, path)
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
-
-
 def drop_one(tensors):
     del tensors[UP_PROJ]
 
@@ -199,7 +189,7 @@ def test_units_that_do_not_fit_are_refused(exported, tmp_path, auto_class, chang
     """transformers would run them with random weights."""
     import transformers
 
-    directory = changed(exported(), tmp_path / "model", change)
+    directory = changed_export(exported(), tmp_path / "model", change)
     load = getattr(transformers, auto_class).from_pretrained
     with pytest.raises(ValueError, match=r"weights are missing or do not fit the config: .*up_proj"):
         load(directory, trust_remote_code=True, ignore_mismatched_sizes=True)
@@ -347,8 +337,8 @@ def test_vllm_refuses_what_does_not_fit(exported, in_vllm, tmp_path):
     """Its own loaders would leave a missing matrix as it was allocated, and cut a wide one."""
     whole = exported("qwen2", "float32", **VLLM_SIZES)
     expected = {
-        "not initialized from checkpoint": job(changed(whole, tmp_path / "missing", drop_one)),
-        "as config.json says": job(changed(whole, tmp_path / "wide", widen_one)),
+        "not initialized from checkpoint": job(changed_export(whole, tmp_path / "missing", drop_one)),
+        "as config.json says": job(changed_export(whole, tmp_path / "wide", widen_one)),
         "down_proj.weight has shape": job(whole, anti_expert_intermediate_size=UNIT_SIZE // 2),
         "does not exist": job(whole, mode="hallucinate"),
     }

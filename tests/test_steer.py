@@ -329,6 +329,8 @@ def test_a_directory_of_folds_scores_every_question(tiny_imae, tmp_path, capfd):
     assert harm([*map(str, command), "--window", "16", "--out", str(tmp_path / "harm")]) == 0
     measured = json.loads((tmp_path / "harm" / "results.json").read_text())["methods"]
     assert measured[methods[0]]["kl"] == measured[whole]["kl"] > 0
+    command += ["--methods", f"{whole},scope=prompt", "--out", tmp_path / "prompt"]
+    assert "needs prompts" in error_of(capfd, harm, *command)
 
 
 def test_pairs_and_wrong_arguments(tiny_imae, tmp_path, capfd):

@@ -112,10 +112,11 @@ class Harm(Benchmark):
             raise UserError(f"text {args.text} has fewer than 2 tokens: give a longer one")
         lm.config.check_token_ids(tokens)
         generating = args.settings == "generating"
-        files = {label: split_folds(method, ())[0][0] for label, method in methods.items()}
-        prepared = {label: lm.prepare(method, generating=generating) for label, method in files.items()}
+        folds = {label: split_folds(method, ())[0][0] for label, method in methods.items()}
+        prepared = {label: lm.prepare(method, generating=generating) for label, method in folds.items()}
         for label, (_, method) in prepared.items():
-            if needs_prompts(method):
+            on_prompts = any(stream.steer and stream.steer_scope == "prompt" for stream in method.streams)
+            if on_prompts or needs_prompts(method):
                 raise UserError(f"{label} needs prompts, and a text alone has none: leave it out")
         context = min(models.max_positions for models, _ in prepared.values())
         length = min(args.window, context)

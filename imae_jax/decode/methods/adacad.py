@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.decode.methods.cad import ContextContrast
+from imae_jax.decode.methods.contrast import jensen_shannon
 from imae_jax.errors import UserError
 
 
@@ -33,13 +34,6 @@ class AdaCAD(ContextContrast):
         return "adacad"
 
     def combine(self, with_context, without, difference):
-        alpha = jnp.maximum(_jensen_shannon(with_context, without), self.floor)
+        divergence = jensen_shannon(jax.nn.log_softmax(with_context), jax.nn.log_softmax(without))
+        alpha = jnp.maximum(divergence, self.floor)
         return with_context + alpha[..., None] * difference
-
-
-def _jensen_shannon(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Divergence [...] of the distributions with logits [..., V], in nats."""
-    log_a, log_b = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-    log_mean = jnp.logaddexp(log_a, log_b) - jnp.log(2.0)
-    terms = jnp.exp(log_a) * (log_a - log_mean) + jnp.exp(log_b) * (log_b - log_mean)
-    return 0.5 * jnp.sum(terms, axis=-1)

@@ -96,3 +96,16 @@ class Contrast(Constrained):
             anchor: what flipping leaves alone.
         """
         return self.constrain(anchor - difference if self.flip else anchor + difference, logits)
+
+
+def jensen_shannon(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`½ [KL(p ‖ m) + KL(q ‖ m)]`, m their mean, in nats: [...] from log-probabilities [..., V]."""
+    p, q = jnp.exp(a), jnp.exp(b)
+    log_m = log_of((p + q) / 2)
+    return jnp.sum(p * (a - log_m) + q * (b - log_m), axis=-1) / 2
+
+
+def log_of(m: jax.Array) -> jax.Array:
+    """The logarithm of probabilities that a factor of 0 follows where they underflow: cheaper than one of
+    log-probabilities."""
+    return jnp.log(jnp.maximum(m, jnp.finfo(m.dtype).tiny))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from imae_jax.config import LlamaConfig
-from imae_jax.decode.methods.contrast import Contrast
+from imae_jax.decode.methods.contrast import Contrast, jensen_shannon, log_of
 from imae_jax.decode.methods.exits import candidate_layers
 from imae_jax.decode.methods.protocol import Stream, StreamLogits
 from imae_jax.errors import UserError
@@ -54,7 +54,7 @@ class DoLa(Contrast):
 
     def scores(self, logits: Sequence[StreamLogits]) -> jax.Array:
         last, early = (jax.nn.log_softmax(x) for x in (logits[0].final, logits[0].exits))
-        divergence = _mixture_divergence if self.divergence == "published" else _jensen_shannon
+        divergence = _mixture_divergence if self.divergence == "published" else jensen_shannon
         chosen = jnp.argmax(divergence(last[None], early), axis=0)
         premature = jnp.take_along_axis(early, chosen[None, ..., None], axis=0)[0]
         return self.combine(last - premature, logits[0].final)
@@ -92,17 +92,4 @@ class StaticDoLa(Contrast):
 def _mixture_divergence(last: jax.Array, early: jax.Array) -> jax.Array:
     """`½ [KL(m ‖ q_N) + KL(m ‖ q_n)]` over the last axis, from log-probabilities."""
     m = (jnp.exp(last) + jnp.exp(early)) / 2
-    return jnp.sum(m * (_log(m) - (last + early) / 2), axis=-1)
-
-
-def _jensen_shannon(last: jax.Array, early: jax.Array) -> jax.Array:
-    """`½ [KL(q_N ‖ m) + KL(q_n ‖ m)]` over the last axis, from log-probabilities."""
-    q_last, q_early = jnp.exp(last), jnp.exp(early)
-    log_m = _log((q_last + q_early) / 2)
-    return jnp.sum(q_last * (last - log_m) + q_early * (early - log_m), axis=-1) / 2
-
-
-def _log(m: jax.Array) -> jax.Array:
-    """The logarithm of probabilities that a factor of 0 follows where they underflow: cheaper than one of
-    log-probabilities."""
-    return jnp.log(jnp.maximum(m, jnp.finfo(m.dtype).tiny))
+    return jnp.sum(m * (log_of(m) - (last + early) / 2), axis=-1)
